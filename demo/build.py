@@ -1,0 +1,229 @@
+"""Make the miniature world from nothing: python -m demo.build [STEP ...]
+
+Every step resumes where it was stopped. What the repository ships lies in demo/; what is only needed on the way
+lies in the work folder. Times are for 2 cores.
+
+    text       tokenizer, random text encoder, scheduler        seconds
+    vae        pretrain the VAE                                 12 minutes
+    base       pretrain the transformer                         {base} minutes
+    subjects   paint the subjects of hypernetwork training      2 minutes
+    style      train the Style expert and the image encoders    {style} minutes
+    images     paint the held-out creature's folder             seconds
+    manifest   sizes, hashes and figures of what is shipped     a minute
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from PIL import Image
+from tqdm import tqdm
+from transformers import DINOv3ViTConfig, DINOv3ViTModel, SiglipVisionConfig, SiglipVisionModel
+
+from demo import base, painter, text_encoder, vae
+from initializers.i2l import encoders, train
+from initializers.i2l.expert import load_expert, save_expert
+from trainer import checkpoint, loop
+from trainer.checkpoint import CheckpointConfig
+from trainer.cli import guarded
+from trainer.files import new_folder, write_json, write_text
+from trainer.loop import Objective, TrainConfig
+
+DEMO = Path("demo")
+MODEL, IMAGES = DEMO / "model", DEMO / "images"
+STYLE_CONFIG = Path("configs/i2l_creatures_style.toml")
+
+VAE_TRAIN = TrainConfig(
+    steps=4200, batch_size=8, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100, weight_decay=0.0
+)
+BASE_TRAIN = TrainConfig(steps=10_000, batch_size=64, learning_rate=2e-3, lr_schedule="cosine", warmup_steps=200)
+NUM_SUBJECTS, PICTURES_EACH = 6000, 4
+HELD_OUT_CREATURE, NUM_IMAGES = ("zorp", 4), 8  # its name, and its index in the tier "new"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    steps: dict[str, Callable[[Path], None]] = {
+        "text": build_text,
+        "vae": build_vae,
+        "base": build_base,
+        "subjects": build_subjects,
+        "style": build_style,
+        "images": build_images,
+        "manifest": build_manifest,
+    }
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "steps", nargs="*", choices=[[], *steps], default=[], metavar="STEP", help="default: all, in order"
+    )
+    parser.add_argument("--work", type=Path, default=Path("outputs/demo"), help="work folder (default: outputs/demo)")
+    options = parser.parse_args(arguments)
+
+    def build() -> None:
+        for name in options.steps or steps:
+            print(f"== {name}", flush=True)
+            steps[name](options.work)
+
+    return guarded(build)
+
+
+def pretrain(objective: Objective, config: TrainConfig, output: Path, validate_every: int) -> None:
+    """Train, or resume, or do nothing if it is done."""
+    saved = checkpoint.latest(output / "checkpoints")
+    if saved and saved.step == config.steps:
+        objective.load_tensors(saved.tensors)
+        return
+    accelerator = Accelerator()
+    loop.train(
+        objective,
+        config,
+        CheckpointConfig(every=250),
+        output=output,
+        accelerator=accelerator,
+        validate_every=validate_every,
+        resume=True,
+        quiet=not sys.stderr.isatty(),
+    )
+
+
+def build_text(work: Path) -> None:
+    text_encoder.save(MODEL)
+    base.save_scheduler(MODEL / "scheduler")
+
+
+def build_vae(work: Path) -> None:
+    objective = vae.VaeObjective(VAE_TRAIN.batch_size)
+    pretrain(objective, VAE_TRAIN, work / "vae", validate_every=250)
+    model = objective.module
+    assert isinstance(model, AutoencoderKLQwenImage)
+    quality = vae.finish(model, MODEL / "vae")
+    write_json(work / "vae.json", {"psnr_db": round(quality, 2)})
+    print(f"PSNR on 30 held-out pictures: {quality:.1f} dB")
+
+
+def build_base(work: Path) -> None:
+    file = work / "base_data.safetensors"
+    if not file.exists():
+        base.prepare(MODEL, file)
+    objective = base.BaseObjective(file, BASE_TRAIN.batch_size)
+    pretrain(objective, BASE_TRAIN, work / "base", validate_every=500)
+    model = objective.module
+    assert isinstance(model, QwenImageTransformer2DModel)
+    model.half().save_pretrained(MODEL / "transformer")
+    write_model_index(MODEL)
+
+
+def write_model_index(model: Path) -> None:
+    """`model_index.json`, as diffusers writes it."""
+    write_json(
+        model / "model_index.json",
+        {
+            "_class_name": "QwenImagePipeline",
+            "_diffusers_version": "0.35.0",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+            "tokenizer": ["transformers", "Qwen2Tokenizer"],
+            "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLQwenImage"],
+        },
+    )
+
+
+def build_subjects(work: Path) -> None:
+    """Identities of the tier "hyper", each in several scenes; captions tell the scene, never the traits."""
+    folder = work / "subjects"
+    if folder.exists():
+        return
+    lines = []
+    with new_folder(folder) as partial:
+        for index in tqdm(range(NUM_SUBJECTS), desc="paint subjects", unit="subject"):
+            who, rng = painter.identity("hyper", index), np.random.default_rng([13, index])
+            for number in range(PICTURES_EACH):
+                where = painter.scene(int(rng.integers(base.FIRST_SCENE, 2**31)))
+                name = f"{index:05d}-{number}.png"
+                Image.fromarray(painter.paint(who, where)).save(partial / name, compress_level=1)
+                named = str(rng.choice(painter.NAMES)) if rng.uniform() < 0.5 else None
+                row = {"file_name": name, "text": painter.caption(where, name=named), "subject": f"{index:05d}"}
+                lines.append(json.dumps(row))
+        write_text(partial / "metadata.jsonl", "\n".join(lines) + "\n")
+
+
+def new_encoders(folder: Path) -> None:
+    """Random miniature SigLIP2 and DINOv3 in the published layout; seed 0. 64 pixels in patches of 8."""
+    small = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "image_size": 64, "patch_size": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        siglip = SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=3, hidden_act="gelu_pytorch_tanh", **small))
+        dinov3 = DINOv3ViTModel(
+            DINOv3ViTConfig(
+                num_hidden_layers=3,
+                num_register_tokens=4,
+                hidden_act="silu",
+                use_gated_mlp=True,
+                query_bias=False,
+                key_bias=False,
+                value_bias=False,
+                **small,
+            )
+        )
+    encoders.save_siglip(siglip, folder / encoders.SIGLIP_FOLDER)
+    encoders.save_dinov3(dinov3, folder / encoders.DINOV3_FOLDER)
+
+
+def build_style(work: Path) -> None:
+    new_encoders(work / "encoders")
+    overrides = [f"output={work / 'style'}", f"data.images={work / 'subjects'}", f"expert.encoders={work / 'encoders'}"]
+    settings = train.load(STYLE_CONFIG, overrides)
+    output = Path(settings.output)
+    train.execute(settings, resume=(output / "run.json").exists(), quiet=not sys.stderr.isatty())
+    name = "Qwen-Image-i2L-Style.safetensors"
+    save_expert(load_expert(output / name), DEMO / "i2l" / name, torch.float16)
+    for load, save, part in (
+        (encoders.load_siglip, encoders.save_siglip, encoders.SIGLIP_FOLDER),
+        (encoders.load_dinov3, encoders.save_dinov3, encoders.DINOV3_FOLDER),
+    ):
+        save(load(output / "encoders" / part), DEMO / "encoders" / part, torch.float16)
+
+
+def build_images(work: Path) -> None:
+    """The folder of the main command: one creature of the tier "new" in eight scenes, a caption beside each picture."""
+    name, index = HELD_OUT_CREATURE
+    with new_folder(IMAGES / name) as folder:
+        for number in range(NUM_IMAGES):
+            where = painter.scene(number)
+            Image.fromarray(painter.paint(painter.identity("new", index), where)).save(folder / f"{number}.png")
+            write_text(folder / f"{number}.txt", painter.caption(where) + "\n")
+
+
+def build_manifest(work: Path) -> None:
+    """`demo/manifest.json`: every shipped file with its size and hash, and the figures measured on it."""
+    files = sorted(
+        path for folder in ("model", "encoders", "i2l") for path in (DEMO / folder).rglob("*") if path.is_file()
+    )
+    listed = {
+        path.relative_to(DEMO).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in files
+    }
+    figures = {
+        name: json.loads((work / f"{name}.json").read_text())
+        for name in ("vae", "prompts", "style")
+        if (work / f"{name}.json").exists()
+    }
+    total = sum(entry["bytes"] for entry in listed.values())
+    write_json(DEMO / "manifest.json", {"total_bytes": total, "figures": figures, "files": listed})
+    print(f"{len(files)} files, {total / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""PEFT's `init_lora_weights="gaussian"`: a normal with standard deviation 1 / rank, b zero, so that dW is zero."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trainer.adapter import AdapterWeights, InitContext, Seed
+from trainer.flow import generator
+from trainer.lowrank import LowRank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`[init.gaussian]`: nothing to choose."""
+
+
+def initialize(context: InitContext, config: Config) -> Seed:
+    factors = {}
+    for name, (in_features, out_features) in context.modules.items():
+        a = torch.randn(context.rank, in_features, generator=generator(context.seed, "gaussian", name)) / context.rank
+        factors[name] = LowRank(a, torch.zeros(out_features, context.rank))
+    return Seed(AdapterWeights(factors), {"method": "gaussian", "modules": len(factors)})

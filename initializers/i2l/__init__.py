@@ -1,0 +1,8 @@
+"""i2L: pictures in, a LoRA out, by a hypernetwork (DiffSynth-Studio/Qwen-Image-i2L).
+
+Read `layout.py`, `expert.py`, `encoders.py`, then `predict.py`.
+"""
+
+from initializers.i2l.predict import Config, check, initialize
+
+__all__ = ["Config", "check", "initialize"]

@@ -1,0 +1,184 @@
+"""`python -m initializers.i2l inspect | predict | train`"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from initializers.i2l import encoders
+from initializers.i2l.layout import (
+    PUBLISHED,
+    Header,
+    LayoutError,
+    describe,
+    header_rank,
+    infer_geometry,
+    is_expert,
+    is_lora,
+    layout_md5,
+    module_names,
+    published_name,
+    read_header,
+)
+from initializers.i2l.predict import Config, check, initialize
+from trainer import config, qwen_image
+from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, target_modules
+from trainer.dataset import SUFFIXES
+from trainer.formats import FormatError, check_lora, write_lora
+from trainer.lowrank import truncate
+
+_ENCODERS = {encoders.SIGLIP_MD5: "SigLIP2-G384", encoders.DINOV3_MD5: "DINOv3-7B"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:  # its own arguments
+        from initializers.i2l import train
+
+        return int(train.main(arguments[1:]) or 0)
+    parser = argparse.ArgumentParser(prog="python -m initializers.i2l", description="i2L: pictures in, a LoRA out")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="which expert a file is, and whether it is complete")
+    inspect.add_argument("file", type=Path)
+    predict = commands.add_parser("predict", help="write the LoRA that the experts predict, without training")
+    predict.add_argument("--config", type=Path, required=True, help="TOML of a run: its [init.i2l] and [model] base")
+    predict.add_argument("--images", type=Path, required=True, help="folder of pictures; all of them are used")
+    predict.add_argument("--rank", type=int, required=True, help="rank of the LoRA, by exact truncation")
+    predict.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    commands.add_parser("train", help="train an expert; see train --help")
+    options = parser.parse_args(arguments)
+    if options.command == "inspect":
+        return inspect_file(options.file)
+    try:
+        return predict_file(options.config, options.images, options.rank, options.output)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def inspect_file(path: Path) -> int:
+    """Print what a file is, from its header alone. 0 if it is known and complete, else 1."""
+    try:
+        header = read_header(path)
+        print(f"{path}")
+        if is_expert(header.shapes):
+            lines = _expert_lines(header)
+        elif is_lora(header.shapes):
+            lines = _lora_lines(path, header)
+        elif (name := _ENCODERS.get(layout_md5(header.shapes))) is not None:
+            lines = [f"{name}, the image encoder of i2L, as published", *_size_lines(header), "complete"]
+        else:
+            raise LayoutError("neither an i2L expert, nor a LoRA, nor one of its encoders")
+    except (LayoutError, FormatError) as error:
+        print(error)
+        return 1
+    print("\n".join(f"  {line}" for line in lines))
+    return 0
+
+
+def _expert_lines(header: Header) -> list[str]:
+    geometry = infer_geometry(header.shapes, header_rank(header))
+    name = published_name(header.shapes)
+    if name is None:
+        title = f"miniature {describe(geometry)}"
+        if geometry.num_blocks == PUBLISHED["style"].geometry.num_blocks:
+            title = f"not a published file: {describe(geometry)}"
+    else:
+        title = f"Qwen-Image-i2L {geometry.kind}, as published: {describe(geometry)}"
+    return [
+        title,
+        *_size_lines(header),
+        f"modules      {len(module_names(geometry))}",
+        f"rank         {geometry.rank} for each picture",
+        "complete",
+    ]
+
+
+def _lora_lines(path: Path, header: Header) -> list[str]:
+    modules = check_lora(path)
+    ranks = sorted({rank for _, _, rank in modules.values()})
+    return [
+        "LoRA (as Qwen-Image-i2L-Bias is)",
+        *_size_lines(header),
+        f"modules      {len(modules)}",
+        f"rank         {', '.join(map(str, ranks))}",
+        "complete",
+    ]
+
+
+def _size_lines(header: Header) -> list[str]:
+    parameters = sum(math.prod(shape) for shape in header.shapes.values())
+    dtypes = ", ".join(sorted(set(header.dtypes.values())))
+    return [
+        f"layout md5   {layout_md5(header.shapes)}",
+        f"parameters   {parameters:,} in {len(header.shapes):,} tensors ({dtypes})",
+        f"file         {header.num_bytes / 1e6:,.1f} MB",
+    ]
+
+
+def predict_file(config_path: Path, images: Path, rank: int, output: Path) -> int:
+    """Write the experts' LoRA for all pictures of a folder, truncated to `rank`. ValueError says what is wrong."""
+    own, base = _read_config(config_path)
+    problems = [*check(own), *qwen_image.check_base(base)]
+    pictures = _pictures(images, problems)
+    if rank < 1:
+        problems.append("--rank must be at least 1")
+    if problems:
+        raise config.ConfigError(problems)
+    start = time.perf_counter()
+    transformer: Any = qwen_image.transformer_on_meta(base)
+    context = InitContext(
+        images=pictures,
+        modules=target_modules(transformer, AdapterConfig()),
+        rank=rank,
+        seed=0,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        base=base,
+        say=lambda message: print(message, flush=True),
+    )
+    seed = initialize(context, own)
+    kept, factors = {}, {}
+    for module, whole in tqdm(
+        seed.weights.factors.items(), desc="truncating", unit="module", leave=False, disable=None
+    ):
+        factors[module], kept[module] = truncate(whole, rank)
+    write_lora(output, AdapterWeights(factors), {"made_by": "i2l", "experts": ", ".join(own.experts)})
+    incoming = seed.report["incoming_rank"]
+    print(f"{output}: {len(factors)} modules, rank {min(rank, incoming)} of {incoming}, from {len(pictures)} pictures")
+    print(f"energy kept: {min(kept.values()):.1%} at least, {sum(kept.values()) / len(kept):.1%} on average")
+    print(
+        f"{time.perf_counter() - start:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in seed.report['seconds'].items())})"
+    )
+    return 0
+
+
+def _read_config(path: Path) -> tuple[Config, str]:
+    """`[init.i2l]`, and `[model] base`, of a run's TOML; its other tables are not looked at."""
+    problems: list[str] = []
+    table = config.read_toml(path, problems)
+    init = table.get("init", {})
+    own = config.parse(Config, init.get("i2l", {}) if isinstance(init, dict) else {}, "init.i2l", problems)
+    model = config.parse(qwen_image.ModelConfig, table.get("model", {}), "model", problems)
+    if problems or own is None or model is None:
+        raise config.ConfigError(problems)
+    return own, model.base
+
+
+def _pictures(folder: Path, problems: list[str]) -> tuple[Path, ...]:
+    """All pictures of a folder, by name."""
+    if not folder.is_dir():
+        problems.append(f"--images {folder}: there is no such folder")
+        return ()
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not found:
+        problems.append(f"--images {folder}: no picture in it ({', '.join(sorted(SUFFIXES))})")
+    return tuple(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

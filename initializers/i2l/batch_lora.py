@@ -1,0 +1,39 @@
+"""A LoRA for each sample of a batch: what a hypernetwork predicts, applied to a frozen transformer."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from initializers.i2l.expert import Factors
+
+
+class BatchLora:
+    """Hooks on linear layers that add (x a_i^T) b_i^T to the output of sample i; nothing outside `applied`."""
+
+    def __init__(self, transformer: nn.Module, modules: Iterable[str]):
+        self._factors: Mapping[str, Factors] = {}
+        for name in modules:
+            transformer.get_submodule(name).register_forward_hook(self._hook(name))
+
+    @contextmanager
+    def applied(self, factors: Mapping[str, Factors]) -> Iterator[None]:
+        """factors: module -> (a: B rank in, b: B out rank), at scale 1, for batches of B samples."""
+        self._factors = factors
+        try:
+            yield
+        finally:
+            self._factors = {}
+
+    def _hook(self, name: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name not in self._factors:
+                return output
+            a, b = self._factors[name]
+            x = inputs[0].to(a.dtype).flatten(1, -2) if inputs[0].ndim > 2 else inputs[0].to(a.dtype).unsqueeze(1)
+            added = torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))  # B T out
+            return output + added.view(output.shape).to(output.dtype)
+
+        return add

@@ -1,0 +1,364 @@
+"""Pictures as an i2L expert sees them: SigLIP2 and DINOv3 side by side, and for Coarse and Fine also Qwen2.5-VL.
+
+The preprocessing is that of the published pipeline, with PIL and numpy alone. Encoders are loaded one after another,
+and each is freed before the next.
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from initializers.i2l import sources
+from initializers.i2l.layout import LayoutError, layout_md5, read_header
+from trainer.files import write_json, write_tensors
+
+SIGLIP_FOLDER, DINOV3_FOLDER = "SigLIP2-G384", "DINOv3-7B"
+ENCODER_FILES = (f"{SIGLIP_FOLDER}/model.safetensors", f"{DINOV3_FOLDER}/model.safetensors")
+SIGLIP_MD5, DINOV3_MD5 = "469c78b61e3e31bc9eec0d0af3d3f2f8", "5722b5c873720009de96422993b15682"
+
+CROP_SIZE = 1024  # pixels; every picture is brought to this square before an encoder's own size
+CHUNK = 8  # pictures encoded together
+RESIDUAL_SCALE = 0.05
+COARSE_RESOLUTION, FINE_RESOLUTION = 224, 1024
+QWEN_PIXELS: dict[str, Any] = {
+    "min_pixels": 3136,
+    "max_pixels": 12_845_056,
+}  # the processor's limits in Qwen/Qwen-Image-Edit
+
+_SIGLIP_MEAN, _SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Pixels = NDArray[np.float32]  # 3 H W
+
+
+def published_siglip_config() -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=1536,
+        intermediate_size=6144,
+        num_hidden_layers=40,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=16,
+        hidden_act="gelu_pytorch_tanh",
+    )
+
+
+def published_dinov3_config() -> DINOv3ViTConfig:
+    return DINOv3ViTConfig(
+        hidden_size=4096,
+        intermediate_size=8192,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        num_register_tokens=4,
+        image_size=224,
+        patch_size=16,
+        hidden_act="silu",
+        use_gated_mlp=True,
+        query_bias=False,
+        key_bias=False,
+        value_bias=False,
+        proj_bias=True,
+        mlp_bias=True,
+    )
+
+
+# Preprocessing
+
+
+def cover_crop(picture: Image.Image, size: int) -> Image.Image:
+    """Bilinear, to cover a square of `size` pixels, then its middle."""
+    scale = size / min(picture.size)
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    resized = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def siglip_pixels(picture: Image.Image, image_size: int) -> Pixels:
+    """Any picture -> (3, image_size, image_size). SigLIP2's processor: bilinear in 8 bits (not SigLIP's bicubic)."""
+    square = cover_crop(picture, CROP_SIZE).resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return _normalise(np.asarray(square, dtype=np.float32) / 255, _SIGLIP_MEAN, _SIGLIP_STD)
+
+
+def dinov3_pixels(picture: Image.Image, image_size: int) -> Pixels:
+    """Any picture -> (3, image_size, image_size). DINOv3's processor: bilinear in floating point."""
+    square = np.asarray(cover_crop(picture, CROP_SIZE), dtype=np.float32) / 255
+    channels = [
+        Image.fromarray(square[..., channel]).resize((image_size, image_size), Image.Resampling.BILINEAR)
+        for channel in range(3)
+    ]
+    resized = np.stack([np.asarray(channel, np.float32) for channel in channels], axis=-1)
+    return _normalise(resized, _IMAGENET_MEAN, _IMAGENET_STD)
+
+
+def _normalise(picture: NDArray[Any], mean: Sequence[float], std: Sequence[float]) -> Pixels:
+    """(H, W, 3) in [0, 1] -> (3, H, W)"""
+    normal = (picture - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
+
+
+def square_pixels(pictures: Tensor, siglip_size: int, dinov3_size: int) -> tuple[Tensor, Tensor]:
+    """`siglip_pixels` and `dinov3_pixels` of a batch of small squares, as matrix products: for training.
+
+    pictures: B 3 S S in [0, 1]. The same as picture by picture through 1024x1024, but for the rounding to 8 bits.
+    """
+
+    def pixels(size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        matrix = _resampling(pictures.shape[-1], size).to(pictures)
+        resized = matrix @ pictures @ matrix.T
+        return (resized - resized.new_tensor(mean).view(3, 1, 1)) / resized.new_tensor(std).view(3, 1, 1)
+
+    return (
+        pixels(siglip_size, _SIGLIP_MEAN, _SIGLIP_STD),
+        pixels(dinov3_size, _IMAGENET_MEAN, _IMAGENET_STD),
+    )
+
+
+def _resampling(source: int, target: int) -> Tensor:
+    """(target, source): a column of `source` pixels to CROP_SIZE, then to `target`; bilinear is linear."""
+    matrix = np.eye(source, dtype=np.float32)
+    for size in (CROP_SIZE, target):
+        matrix = np.asarray(Image.fromarray(matrix).resize((source, size), Image.Resampling.BILINEAR))
+    return torch.from_numpy(matrix.copy())
+
+
+# SigLIP2 and DINOv3
+
+
+def embedding_size(encoders: str) -> int | None:
+    """Numbers of an image embedding, from the files' headers; None if they are not on this machine."""
+    size = 0
+    for file, tensor in zip(ENCODER_FILES, ("head.probe", "embeddings.cls_token"), strict=True):
+        if (path := sources.cached(encoders, file)) is None:
+            return None
+        shapes = read_header(path).shapes
+        if tensor not in shapes:
+            raise LayoutError(f"{path}: no {tensor} in it: not an encoder in the published layout")
+        size += shapes[tensor][-1]
+    return size
+
+
+def load_siglip(
+    folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> SiglipVisionModel:
+    """`folder/model.safetensors` in the published names; its `config.json`, if there is one, gives the architecture."""
+    config = _config(folder, SiglipVisionConfig, {SIGLIP_MD5: published_siglip_config})
+    return _load(folder, SiglipVisionModel, config, siglip_key, dtype, device)
+
+
+def load_dinov3(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DINOv3ViTModel:
+    """As `load_siglip`."""
+    config = _config(folder, DINOv3ViTConfig, {DINOV3_MD5: published_dinov3_config})
+    return _load(folder, DINOv3ViTModel, config, dinov3_key, dtype, device)
+
+
+def save_siglip(model: SiglipVisionModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Published names, and a `config.json` beside; in `dtype` if given."""
+    _save(model, folder, siglip_key, dtype)
+
+
+def save_dinov3(model: DINOv3ViTModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """As `save_siglip`."""
+    _save(model, folder, dinov3_key, dtype)
+
+
+def embed_siglip(model: SiglipVisionModel, pixels: Tensor) -> Tensor:
+    """The pooled output, B hidden_size."""
+    return model(pixel_values=pixels).pooler_output
+
+
+def embed_dinov3(model: DINOv3ViTModel, pixels: Tensor) -> Tensor:
+    """CLS after the last norm, B hidden_size. Keep the model in eval mode: train mode jitters positions at random."""
+    return model(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def siglip_key(key: str) -> str:
+    """transformers' name of a tensor -> the published one."""
+    return key.removeprefix("vision_model.")
+
+
+def dinov3_key(key: str) -> str:
+    """transformers' name of a tensor -> the published one."""
+    return key.removeprefix("model.") if key.startswith("model.layer.") else key
+
+
+@torch.no_grad()
+def encode_pictures(
+    pictures: Sequence[Image.Image],
+    encoders: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """One image embedding for each picture, fp32: SigLIP2's pooled output, then DINOv3's CLS.
+
+    `encoders` is a folder or a Hugging Face id that holds `SigLIP2-G384` and `DINOv3-7B`, as the published one does.
+    """
+    siglip_folder, dinov3_folder = (sources.locate(str(encoders), file).parent for file in ENCODER_FILES)
+    siglip = load_siglip(siglip_folder, dtype, device)
+    parts = [_encode(siglip, embed_siglip, siglip_pixels, pictures)]
+    del siglip
+    free_memory()
+    dinov3 = load_dinov3(dinov3_folder, dtype, device)
+    parts.append(_encode(dinov3, embed_dinov3, dinov3_pixels, pictures))
+    del dinov3
+    free_memory()
+    return torch.cat(parts, dim=1)
+
+
+def _encode(
+    model: Any,
+    embed: Callable[[Any, Tensor], Tensor],
+    preprocess: Callable[[Image.Image, int], Pixels],
+    pictures: Sequence[Image.Image],
+) -> Tensor:
+    parts = []
+    for start in range(0, len(pictures), CHUNK):
+        pixels = np.stack([preprocess(picture, model.config.image_size) for picture in pictures[start : start + CHUNK]])
+        parts.append(embed(model, torch.from_numpy(pixels).to(model.device, model.dtype)).float())
+    return torch.cat(parts)
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _config(folder: Path, kind: type[PretrainedConfig], published: Mapping[str, Callable[[], Any]]) -> Any:
+    if (folder / "config.json").is_file():
+        return kind.from_json_file(folder / "config.json")
+    md5 = layout_md5(read_header(folder / "model.safetensors").shapes)
+    if md5 not in published:
+        raise LayoutError(
+            f"{folder / 'model.safetensors'}: not the published encoder (layout md5 {md5}, expected "
+            f"{', '.join(published)}). Another encoder needs transformers' config.json beside it."
+        )
+    return published[md5]()
+
+
+def _load(
+    folder: Path,
+    kind: type[PreTrainedModel],
+    config: Any,
+    published_key: Callable[[str], str],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Any:
+    path = folder / "model.safetensors"
+    shapes = read_header(path).shapes
+    with init_empty_weights(include_buffers=False):  # buffers are not in the file: they must be real
+        model = kind(config)
+    names = {name: published_key(name) for name in model.state_dict()}
+    expected = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wrong := [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]:
+        raise LayoutError(
+            f"{path}: does not fit its configuration: {len(wrong)} tensors missing, foreign or of another shape, "
+            f"such as {wrong[0]} (file: {shapes.get(wrong[0])}, configuration: {expected.get(wrong[0])})"
+        )
+    with safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(stored).to(device, dtype) for name, stored in names.items()}
+    model.load_state_dict(weights, assign=True)
+    model.to(device)  # the buffers
+    return model.eval()
+
+
+def _save(model: Any, folder: Path, published_key: Callable[[str], str], dtype: torch.dtype | None) -> None:
+    tensors = {published_key(name): tensor.to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_json(folder / "config.json", model.config.to_diff_dict())
+
+
+# Qwen2.5-VL
+
+
+def edit_template() -> tuple[str, int]:
+    """The prompt template of `QwenImageEditPipeline`, and how many of its first tokens are dropped."""
+    from diffusers import QwenImageEditPipeline
+
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer")
+    )
+    pipeline: Any = QwenImageEditPipeline(**nothing)
+    return pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+
+
+def qwen_vl_residual(
+    pictures: Sequence[Image.Image],
+    base: str,
+    resolution: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The residual of one resolution (224 for Coarse, 1024 for Fine): B num_tokens hidden_size."""
+    return qwen_vl_residuals({resolution: pictures}, base, device, dtype)[resolution]
+
+
+@torch.no_grad()
+def qwen_vl_residuals(
+    pictures: Mapping[int, Sequence[Image.Image]],
+    base: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[int, Tensor]:
+    """Resolution -> pictures in, resolution -> residual (B num_tokens hidden_size, fp32) out.
+
+    The last hidden states of the edit template without a prompt, less the system text, times 0.05. `base` is the folder
+    or id of the Qwen-Image pipeline; its text encoder is loaded once for all.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer.from_pretrained(base, subfolder="tokenizer")
+    processor = _qwen_processor(base)
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
+    model: Any = loaded.model
+    model = model.to(device).eval()
+    template, drop = edit_template()
+    before, after = (tokenizer(part).input_ids for part in template.format("").split("<|image_pad|>"))
+    result = {}
+    for resolution, group in pictures.items():
+        states = []
+        for picture in group:
+            patches = processor(images=[cover_crop(picture, resolution)], return_tensors="pt").to(device)
+            num_image_tokens = int(patches["image_grid_thw"].prod()) // processor.merge_size**2
+            image_ids = [model.config.image_token_id] * num_image_tokens
+            token_types = (
+                [0] * len(before) + [1] * num_image_tokens + [0] * len(after)
+            )  # without: positions of plain text
+            output = model(
+                input_ids=torch.tensor([before + image_ids + after], device=device),
+                mm_token_type_ids=torch.tensor([token_types], device=device),
+                pixel_values=patches["pixel_values"].to(dtype),
+                image_grid_thw=patches["image_grid_thw"],
+                use_cache=False,
+            )
+            states.append(output.last_hidden_state[0, drop:].float())
+        result[resolution] = torch.stack(states) * RESIDUAL_SCALE
+    del loaded, model
+    free_memory()
+    return result
+
+
+def _qwen_processor(base: str) -> Any:
+    """The image processor of a local pipeline that has one, else with Qwen/Qwen-Image-Edit's settings, as published."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    if (Path(base) / "processor" / "preprocessor_config.json").is_file():
+        return Qwen2VLImageProcessorPil.from_pretrained(base, subfolder="processor")
+    return Qwen2VLImageProcessorPil(**QWEN_PIXELS)

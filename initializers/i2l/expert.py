@@ -1,0 +1,196 @@
+"""The hypernetwork: an image embedding in, the LoRA factors of every module out, in two linear layers for each factor.
+
+a = A_out (A_in x + r)    (rank, in_features)          r = R_out flatten(R_in residual)   or 0 in Style
+b = B_out (B_in x + r)    (out_features, rank)         dW = b a, at scale 1
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from initializers.i2l.layout import (
+    GROUPS,
+    Geometry,
+    Layer,
+    LayoutError,
+    Residual,
+    block_layers,
+    header_rank,
+    infer_geometry,
+    read_header,
+)
+from trainer.files import write_tensors
+from trainer.lowrank import LowRank
+
+INITIAL_SCALE = 0.3
+Factors = tuple[Tensor, Tensor]  # a: B rank in, b: B out rank
+
+
+class Expert(nn.Module):
+    """An expert whose `state_dict` has exactly the published names.
+
+    `device` "meta" gives an expert without weights; else they are drawn from `generator` (default: seed 0).
+    """
+
+    def __init__(
+        self, geometry: Geometry, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ):
+        super().__init__()
+        self.geometry = geometry
+        with torch.device("meta"):
+            blocks = [_Block(geometry, block) for block in range(len(GROUPS) * geometry.num_blocks)]
+        self.blocks = nn.ModuleList(blocks)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters(generator or torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """nn.Linear's own start, then `a` and the residual made smaller by 0.3, and `b` zero: no LoRA at the start.
+
+        Here `a` is made smaller by 0.3 once, in `proj_a.proj_out`. The published model code scales `proj_a.proj_in` as
+        well, so that its `a` starts at 0.09.
+        """
+        for name, weight in self.named_parameters():
+            if name.endswith("proj_b.proj_out.weight"):
+                weight.zero_()
+                continue
+            bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_ with a = sqrt(5)
+            weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+            if name.endswith(("proj_a.proj_out.weight", "proj_residual.proj_out.weight")):
+                weight.mul_(INITIAL_SCALE)
+
+    def forward(self, embeddings: Tensor, residual: Tensor | None = None) -> dict[str, Factors]:
+        """embeddings: B embedding_size; residual: B num_tokens width, already times 0.05. Module -> (a, b)."""
+        _check_inputs(self.geometry, embeddings, residual)
+        result: dict[str, Factors] = {}
+        for block in self.blocks:
+            result.update(block(embeddings, residual))
+        return result
+
+
+class _Block(nn.Module):
+    """The layers of one block of one group, with the residual they share."""
+
+    def __init__(self, geometry: Geometry, block: int):
+        super().__init__()
+        self._layers, self._rank = block_layers(geometry, block), geometry.rank
+        self.layers = nn.ModuleList(_Pair(geometry, layer) for layer in self._layers)
+        self.proj_residual = _ResidualProjection(geometry.residual, geometry.compress) if geometry.residual else None
+
+    def forward(self, embeddings: Tensor, residual: Tensor | None) -> dict[str, Factors]:
+        shift = self.proj_residual(residual) if self.proj_residual is not None else None  # B compress
+        result = {}
+        for layer, pair in zip(self._layers, self.layers, strict=True):
+            assert isinstance(pair, _Pair)
+            a = pair.proj_a(embeddings, shift).unflatten(1, (self._rank, layer.in_features))
+            b = pair.proj_b(embeddings, shift).unflatten(1, (layer.out_features, self._rank))
+            result[layer.module] = (a, b)
+        return result
+
+
+class _Pair(nn.Module):
+    def __init__(self, geometry: Geometry, layer: Layer):
+        super().__init__()
+        self.proj_a = _Projection(geometry.embedding_size, geometry.compress, geometry.rank * layer.in_features)
+        self.proj_b = _Projection(geometry.embedding_size, geometry.compress, geometry.rank * layer.out_features)
+
+
+class _Projection(nn.Module):
+    def __init__(self, in_features: int, compress: int, out_features: int):
+        super().__init__()
+        self.proj_in = nn.Linear(in_features, compress, bias=False)
+        self.proj_out = nn.Linear(compress, out_features, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        compressed = self.proj_in(x)
+        return self.proj_out(compressed if shift is None else compressed + shift)
+
+
+class _ResidualProjection(nn.Module):
+    def __init__(self, residual: Residual, out_features: int):
+        super().__init__()
+        self.proj_in = nn.Linear(residual.width, residual.compress, bias=False)
+        self.proj_out = nn.Linear(residual.num_tokens * residual.compress, out_features, bias=False)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        return self.proj_out(self.proj_in(residual).flatten(1))
+
+
+def _check_inputs(geometry: Geometry, embeddings: Tensor, residual: Tensor | None) -> None:
+    if embeddings.ndim != 2 or embeddings.shape[1] != geometry.embedding_size:
+        raise ValueError(
+            f"the expert takes image embeddings of {geometry.embedding_size} numbers, not {tuple(embeddings.shape)}: "
+            "the encoders and the expert do not belong together"
+        )
+    expected = (len(embeddings), geometry.residual.num_tokens, geometry.residual.width) if geometry.residual else None
+    given = tuple(residual.shape) if residual is not None else None
+    if expected != given:
+        raise ValueError(f"the expert takes a residual of shape {expected}, not {given}")
+
+
+def read_geometry(path: Path) -> Geometry:
+    """The geometry of an expert's file, from its header. LayoutError if it is damaged, incomplete or something else."""
+    header = read_header(path)
+    try:
+        return infer_geometry(header.shapes, header_rank(header))
+    except LayoutError as error:
+        raise LayoutError(f"{path}: {error}") from None
+
+
+def factors(
+    path: Path,
+    embeddings: Tensor,
+    residual: Tensor | None = None,
+    *,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, LowRank]:
+    """What the expert in `path` predicts from all pictures together: the mean of their dW, exactly, as one LoRA.
+
+    Concatenated on rank, picture after picture, `a` divided by their number; fp32 on the device of `embeddings`.
+    Each weight is read once, for all pictures, and one block is in memory at a time. `progress` wraps the loop.
+    """
+    geometry = read_geometry(path)
+    embeddings = embeddings.float()
+    residual = None if residual is None else residual.float().to(embeddings.device)
+    _check_inputs(geometry, embeddings, residual)
+    result: dict[str, LowRank] = {}
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for index in progress(range(len(GROUPS) * geometry.num_blocks)):
+            with torch.device("meta"):
+                block = _Block(geometry, index)
+            weights = {
+                name: file.get_tensor(f"blocks.{index}.{name}").to(embeddings.device, torch.float32)
+                for name in block.state_dict()
+            }
+            block.load_state_dict(weights, assign=True)
+            for module, pair in block(embeddings, residual).items():
+                result[module] = merge_pictures(pair)
+                if not all(bool(factor.isfinite().all()) for factor in result[module]):
+                    raise ValueError(f"{path}: NaN or infinity in what it predicts for {module}")
+    return result
+
+
+def merge_pictures(pair: Factors) -> LowRank:
+    """The mean of the pictures' dW, as one LoRA of rank B * rank. a: B rank in, b: B out rank."""
+    a, b = pair
+    return LowRank(a.flatten(0, 1) / len(a), b.transpose(0, 1).flatten(1))
+
+
+def save_expert(expert: Expert, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the published layout, in `dtype` if given (float16 or bfloat16 halve the file)."""
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in expert.state_dict().items()}
+    write_tensors(path, tensors, {"format": "pt", "rank": str(expert.geometry.rank)})
+
+
+def load_expert(path: Path, *, device: torch.device | str = "cpu") -> Expert:
+    """The whole expert in fp32, to train it further."""
+    expert = Expert(read_geometry(path), device="meta")
+    with safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name).to(device, torch.float32) for name in expert.state_dict()}
+    expert.load_state_dict(weights, assign=True)
+    return expert

@@ -1,0 +1,314 @@
+"""The published layout of an i2L expert: which tensors a file holds, for which modules of Qwen-Image.
+
+An expert has four groups, each with one block for every block of the transformer. Tensor names count blocks through,
+group by group: block 60 of a published file is block 0 of the second group. There is no bias and no activation.
+
+    blocks.{b}.layers.{j}.proj_{a,b}.proj_in.weight    compress, embedding_size
+    blocks.{b}.layers.{j}.proj_a.proj_out.weight       rank * in_features, compress
+    blocks.{b}.layers.{j}.proj_b.proj_out.weight       rank * out_features, compress
+    blocks.{b}.proj_residual.proj_in.weight            residual.compress, residual.width          (not in Style)
+    blocks.{b}.proj_residual.proj_out.weight           compress, residual.num_tokens * residual.compress
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+
+PUBLISHED_RANK = 4
+COARSE_TOKENS = (
+    8 * 8 + 7
+)  # hidden states after the system text, of a picture of 224x224: 64 for the picture, 7 after it
+FINE_TOKENS = 37 * 37 + 7  # of a picture of 1024x1024, which the processor makes 1036x1036
+
+# For each group its layers in order: name, in_features and out_features in units of the hidden size.
+GROUPS: tuple[tuple[tuple[str, int, int], ...], ...] = (
+    (("attn.to_q", 1, 1), ("attn.to_k", 1, 1), ("attn.to_v", 1, 1), ("attn.to_out.0", 1, 1)),
+    (("img_mlp.net.2", 4, 1), ("img_mod.1", 1, 6)),
+    (("attn.add_q_proj", 1, 1), ("attn.add_k_proj", 1, 1), ("attn.add_v_proj", 1, 1), ("attn.to_add_out", 1, 1)),
+    (("txt_mlp.net.2", 4, 1), ("txt_mod.1", 1, 6)),
+)
+LAYERS_PER_BLOCK = sum(len(group) for group in GROUPS)  # 12 modules for each block of the transformer
+_LAYER_NAME = re.compile(r"blocks\.(\d+)\.(?:layers\.\d+\.proj_[ab]|proj_residual)\.proj_(?:in|out)\.weight")
+
+
+class LayoutError(ValueError):
+    """A file is damaged, or its tensors are not those of an i2L expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """What Coarse and Fine read beside the image embedding: hidden states of Qwen2.5-VL."""
+
+    num_tokens: int
+    """Hidden states of one picture."""
+    compress: int
+    """Numbers that each hidden state is compressed to."""
+    width: int = 3584
+    """Hidden size of the text encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Everything that the layout of an expert depends on; the defaults are Style, as published."""
+
+    num_blocks: int = 60
+    """Blocks of the transformer."""
+    hidden_size: int = 3072
+    """Of the transformer."""
+    embedding_size: int = 1536 + 4096
+    """Numbers of an image embedding: SigLIP2, then DINOv3."""
+    compress: int = 64
+    """Numbers between the two linear layers of a factor."""
+    rank: int = PUBLISHED_RANK
+    """Rank of the LoRA that one picture gives."""
+    residual: Residual | None = None
+    """None for Style."""
+
+    @property
+    def kind(self) -> str:
+        """Style, Coarse or Fine, as far as the layout tells: by the residual's number of tokens."""
+        if self.residual is None:
+            return "Style"
+        return {COARSE_TOKENS: "Coarse", FINE_TOKENS: "Fine"}.get(self.residual.num_tokens, "unknown residual")
+
+
+class Layer(NamedTuple):
+    """One target module, and where its factors come from."""
+
+    block: int
+    position: int
+    module: str
+    in_features: int
+    out_features: int
+
+
+class Published(NamedTuple):
+    file: str
+    geometry: Geometry
+    md5: str
+
+
+PUBLISHED: dict[str, Published] = {
+    "style": Published("Qwen-Image-i2L-Style.safetensors", Geometry(), "0aad514690602ecaff932c701cb4b0bb"),
+    "coarse": Published(
+        "Qwen-Image-i2L-Coarse.safetensors",
+        Geometry(compress=128, residual=Residual(num_tokens=COARSE_TOKENS, compress=1024)),
+        "a166c33455cdbd89c0888a3645ca5c0f",
+    ),
+    "fine": Published(
+        "Qwen-Image-i2L-Fine.safetensors",
+        Geometry(compress=128, residual=Residual(num_tokens=FINE_TOKENS, compress=64)),
+        "a5476e691767a4da6d3a6634a10f7408",
+    ),
+}
+
+
+def block_layers(geometry: Geometry, block: int) -> list[Layer]:
+    """The layers of `blocks.{block}`."""
+    group, index = divmod(block, geometry.num_blocks)
+    return [
+        Layer(block, j, f"transformer_blocks.{index}.{name}", inward * geometry.hidden_size, out * geometry.hidden_size)
+        for j, (name, inward, out) in enumerate(GROUPS[group])
+    ]
+
+
+def layers(geometry: Geometry) -> Iterator[Layer]:
+    """All layers in the order of the file."""
+    for block in range(len(GROUPS) * geometry.num_blocks):
+        yield from block_layers(geometry, block)
+
+
+def module_names(geometry: Geometry) -> list[str]:
+    """The modules an expert predicts, in the order of the file."""
+    return [layer.module for layer in layers(geometry)]
+
+
+def module_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of each module an expert predicts."""
+    return {layer.module: (layer.in_features, layer.out_features) for layer in layers(geometry)}
+
+
+def expert_layout(geometry: Geometry) -> dict[str, Shape]:
+    """Name -> shape of every tensor of an expert."""
+    shapes: dict[str, Shape] = {}
+    for layer in layers(geometry):
+        prefix = f"blocks.{layer.block}.layers.{layer.position}"
+        for factor, features in (("a", layer.in_features), ("b", layer.out_features)):
+            shapes[f"{prefix}.proj_{factor}.proj_in.weight"] = (geometry.compress, geometry.embedding_size)
+            shapes[f"{prefix}.proj_{factor}.proj_out.weight"] = (geometry.rank * features, geometry.compress)
+    if (residual := geometry.residual) is not None:
+        for block in range(len(GROUPS) * geometry.num_blocks):
+            prefix = f"blocks.{block}.proj_residual"
+            shapes[f"{prefix}.proj_in.weight"] = (residual.compress, residual.width)
+            shapes[f"{prefix}.proj_out.weight"] = (geometry.compress, residual.num_tokens * residual.compress)
+    return shapes
+
+
+def layout_md5(shapes: Mapping[str, Shape]) -> str:
+    """The fingerprint of names and shapes by which the published files are told apart."""
+    entries = [*shapes, *(f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items())]
+    return hashlib.md5(",".join(sorted(entries)).encode()).hexdigest()
+
+
+def published_name(shapes: Mapping[str, Shape]) -> str | None:
+    """ "style", "coarse" or "fine" if this is the layout of a published file."""
+    md5 = layout_md5(shapes)
+    return next((name for name, published in PUBLISHED.items() if published.md5 == md5), None)
+
+
+def is_expert(shapes: Mapping[str, Shape]) -> bool:
+    """Whether the names are those of an expert, complete or not."""
+    return any(_LAYER_NAME.fullmatch(name) for name in shapes)
+
+
+def is_lora(shapes: Mapping[str, Shape]) -> bool:
+    """Whether there are factors of a LoRA among the names, as in Bias."""
+    return any(re.search(r"\blora_(A|B|down|up)\b|\.lora\.(down|up)\b", name) for name in shapes)
+
+
+def infer_geometry(shapes: Mapping[str, Shape], rank: int = PUBLISHED_RANK) -> Geometry:
+    """The geometry of a complete expert. LayoutError, naming the tensors, if it is incomplete or something else.
+
+    Shapes hold only rank * hidden_size; the published files have rank 4, and ours say theirs in the metadata.
+    """
+    blocks = sorted({int(match[1]) for name in shapes if (match := _LAYER_NAME.fullmatch(name))})
+    if not blocks:
+        raise LayoutError(f"no tensor is named as in an i2L expert (blocks.0.layers.0...); found {_some(list(shapes))}")
+    geometries = [geometry for count in _block_counts(shapes, blocks) if (geometry := _read(shapes, count, rank))]
+    if not geometries:
+        raise LayoutError(
+            "incomplete i2L expert: no block has both weights of proj_a and of proj_residual, if there is one"
+        )
+    best = min(geometries, key=lambda geometry: sum(len(names) for names in _differences(shapes, geometry)))
+    missing, unexpected, misshapen = _differences(shapes, best)
+    if not (missing or unexpected or misshapen):
+        return best
+    expected = expert_layout(best)
+    raise LayoutError(
+        f"incomplete or foreign i2L expert: compared with the {describe(best)}, "
+        + "; ".join(
+            [
+                *([f"{len(missing)} of {len(expected)} tensors are missing: {_some(missing)}"] if missing else []),
+                *([f"{len(unexpected)} do not belong to it: {_some(unexpected)}"] if unexpected else []),
+                *(
+                    [
+                        f"{len(misshapen)} have another shape, such as {misshapen[0]} "
+                        f"{shapes[misshapen[0]]} instead of {expected[misshapen[0]]}"
+                    ]
+                    if misshapen
+                    else []
+                ),
+            ]
+        )
+    )
+
+
+def describe(geometry: Geometry) -> str:
+    """Style layout (60 blocks, hidden size 3072, embedding 5632, compress 64, rank 4)"""
+    values = {
+        "hidden size": geometry.hidden_size,
+        "embedding": geometry.embedding_size,
+        "compress": geometry.compress,
+        "rank": geometry.rank,
+    }
+    text = f"{geometry.kind} layout ({geometry.num_blocks} blocks, " + ", ".join(f"{k} {v}" for k, v in values.items())
+    if (residual := geometry.residual) is not None:
+        text += f", residual of {residual.num_tokens} x {residual.width}, compress {residual.compress}"
+    return text + ")"
+
+
+def _block_counts(shapes: Mapping[str, Shape], blocks: list[int]) -> set[int]:
+    """Possible numbers of transformer blocks: from where the second group begins (its first layer has four times the
+    in_features), from the highest block, and the published one, so that some missing tensors do not mislead."""
+    rows = {b: shapes.get(f"blocks.{b}.layers.0.proj_a.proj_out.weight", (0,))[0] for b in blocks}
+    first = next((count for count in rows.values() if count), 0)
+    boundary = next((b for b in blocks if b and rows[b] == 4 * first), 0)
+    counts = {boundary, -(-(blocks[-1] + 1) // len(GROUPS)), PUBLISHED["style"].geometry.num_blocks}
+    return {count for count in counts if 0 < count <= 4 * (blocks[-1] + 1)}
+
+
+def _read(shapes: Mapping[str, Shape], num_blocks: int, rank: int) -> Geometry | None:
+    """The geometry told by the first block of the first group that is there, if there is one."""
+    has_residual = any(".proj_residual." in name for name in shapes)
+    for block in range(num_blocks):
+        get = [shapes.get(f"blocks.{block}.layers.0.proj_a.{end}.weight") for end in ("proj_in", "proj_out")]
+        inside, out = (shape if shape is not None and len(shape) == 2 else None for shape in get)
+        get = [shapes.get(f"blocks.{block}.proj_residual.{end}.weight") for end in ("proj_in", "proj_out")]
+        residual_in, residual_out = (shape if shape is not None and len(shape) == 2 else None for shape in get)
+        if inside is None or out is None or (has_residual and (residual_in is None or residual_out is None)):
+            continue
+        residual = None
+        if residual_in is not None and residual_out is not None:
+            compress, width = residual_in
+            residual = Residual(num_tokens=residual_out[1] // max(compress, 1), compress=compress, width=width)
+        return Geometry(
+            num_blocks=num_blocks,
+            hidden_size=out[0] // rank,
+            embedding_size=inside[1],
+            compress=inside[0],
+            rank=rank,
+            residual=residual,
+        )
+    return None
+
+
+def _differences(shapes: Mapping[str, Shape], geometry: Geometry) -> tuple[list[str], list[str], list[str]]:
+    """Names that are missing, that do not belong to the layout, and that have another shape."""
+    expected = expert_layout(geometry)
+    return (
+        [name for name in expected if name not in shapes],
+        [name for name in shapes if name not in expected],
+        [name for name in expected if name in shapes and tuple(shapes[name]) != expected[name]],
+    )
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "") or "no tensors"
+
+
+class Header(NamedTuple):
+    """The first bytes of a safetensors file."""
+
+    shapes: dict[str, Shape]
+    dtypes: dict[str, str]
+    metadata: dict[str, str]
+    num_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """Names, shapes and types without reading a weight; LayoutError if the file is cut short or not safetensors."""
+    try:
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= num_bytes - 8:
+                raise ValueError("its header is longer than the file")
+            entries = json.loads(file.read(length))
+        metadata = entries.pop("__metadata__", {})
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        dtypes = {name: entry["dtype"] for name, entry in entries.items()}
+    except OSError as error:
+        raise LayoutError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise LayoutError(f"{path}: not a safetensors file, or cut short ({error})") from error
+    if 8 + length + end != num_bytes:
+        raise LayoutError(
+            f"{path}: the header speaks of {8 + length + end:,} bytes, but the file has {num_bytes:,}. "
+            "It was probably not downloaded to its end; download it again."
+        )
+    return Header(shapes, dtypes, metadata, num_bytes)
+
+
+def header_rank(header: Header) -> int:
+    """The rank that a file states in its metadata, else the published one."""
+    text = header.metadata.get("rank", str(PUBLISHED_RANK))
+    if not text.isdecimal() or int(text) < 1:
+        raise LayoutError(f'the metadata says rank "{text}", which must be a whole number of at least 1')
+    return int(text)

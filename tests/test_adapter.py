@@ -1,0 +1,426 @@
+"""The adapter on a tiny real transformer, against PEFT's own merge and forward, and diffusers' own loader."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trainer import adapter
+from trainer.adapter import TARGETS, AdapterConfig, AdapterError, AdapterWeights, Seed
+from trainer.flow import generator
+from trainer.lowrank import LowRank, concatenate, truncate
+
+SETTINGS = [
+    AdapterConfig(rank=6),
+    AdapterConfig(rank=6, alpha=1.5),
+    AdapterConfig(rank=6, alpha=24.0, use_rslora=True),
+]
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = QwenImageTransformer2DModel(
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=32,
+            joint_attention_dim=32,
+            in_channels=64,
+            axes_dims_rope=(8, 12, 12),
+        )
+        for parameter in model.parameters():  # diffusers starts some at 0 or 1, which would hide a change
+            nn.init.normal_(parameter, std=0.05)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def output(model: nn.Module) -> Tensor:
+    random = generator(0, "inputs")
+    dtype = next(p.dtype for name, p in model.named_parameters() if "lora" not in name)
+    return model(
+        hidden_states=torch.randn(1, 16, 64, generator=random).to(dtype),
+        encoder_hidden_states=torch.randn(1, 5, 32, generator=random).to(dtype),
+        encoder_hidden_states_mask=torch.ones(1, 5, dtype=torch.long),
+        timestep=torch.tensor([0.5]).to(dtype),
+        img_shapes=[[(1, 4, 4)]],
+        return_dict=False,
+    )[0].float()
+
+
+def random_seed(model: nn.Module, rank: int, config: AdapterConfig, size: float = 0.3) -> Seed:
+    factors = {}
+    for name, (in_features, out_features) in adapter.target_modules(model, config).items():
+        random = generator(1, name)
+        a = torch.randn(rank, in_features, generator=random) * size
+        factors[name] = LowRank(a, torch.randn(out_features, rank, generator=random) * size)
+    return Seed(AdapterWeights(factors), {})
+
+
+def dense(x: LowRank) -> Tensor:
+    return x.b.double() @ x.a.double()
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def merged(seed: Seed) -> nn.Module:
+    """The base with dW added to its weights, by plain matrix products."""
+    model = tiny()
+    for name, factors in seed.weights.factors.items():
+        model.get_submodule(name).weight.data += dense(factors).float()
+    return model
+
+
+@pytest.mark.parametrize(("name", "per_block"), [("i2l", 12), ("all", 14), ("attention", 8), ("diffusers", 4)])
+def test_named_sets_are_what_peft_adapts(name: str, per_block: int) -> None:
+    config, model = AdapterConfig(target_modules=name), tiny()
+    modules = adapter.target_modules(model, config)
+    assert len(modules) == 2 * per_block
+    adapter.inject(model, config)
+    assert list(layers(model)) == list(modules)
+    assert adapter.target_modules(model, config) == modules
+    for module, (in_features, out_features) in modules.items():
+        layer = model.get_submodule(module)
+        assert (layer.in_features, layer.out_features) == (in_features, out_features)
+
+
+def test_all_is_every_linear_layer_of_the_blocks() -> None:
+    linears = {name for name, module in tiny().transformer_blocks.named_modules() if isinstance(module, nn.Linear)}
+    assert {name.partition(".")[2] for name in linears} == set(TARGETS["all"])
+
+
+def test_target_modules_works_without_weights_and_with_quantised_layers() -> None:
+    class Linear4bit(nn.Linear):
+        """As in bitsandbytes: a subclass, whose weight has another shape."""
+
+    expected = adapter.target_modules(tiny(), AdapterConfig())
+    with torch.device("meta"):
+        model: Any = QwenImageTransformer2DModel(**{k: v for k, v in tiny().config.items() if not k.startswith("_")})
+    assert adapter.target_modules(model, AdapterConfig()) == expected
+    quantised = Linear4bit(64, 64)
+    quantised.weight = nn.Parameter(torch.zeros(2048, 1), requires_grad=False)
+    model.transformer_blocks[0].attn.to_q = quantised
+    assert adapter.target_modules(model, AdapterConfig()) == expected
+
+
+def test_single_names_and_types_can_be_chosen() -> None:
+    config = AdapterConfig(target_modules=("to_q", "transformer_blocks.1.img_mod.1", "proj_out"))
+    assert set(adapter.target_modules(tiny(), config)) == {
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.1.attn.to_q",
+        "transformer_blocks.1.img_mod.1",
+        "proj_out",
+    }
+
+
+def test_types_that_match_nothing_are_all_named_with_what_is_near() -> None:
+    config = AdapterConfig(target_modules=("attn.to_qq", "img_mlp.net.2", "text_mlp.net.2", "attn"))
+    with pytest.raises(AdapterError) as caught:
+        adapter.target_modules(tiny(), config)
+    first, second, third = str(caught.value).splitlines()
+    assert '"attn.to_qq"' in first and "attn.to_q" in first.replace("attn.to_qq", "")
+    assert '"text_mlp.net.2"' in second and "txt_mlp.net.2" in second
+    assert '"attn"' in third and "no Linear layer" in third
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"rank": 0}, "rank"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"target_modules": "attn.to_q"}, "target_modules"),
+        ({"target_modules": ()}, "target_modules"),
+    ],
+)
+def test_impossible_settings_are_named(values: dict[str, Any], key: str) -> None:
+    (problem,) = AdapterConfig(**values).problems()
+    assert problem.startswith(key)
+    assert not AdapterConfig().problems()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_injection_changes_nothing_yet(dtype: torch.dtype, use_dora: bool) -> None:
+    model, config = tiny(dtype), AdapterConfig(rank=4, use_dora=use_dora)
+    before, state = output(model), torch.random.get_rng_state()
+    adapter.inject(model, config)
+    adapter.apply_seed(model, Seed(AdapterWeights({}), {}), config, random_seed=0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype] if use_dora else 0.0
+    assert torch.allclose(output(model), before, rtol=0, atol=tolerance * float(before.abs().max()))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(adapter.tensors(model)) and len(trained) == 24 * (3 if use_dora else 2)
+    assert all(p.dtype == torch.float32 for p in adapter.tensors(model).values())
+    assert all(p.dtype == dtype for name, p in model.named_parameters() if name not in trained)
+
+
+@pytest.mark.parametrize("config", SETTINGS, ids=str)
+@pytest.mark.parametrize("incoming", [2, 6, 15])
+def test_peft_s_own_delta_is_what_was_asked(config: AdapterConfig, incoming: int) -> None:
+    model = tiny()
+    seed = random_seed(model, incoming, config)
+    adapter.inject(model, config)
+    report = adapter.apply_seed(model, seed, config, random_seed=0)
+    for name, layer in layers(model).items():
+        u, s, vh = torch.linalg.svd(dense(seed.weights.factors[name]), full_matrices=False)
+        expected = (u[:, :6] * s[:6] @ vh[:6]).float()
+        assert torch.allclose(layer.get_delta_weight("default"), expected, atol=1e-5 * float(s[0]))
+    assert (report["seeded"], report["random"], report["dropped"]) == (24, 0, {})
+    assert report["padded"] == (24 if incoming == 2 else 0)
+    assert report["largest_error"] <= 1e-6
+    assert (report["energy_kept"]["min"] < 0.99) == (incoming == 15)
+
+
+@pytest.mark.parametrize("config", [*SETTINGS, AdapterConfig(rank=6, alpha=3.0, use_dora=True)], ids=str)
+def test_the_seeded_model_computes_with_w_plus_dw(config: AdapterConfig) -> None:
+    model = tiny()
+    seed = random_seed(model, 4, config, size=0.1)
+    base, expected = output(model), output(merged(seed))
+    adapter.inject(model, config)
+    adapter.apply_seed(model, seed, config, random_seed=0)
+    difference = (output(model) - expected).abs().max() / (base - expected).abs().max()
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("config", [*SETTINGS, AdapterConfig(rank=6, use_dora=True)], ids=str)
+def test_what_is_read_back_is_effective(config: AdapterConfig) -> None:
+    model = tiny()
+    seed = random_seed(model, 6, config)
+    adapter.inject(model, config)
+    adapter.apply_seed(model, seed, config, random_seed=0)
+    read = adapter.read(model).factors
+    assert read.keys() == seed.weights.factors.keys()
+    for name, factors in seed.weights.factors.items():
+        assert torch.equal(read[name].a, factors.a)  # at the same rank nothing is rotated
+        assert torch.allclose(read[name].b, factors.b, rtol=1e-6)
+
+
+def test_every_rank_of_a_padded_adapter_gets_a_gradient() -> None:
+    model, config = tiny(), AdapterConfig(rank=6)
+    seed = random_seed(model, 2, config)
+    zero_padded = {  # some trainers pad with zeros in both factors
+        name: concatenate([x, LowRank(torch.zeros(4, x.a.shape[1]), torch.zeros(x.b.shape[0], 4))])
+        for name, x in seed.weights.factors.items()
+    }
+    adapter.inject(model, config)
+    for weights in (seed.weights, AdapterWeights(zero_padded)):
+        report = adapter.apply_seed(model, Seed(weights, {}), config, random_seed=0)
+        assert report["padded"] == 24
+        for layer in layers(model).values():
+            assert (layer.lora_A["default"].weight.abs().amax(1) > 0).all()
+            layer.zero_grad()
+            layer(torch.randn(7, layer.in_features, generator=generator(2))).square().sum().backward()
+            assert (layer.lora_B["default"].weight.grad.abs().amax(0) > 0).all()
+
+
+def test_the_report_says_what_is_random_and_what_is_lost() -> None:
+    model, config = tiny(), AdapterConfig(rank=4, target_modules="attention")
+    whole = random_seed(model, 4, AdapterConfig()).weights.factors
+    given = {"transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.img_mod.1"}
+    seed = Seed(AdapterWeights({name: whole[name] for name in given}), {})
+    adapter.inject(model, config)
+    report = adapter.apply_seed(model, seed, config, random_seed=0)
+    energy = {name: float(dense(whole[name]).square().sum()) for name in given}
+    lost = energy["transformer_blocks.0.img_mod.1"] / sum(energy.values())
+    assert (report["seeded"], report["random"]) == (2, 14)
+    assert report["dropped"] == {"transformer_blocks.0.img_mod.1": pytest.approx(lost)}
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_random_rows_depend_on_the_seed_and_the_module_alone() -> None:
+    def rows(seed: int, target_modules: str) -> Tensor:
+        model, config = tiny(), AdapterConfig(rank=4, target_modules=target_modules)
+        adapter.inject(model, config)
+        adapter.apply_seed(model, Seed(AdapterWeights({}), {}), config, random_seed=seed)
+        return adapter.read(model).factors["transformer_blocks.1.attn.to_q"].a
+
+    assert torch.equal(rows(0, "all"), rows(0, "diffusers"))
+    assert not torch.equal(rows(0, "all"), rows(1, "all"))
+
+
+def _halve(factors: dict[str, LowRank]) -> None:
+    name = "transformer_blocks.1.attn.to_k"
+    factors[name] = LowRank(factors[name].a, factors[name].b / 2)
+
+
+def _swap(factors: dict[str, LowRank]) -> None:
+    q, k = "transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn.to_k"
+    factors[q], factors[k] = factors[k], factors[q]
+
+
+def _forget(factors: dict[str, LowRank]) -> None:
+    factors.pop("transformer_blocks.1.attn.to_k")
+
+
+@pytest.mark.parametrize("damage", [_halve, _swap, _forget])
+def test_a_seed_that_does_not_arrive_is_an_error(
+    damage: Callable[[dict[str, LowRank]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = tiny(), AdapterConfig(rank=6)
+    seed = random_seed(model, 6, config)
+    adapter.inject(model, config)
+    write = adapter._write
+
+    def damaged(transformer: nn.Module, requested: dict[str, LowRank]) -> None:
+        copy = dict(requested)
+        damage(copy)
+        write(transformer, copy)
+
+    monkeypatch.setattr(adapter, "_write", damaged)
+    with pytest.raises(
+        AdapterError, match=r"not in the adapter: [12] of 24 modules .*transformer_blocks\.1\.attn\.to_"
+    ):
+        adapter.apply_seed(model, seed, config, random_seed=0)
+
+
+def test_the_proof_of_a_zero_seed_is_exact() -> None:
+    model, config = tiny(), AdapterConfig(rank=6)
+    adapter.inject(model, config)
+    assert adapter.apply_seed(model, Seed(AdapterWeights({}), {}), config, random_seed=0)["largest_error"] == 0.0
+    requested = adapter.read(model)
+    layers(model)["transformer_blocks.0.attn.to_q"].lora_B["default"].weight.data[0, 0] = 1e-20
+    with pytest.raises(AdapterError, match="1 of 24"):
+        adapter.prove(model, requested)
+
+
+def test_a_seed_for_nothing_that_is_trained_is_an_error() -> None:
+    model, config = tiny(), AdapterConfig(rank=4, target_modules="attention")
+    other = random_seed(model, 4, AdapterConfig(target_modules=("img_mod.1",)))
+    adapter.inject(model, config)
+    with pytest.raises(
+        AdapterError, match=r"transformer_blocks\.0\.img_mod\.1.*transformer_blocks\.0\.attn\.add_k_proj"
+    ):
+        adapter.apply_seed(model, other, config, random_seed=0)
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        (LowRank(torch.ones(2, 32), torch.ones(64, 2)), "32 -> 64 in the seed and 64 -> 64"),
+        (LowRank(torch.ones(2, 64), torch.ones(64, 3)), "rank 2 in a and 3 in b"),
+        (LowRank(torch.full((2, 64), torch.nan), torch.ones(64, 2)), "NaN"),
+    ],
+)
+def test_a_seed_that_does_not_fit_is_an_error(factors: LowRank, said: str) -> None:
+    model, config = tiny(), AdapterConfig(rank=4)
+    adapter.inject(model, config)
+    seed = Seed(AdapterWeights({"transformer_blocks.0.attn.to_q": factors}), {})
+    with pytest.raises(AdapterError, match=re.escape(said)):
+        adapter.apply_seed(model, seed, config, random_seed=0)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_tensors_go_back_exactly(use_dora: bool) -> None:
+    config = AdapterConfig(rank=4, alpha=2.0, use_dora=use_dora)
+    first, second = tiny(), tiny()
+    for model in (first, second):
+        adapter.inject(model, config)
+    adapter.apply_seed(first, random_seed(first, 4, config), config, random_seed=0)
+    saved = {name: tensor.clone() for name, tensor in adapter.tensors(first).items()}
+    adapter.load_tensors(second, saved)
+    assert saved and all(torch.equal(tensor, saved[name]) for name, tensor in adapter.tensors(second).items())
+    assert torch.equal(output(first), output(second))
+
+
+def test_tensors_of_another_adapter_are_refused() -> None:
+    model = tiny()
+    adapter.inject(model, AdapterConfig(rank=4))
+    saved = {name: tensor.clone() for name, tensor in adapter.tensors(model).items()}
+    name = next(iter(saved))
+    for wrong, said in (
+        ({k: v for k, v in saved.items() if k != name}, "is missing"),
+        ({**saved, "stray": torch.ones(1)}, "stray is not in this adapter"),
+        ({**saved, name: torch.ones(5, 64)}, r"is \(5, 64\) instead of \(4, 64\)"),
+    ):
+        with pytest.raises(AdapterError, match=said):
+            adapter.load_tensors(model, wrong)
+
+
+def pipeline() -> Any:
+    return QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None, transformer=tiny()
+    )
+
+
+@pytest.mark.parametrize("config", [*SETTINGS, AdapterConfig(rank=6, alpha=3.0, use_dora=True)], ids=str)
+def test_the_saved_folder_loads_in_peft_and_in_diffusers(config: AdapterConfig, tmp_path: Path) -> None:
+    model = tiny()
+    adapter.inject(model, config)
+    adapter.apply_seed(model, random_seed(model, 6, config), config, random_seed=0)
+    for layer in layers(model).values():  # as after training, where the magnitudes are not the norms of W + dW any more
+        for magnitude in layer.lora_magnitude_vector.values():
+            magnitude.weight.data *= 1.1
+    adapter.save(model, tmp_path / "adapter", config, "some/base")
+    expected, plain = output(model), output(tiny())
+    assert (expected - plain).abs().max() > 0.01
+
+    wrapped: Any = PeftModel.from_pretrained(tiny(), str(tmp_path / "adapter")).eval()
+    assert torch.allclose(output(wrapped), expected, atol=1e-6)
+    model.requires_grad_(False)
+    ours, theirs = layers(model), layers(wrapped.base_model.model)
+    assert ours.keys() == theirs.keys()
+    for name, layer in ours.items():
+        assert torch.equal(layer.get_delta_weight("default"), theirs[name].get_delta_weight("default"))
+
+    pipe = pipeline()
+    pipe.load_lora_weights(str(tmp_path / "adapter"))
+    assert torch.allclose(output(pipe.transformer), expected, atol=1e-5)
+    loaded = layers(pipe.transformer)
+    assert loaded.keys() == ours.keys()
+    for name, layer in ours.items():
+        (their_name,) = loaded[name].lora_A
+        delta = layer.get_delta_weight("default")
+        assert torch.allclose(loaded[name].get_delta_weight(their_name), delta, atol=1e-6 * float(delta.abs().max()))
+
+
+def test_the_saved_folder_is_complete_and_reproducible(tmp_path: Path) -> None:
+    model, config = tiny(), AdapterConfig(rank=4, alpha=2.0, dropout=0.1)
+    adapter.inject(model, config)
+    adapter.apply_seed(model, random_seed(model, 4, config), config, random_seed=0)
+    contents = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        adapter.save(model, folder, config, "some/base")
+        contents.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {"adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors"}
+    description = json.loads(contents[0]["adapter_config.json"])
+    assert (description["r"], description["lora_alpha"], description["peft_type"]) == (4, 2.0, "LORA")
+    assert description["base_model_name_or_path"] == "some/base"
+    keys = set(load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    assert "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight" in keys and len(keys) == 48
+
+
+def test_a_failing_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = tiny(), AdapterConfig(rank=4)
+    adapter.inject(model, config)
+    adapter.save(model, tmp_path / "adapter", config, "base")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapter, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        adapter.save(model, tmp_path / "adapter", config, "base")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_truncation_of_a_larger_seed_is_the_module_s_own() -> None:
+    model, config = tiny(), AdapterConfig(rank=3, target_modules=("attn.to_q",))
+    seed = random_seed(model, 9, config)
+    adapter.inject(model, config)
+    report = adapter.apply_seed(model, seed, config, random_seed=0)
+    kept = [truncate(x, 3)[1] for x in seed.weights.factors.values()]
+    assert report["energy_kept"] == {"min": min(kept), "mean": pytest.approx(sum(kept) / 2)}

@@ -1,0 +1,293 @@
+"""From pictures to a seed: order, scale and rank of what the experts predict, against float64 matrix products."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+from test_i2l_expert import random_expert, reference, reference_delta
+from transformers import DINOv3ViTConfig, DINOv3ViTModel, SiglipVisionConfig, SiglipVisionModel
+
+from demo import text_encoder
+from initializers.i2l import Config, check, encoders, initialize, predict
+from initializers.i2l.__main__ import main
+from initializers.i2l.expert import save_expert
+from initializers.i2l.layout import Geometry, Residual, module_shapes
+from trainer.adapter import InitContext
+
+HIDDEN = text_encoder.HIDDEN_SIZE
+STYLE = Geometry(num_blocks=2, hidden_size=8, embedding_size=24, compress=5)
+COARSE = Geometry(
+    num_blocks=2,
+    hidden_size=8,
+    embedding_size=24,
+    compress=6,
+    residual=Residual(num_tokens=71, compress=3, width=HIDDEN),
+)
+FINE = Geometry(
+    num_blocks=2,
+    hidden_size=8,
+    embedding_size=24,
+    compress=6,
+    residual=Residual(num_tokens=1376, compress=2, width=HIDDEN),
+)
+NUM_PICTURES = 3
+BIAS_RANK = 5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with random miniatures of everything that is published, and three pictures."""
+    root = tmp_path_factory.mktemp("world")
+    for seed, (name, geometry) in enumerate({"Style": STYLE, "Coarse": COARSE, "Fine": FINE}.items()):
+        save_expert(random_expert(geometry, seed), root / "i2l" / f"Qwen-Image-i2L-{name}.safetensors")
+    random = torch.Generator().manual_seed(9)
+    bias = {}
+    for module, (in_features, out_features) in module_shapes(STYLE).items():
+        bias[f"{module}.lora_A.default.weight"] = torch.randn(BIAS_RANK, in_features, generator=random)
+        bias[f"{module}.lora_B.default.weight"] = torch.randn(out_features, BIAS_RANK, generator=random)
+    save_file(bias, root / "i2l" / predict.FILES["bias"])
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    siglip = SiglipVisionModel(SiglipVisionConfig(hidden_size=16, intermediate_size=24, **size))
+    dinov3 = DINOv3ViTModel(DINOv3ViTConfig(hidden_size=8, intermediate_size=24, **size))
+    encoders.save_siglip(siglip, root / "encoders" / encoders.SIGLIP_FOLDER)
+    encoders.save_dinov3(dinov3, root / "encoders" / encoders.DINOV3_FOLDER)
+    text_encoder.save(root / "base")
+    (root / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(NUM_PICTURES):
+        noise = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((70 + index, 60), Image.Resampling.BICUBIC).save(
+            root / "pictures" / f"{index}.png"
+        )
+    return root
+
+
+def config(world: Path, *experts: str, strength: float = 1.0) -> Config:
+    return Config(experts=experts, weights=str(world / "i2l"), encoders=str(world / "encoders"), strength=strength)
+
+
+def context(world: Path, modules: dict[str, tuple[int, int]] | None = None) -> InitContext:
+    return InitContext(
+        images=tuple(sorted((world / "pictures").iterdir())),
+        modules=module_shapes(STYLE) if modules is None else modules,
+        rank=4,
+        seed=0,
+        device=torch.device("cpu"),
+        base=str(world / "base"),
+        say=lambda message: None,
+    )
+
+
+def deltas(world: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Expert -> module -> dW, the mean over pictures, from the encoders' outputs."""
+    pictures = [Image.open(path).convert("RGB") for path in sorted((world / "pictures").iterdir())]
+    x = encoders.encode_pictures(pictures, world / "encoders")
+    found = {}
+    for seed, (name, geometry, resolution) in enumerate(
+        [("style", STYLE, 0), ("coarse", COARSE, 224), ("fine", FINE, 1024)]
+    ):
+        weights = dict(random_expert(geometry, seed).state_dict())
+        residual = encoders.qwen_vl_residual(pictures, str(world / "base"), resolution) if resolution else [None] * 3
+        found[name] = reference_delta([reference(weights, 2, 8, x[i], residual[i]) for i in range(NUM_PICTURES)])
+    bias = {}
+    random = torch.Generator().manual_seed(9)
+    for module, (in_features, out_features) in module_shapes(STYLE).items():
+        a = torch.randn(BIAS_RANK, in_features, generator=random)
+        bias[module] = (torch.randn(out_features, BIAS_RANK, generator=random).double() @ a.double()).numpy()
+    return {**found, "bias": bias}
+
+
+@pytest.fixture(scope="module")
+def expected(world: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
+    return deltas(world)
+
+
+@pytest.mark.parametrize(
+    ("experts", "strength", "rank"),
+    [
+        (("style",), 1.0, 12),
+        (("style",), 0.5, 12),
+        (("coarse", "fine"), 1.0, 24),
+        (("bias", "fine", "coarse", "style"), 1.0, 36 + BIAS_RANK),
+        (("coarse", "fine", "bias"), 2.0, 24 + BIAS_RANK),
+    ],
+)
+def test_the_seed_is_the_sum_of_the_experts(
+    world: Path,
+    expected: dict[str, dict[str, NDArray[np.float64]]],
+    experts: tuple[str, ...],
+    strength: float,
+    rank: int,
+) -> None:
+    options = config(world, *experts, strength=strength)
+    assert check(options) == []
+    seed = initialize(context(world), options)
+    assert len(seed.weights.factors) == 24
+    for module, pair in seed.weights.factors.items():
+        assert pair.a.dtype == pair.b.dtype == torch.float32
+        assert pair.a.shape[0] == pair.b.shape[1] == rank
+        delta = strength * sum(expected[name][module] for name in experts)
+        difference = np.abs((pair.b.double() @ pair.a.double()).numpy() - delta).max()
+        assert difference <= 2e-4 * np.abs(delta).max()  # the text encoder's batches differ by as much
+    report = seed.report
+    assert report["num_pictures"] == 3 and report["incoming_rank"] == rank and report["modules"] == 24
+    assert [entry["expert"] for entry in report["experts"]] == sorted(experts, key=list(predict.FILES).index)
+    assert all(len(entry["md5"]) == len(entry["layout_md5"]) == 32 for entry in report["experts"])
+    assert all(math.isfinite(value) for value in report["seconds"].values())
+
+
+def test_ranks_come_in_the_published_order(world: Path) -> None:
+    """Style picture by picture, Coarse, Fine, then Bias; a divided by the number of pictures, Bias not."""
+    seed = initialize(context(world), config(world, "bias", "fine", "coarse", "style"))
+    pictures = [Image.open(path).convert("RGB") for path in sorted((world / "pictures").iterdir())]
+    x = encoders.encode_pictures(pictures, world / "encoders")
+    single = reference(dict(random_expert(STYLE, 0).state_dict()), 2, 8, x[1], None)
+    for module, pair in seed.weights.factors.items():
+        a, b = single[module]
+        np.testing.assert_allclose(pair.a[4:8].numpy(), a / 3, rtol=1e-3, atol=1e-4 * np.abs(a).max())
+        np.testing.assert_allclose(pair.b[:, 4:8].numpy(), b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+    coarse = initialize(context(world), config(world, "coarse")).weights.factors
+    for module, pair in seed.weights.factors.items():
+        torch.testing.assert_close(pair.a[12:24], coarse[module].a)
+    random = torch.Generator().manual_seed(9)
+    for module, (in_features, out_features) in module_shapes(STYLE).items():
+        pair = seed.weights.factors[module]
+        assert torch.equal(pair.a[36:], torch.randn(BIAS_RANK, in_features, generator=random))
+        assert torch.equal(pair.b[:, 36:], torch.randn(out_features, BIAS_RANK, generator=random))
+
+
+def test_experts_by_path(world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "mine.safetensors"
+    save_expert(random_expert(STYLE, 0), other)
+    by_path = initialize(context(world), config(world, str(other), str(world / "i2l" / predict.FILES["bias"])))
+    by_name = initialize(context(world), config(world, "style", "bias"))
+    for module, pair in by_path.weights.factors.items():
+        assert torch.equal(pair.a, by_name.weights.factors[module].a)
+
+
+def test_problems_of_the_configuration() -> None:
+    assert Config().problems() == []
+    assert Config(experts=()).problems()[0].startswith("experts must name at least one")
+    assert Config(experts=("style", "style")).problems()[0].startswith("experts must not name an expert twice")
+    for strength in (0.0, -1.0, math.nan, math.inf):
+        assert Config(strength=strength).problems()[0].startswith("strength must be above 0")
+
+
+def test_problems_found_before_any_model_loads(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    sketchy = Config(experts=("style", "stile", "fine"), weights=str(tmp_path / "empty"), encoders="no/where")
+    text = "\n".join(check(sketchy))
+    assert f"experts: {tmp_path / 'empty' / 'Qwen-Image-i2L-Style.safetensors'} is missing" in text
+    assert 'experts: "stile" is neither an expert (style, coarse, fine, bias) nor a file' in text
+    assert check(config(world, "fine")) == ['experts: fine works only together with coarse: add "coarse"']
+    text = "\n".join(check(Config(experts=("style",), encoders="no/where", weights=str(world / "i2l"))))
+    assert "hf download no/where SigLIP2-G384/model.safetensors" in text and "HF_HUB_OFFLINE" in text
+    text = "\n".join(check(Config(experts=("style",), encoders=str(tmp_path / "nothing"), weights=str(world / "i2l"))))
+    assert "neither a folder nor a Hugging Face id" in text
+    assert check(Config(experts=("bias",), weights=str(world / "i2l"), encoders="no/where")) == []
+
+
+def test_damaged_and_mistaken_files_are_found_first(world: Path, tmp_path: Path) -> None:
+    whole = (world / "i2l" / predict.FILES["style"]).read_bytes()
+    (tmp_path / predict.FILES["style"]).write_bytes(whole[:-10])
+    (tmp_path / predict.FILES["coarse"]).write_bytes(whole)
+    (tmp_path / predict.FILES["fine"]).write_bytes((world / "i2l" / predict.FILES["bias"]).read_bytes())
+    options = Config(experts=("style", "coarse", "fine"), weights=str(tmp_path), encoders=str(world / "encoders"))
+    first, second, third = check(options)
+    assert "not downloaded to its end" in first
+    assert 'expected the expert "coarse", found the Style layout' in second
+    assert "no i2L expert" in third
+
+
+def test_encoders_of_another_size_are_found_first(world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_expert(random_expert(Geometry(num_blocks=2, hidden_size=8, embedding_size=20, compress=5)), other)
+    (problem,) = check(config(world, str(other)))
+    assert "embeddings of 24 numbers" in problem and problem.endswith("takes 20")
+
+
+def test_an_expert_for_another_model_is_refused(world: Path) -> None:
+    wide = {module: (2 * i, 2 * o) for module, (i, o) in module_shapes(STYLE).items()}
+    with pytest.raises(ValueError, match=r"attn\.\w+ is 8 -> 8 in the expert and 16 -> 16 in"):
+        initialize(context(world, wide), config(world, "style"))
+    deep = module_shapes(Geometry(num_blocks=3, hidden_size=8))
+    with pytest.raises(ValueError, match=r"made for a model of 2 blocks, but .* has 3"):
+        initialize(context(world, deep), config(world, "style"))
+    with pytest.raises(ValueError, match="predicts none of the modules"):
+        initialize(context(world, {"blocks.0.q": (8, 8)}), config(world, "style"))
+    few = {"transformer_blocks.0.attn.to_q": (8, 8)}
+    assert (
+        len(initialize(context(world, few), config(world, "style")).weights.factors) == 24
+    )  # the adapter drops the rest
+
+
+def test_downloads(world: Path) -> None:
+    assert predict.downloads(config(world, "style", "coarse")) == []
+    names = [file for _, file in predict.downloads(Config(experts=("style",), weights="no/where", encoders="no/where"))]
+    assert names == [predict.FILES["style"], *encoders.ENCODER_FILES]
+
+
+def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file it writes is the best LoRA of its rank, and is read back as such."""
+    from diffusers import QwenImageTransformer2DModel
+
+    from trainer.formats import read_lora
+
+    with torch.device("meta"):
+        transformer: Any = QwenImageTransformer2DModel(
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=1,
+            joint_attention_dim=HIDDEN,
+            axes_dims_rope=(2, 2, 4),
+        )
+    transformer.save_config(world / "base" / "transformer")
+    (world / "base" / "vae").mkdir(exist_ok=True)
+    text = f"""
+        [model]
+        base = "{world / "base"}"
+        [init]
+        method = "i2l"
+        [init.i2l]
+        experts = ["coarse", "style"]
+        weights = "{world / "i2l"}"
+        encoders = "{world / "encoders"}"
+        """
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    arguments = [
+        "predict",
+        "--config",
+        str(tmp_path / "run.toml"),
+        "--rank",
+        "6",
+        "--output",
+        str(tmp_path / "x.safetensors"),
+    ]
+    assert main([*arguments, "--images", str(world / "pictures")]) == 0
+    shown = capsys.readouterr().out
+    assert "24 modules, rank 6 of 24, from 3 pictures" in shown and "energy kept" in shown
+    weights, _ = read_lora(tmp_path / "x.safetensors")
+    whole = initialize(context(world), config(world, "style", "coarse")).weights.factors
+    assert weights.factors.keys() == whole.keys()
+    for module, pair in weights.factors.items():
+        dense = whole[module].b.double() @ whole[module].a.double()
+        values = torch.linalg.svdvals(dense)
+        error = torch.linalg.norm(pair.b.double() @ pair.a.double() - dense)
+        assert pair.a.shape[0] == 6
+        assert float(error) <= float(values[6:].square().sum().sqrt()) * (1 + 1e-5) + 1e-5 * float(values[0])
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
+    assert "modules      24" in capsys.readouterr().out
+
+    assert main([*arguments, "--images", str(tmp_path / "nowhere")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    (tmp_path / "run.toml").write_text(text.replace("encoders =", "encoder ="), encoding="utf-8")
+    assert main([*arguments, "--images", str(world / "pictures")]) == 2
+    assert "encoders" in capsys.readouterr().err

@@ -1,0 +1,402 @@
+"""The LoRA on the transformer, through PEFT: inject, seed, prove the seed, read back, save.
+
+Everywhere outside this file factors are *effective*: dW = b a. PEFT multiplies b a by its scale (alpha / rank, or
+alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by the scale and what is read is multiplied.
+"""
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from trainer.files import new_folder, write_json, write_tensors
+from trainer.flow import generator
+from trainer.lowrank import LowRank, norm, pad, rank, relative_difference, truncate, zeros
+
+NAME = "default"  # of the adapter in PEFT
+TOLERANCE = 1e-5  # of the proof: fp32 rounds at 6e-8, a wrong scale or a swapped module is off by far more
+
+_IMAGE_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+_TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+_ATTENTION = (*_IMAGE_ATTENTION, *_TEXT_ATTENTION)
+_I2L = (*_ATTENTION, "img_mlp.net.2", "txt_mlp.net.2", "img_mod.1", "txt_mod.1")
+TARGETS: dict[str, tuple[str, ...]] = {
+    "i2l": _I2L,
+    "all": (*_I2L, "img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
+    "attention": _ATTENTION,
+    "diffusers": _IMAGE_ATTENTION,
+}
+"""Sets of module types by name: the 12 that i2L predicts, all 14 of a block, both attentions, diffusers' default."""
+
+
+class AdapterError(ValueError):
+    """An adapter cannot be made, seeded or restored as asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """`[adapter]`"""
+
+    rank: int = 16
+    alpha: float | None = None
+    """dW = alpha / rank * b a. Default: the rank, so that the scale is 1. A seed keeps its effect whatever it is."""
+    dropout: float = 0.0
+    """Probability that an input of the adapter is zeroed while training."""
+    target_modules: str | tuple[str, ...] = "i2l"
+    """"i2l" (the 12 module types that i2L covers), "all" (14), "attention" (8), "diffusers" (4: its default), or a list
+    of module types or names, such as ["attn.to_q", "transformer_blocks.0.img_mod.1"]."""
+    use_rslora: bool = False
+    """dW = alpha / sqrt(rank) * b a (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train magnitude and direction of the weights apart (arXiv:2402.09353)."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.rank < 1:
+            found.append(f"rank must be at least 1, not {self.rank}")
+        if self.alpha is not None and not self.alpha > 0:
+            found.append(f"alpha must be above 0, not {self.alpha}: at 0 the adapter would have no effect")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if isinstance(self.target_modules, str):
+            if self.target_modules not in TARGETS:
+                found.append(
+                    f'target_modules: there is no set "{self.target_modules}", only {", ".join(TARGETS)}; '
+                    f'for single module types give a list: ["{self.target_modules}"]'
+                )
+        elif not self.target_modules or not all(self.target_modules):
+            found.append("target_modules must name at least one module type, and no empty one")
+        return found
+
+    @property
+    def module_types(self) -> tuple[str, ...]:
+        return TARGETS[self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+
+    @property
+    def effective_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    factors: dict[str, LowRank]
+    """Module name -> effective factors, fp32. Names are the transformer's: `transformer_blocks.0.attn.to_q`."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What a run starts from. Modules that are not in it start as PEFT's default: a random, b zero."""
+
+    weights: AdapterWeights
+    report: dict[str, Any]
+    """Of the initializer, for run.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitContext:
+    """What an initializer may know."""
+
+    images: tuple[Path, ...]
+    """Training pictures only; held-out ones never come here."""
+    modules: dict[str, tuple[int, int]]
+    """in_features and out_features of each target module."""
+    rank: int
+    seed: int
+    device: torch.device
+    base: str
+    """Folder or Hugging Face id of the pipeline."""
+    say: Callable[[str], None]
+    """Prints a line."""
+
+
+class Initializer(Protocol):
+    """Returns data and touches nothing. `config` is an instance of the `Config` beside it."""
+
+    def __call__(self, context: InitContext, config: Any) -> Seed: ...
+
+
+def target_modules(transformer: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, int]]:
+    """in_features and out_features of every module that gets an adapter; before or after `inject`, on any device.
+
+    A type matches the module of that name and all whose name ends in "." and it, as PEFT does it. AdapterError names
+    all types that match nothing, or something else than a Linear layer, and what is near.
+    """
+    linears, others = _linears(transformer), _other_names(transformer)
+    found: set[str] = set()
+    problems = []
+    for wanted in config.module_types:
+        matching = {name for name in linears if _matches(name, wanted)}
+        if wrong := sorted(name for name in others if _matches(name, wanted)):
+            problems.append(f'target_modules: "{wanted}" matches {wrong[0]}, which is no Linear layer')
+        elif not matching:
+            problems.append(f'target_modules: "{wanted}" matches no module; {_nearest(wanted, linears)}')
+        found |= matching
+    if problems:
+        raise AdapterError("\n".join(problems))
+    return {name: size for name, size in linears.items() if name in found}
+
+
+def inject(transformer: nn.Module, config: AdapterConfig) -> None:
+    """Put the adapter on the transformer: in fp32 and trainable; everything else is frozen. Then `apply_seed`.
+
+    `transformer` is a diffusers model. The global random state is as it was.
+    """
+    target_modules(transformer, config)
+    transformer.requires_grad_(False)
+    devices = {p.device for p in transformer.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+        transformer.add_adapter(_peft_config(config), NAME)
+    for parameter in _parameters(transformer).values():
+        parameter.data = parameter.data.float()  # PEFT takes over the base's type; a bf16 seed would be rounded
+
+
+@torch.no_grad()
+def apply_seed(transformer: nn.Module, seed: Seed, config: AdapterConfig, *, random_seed: int) -> dict[str, Any]:
+    """Write the seed into the adapter, at the adapter's rank, and prove it: the report says what became of it.
+
+    A larger rank is truncated exactly; a smaller one is balanced, and filled with rows that change nothing until they
+    are trained; an equal one is taken as it is. Then dW is read back and compared, module by module. AdapterError if
+    it differs, if no module of the seed is trained here, or if the seed has other sizes or NaN.
+    """
+    start = time.perf_counter()
+    modules = target_modules(transformer, config)
+    _check_seed(seed, modules)
+    energies = {name: norm(factors) ** 2 for name, factors in seed.weights.factors.items()}
+    requested: dict[str, LowRank] = {}
+    padded, kept = [], {}
+    for name, (in_features, out_features) in modules.items():
+        factors, energy = _at_most(seed.weights.factors.get(name, zeros(in_features, out_features)), config.rank)
+        if energies.get(name):
+            kept[name] = energy
+            if rank(factors) < config.rank:
+                padded.append(name)
+        requested[name] = pad(factors, config.rank, generator(random_seed, "adapter", name))
+    _write(transformer, requested)
+    error = prove(transformer, AdapterWeights(requested))
+    dropped = {name: energy for name, energy in energies.items() if name not in modules and energy}
+    total = sum(energies.values())
+    return {
+        "seeded": len(kept),
+        "padded": len(padded),
+        "random": len(modules) - len(kept),
+        "dropped": {name: energy / total for name, energy in sorted(dropped.items())},
+        "energy_kept": {"min": min(kept.values()), "mean": sum(kept.values()) / len(kept)} if kept else None,
+        "largest_error": error,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def prove(transformer: nn.Module, requested: AdapterWeights) -> float:
+    """The largest relative difference between the adapter's dW and what was requested. AdapterError if above 1e-5."""
+    actual = read(transformer).factors
+    if different := sorted(actual.keys() ^ requested.factors.keys()):
+        raise AdapterError(f"the seed is not in the adapter: its modules differ, as in {_first(different)}")
+    errors = {name: relative_difference(factors, actual[name]) for name, factors in requested.factors.items()}
+    if wrong := [name for name, error in errors.items() if not error <= TOLERANCE]:
+        worst = max(wrong, key=lambda name: errors[name])
+        raise AdapterError(
+            f"the seed is not in the adapter: {len(wrong)} of {len(errors)} modules differ from what was asked, "
+            f"{worst} by {errors[worst]:.1e} of its norm. Nothing was trained."
+        )
+    return max(errors.values())
+
+
+def read(transformer: nn.Module) -> AdapterWeights:
+    """The adapter's effective factors, on the CPU, in fp32. With DoRA: of the direction."""
+    factors = {}
+    for name, layer in _layers(transformer):
+        a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        factors[name] = LowRank(a.detach().float().cpu().clone(), b.detach().float().cpu() * layer.scaling[NAME])
+    if not factors:
+        raise AdapterError("this transformer has no adapter")
+    return AdapterWeights(factors)
+
+
+def tensors(transformer: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors under their own names, for checkpoints. They are not copies."""
+    return {name: parameter.detach() for name, parameter in _parameters(transformer).items()}
+
+
+@torch.no_grad()
+def load_tensors(transformer: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Put back what `tensors` gave. AdapterError if anything is missing, unexpected or of another shape."""
+    parameters = _parameters(transformer)
+    problems = [
+        *(f"{name} is missing" for name in parameters.keys() - saved.keys()),
+        *(f"{name} is not in this adapter" for name in saved.keys() - parameters.keys()),
+        *(
+            f"{name} is {tuple(saved[name].shape)} instead of {tuple(parameters[name].shape)}"
+            for name in saved.keys() & parameters.keys()
+            if saved[name].shape != parameters[name].shape
+        ),
+    ]
+    if problems:
+        raise AdapterError(f"the saved tensors are of another adapter: {_first(sorted(problems), '; ')}")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+
+
+def save(transformer: nn.Module, folder: Path, config: AdapterConfig, base: str) -> None:
+    """Write the adapter for PEFT and for diffusers into one folder, whole or not at all.
+
+    `PeftModel.from_pretrained` reads adapter_config.json and adapter_model.safetensors. diffusers' `load_lora_weights`
+    would find no key of its own in that file, warn and load nothing; given the folder, it takes
+    pytorch_lora_weights.safetensors first, where the scale is already in b, so that it needs no alpha.
+    """
+    peft, diffusers = {}, {}
+    for name, tensor in tensors(transformer).items():
+        module, part = _split(name)
+        peft[f"base_model.model.{module}.{part}"] = tensor
+        scaled = tensor * _layer(transformer, module).scaling[NAME] if part == "lora_B.weight" else tensor
+        diffusers[f"transformer.{module}.{part}"] = scaled
+    description = _peft_config(config).to_dict()
+    description |= {"base_model_name_or_path": base, "inference_mode": True}
+    description["target_modules"] = sorted(config.module_types)
+    with new_folder(folder) as partial:
+        write_tensors(partial / "adapter_model.safetensors", peft, {"format": "pt"})
+        write_tensors(partial / "pytorch_lora_weights.safetensors", diffusers, {"format": "pt"})
+        write_json(partial / "adapter_config.json", _plain(description))
+
+
+def _peft_config(config: AdapterConfig) -> LoraConfig:
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.effective_alpha,  # PEFT says int and takes any number
+        lora_dropout=config.dropout,
+        target_modules=list(config.module_types),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+
+
+def _linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Linear layers, quantised ones too (all of them are subclasses), by the names they have without an adapter."""
+    adapted = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
+    inside = tuple(f"{name}." for name in adapted)
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in transformer.named_modules()
+        if (name in adapted or isinstance(module, nn.Linear)) and not name.startswith(inside)
+    }
+
+
+def _other_names(transformer: nn.Module) -> list[str]:
+    inside = tuple(f"{name}." for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer))
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if not isinstance(module, nn.Linear | LoraLayer) and not name.startswith(inside)
+    ]
+
+
+def _matches(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith("." + wanted)
+
+
+def _nearest(wanted: str, names: Iterable[str]) -> str:
+    """The names most like `wanted`, counting the ends of names as names."""
+    ends = {".".join(parts[start:]) for name in names for parts in [name.split(".")] for start in range(len(parts))}
+    near = difflib.get_close_matches(wanted, sorted(ends), n=3, cutoff=0.5)
+    return f"near are {', '.join(near)}" if near else f"this model has {_first(sorted(TARGETS['all']))}"
+
+
+def _layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and PEFT's layers, whose attributes no type checker can follow."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer) and NAME in module.lora_A:
+            yield name, module
+
+
+def _layer(transformer: nn.Module, name: str) -> Any:
+    layer = transformer.get_submodule(name)
+    assert isinstance(layer, LoraLayer)
+    return layer
+
+
+def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """a, b and, with DoRA, the magnitude of every adapted module."""
+    return {
+        f"{name}.{part}": parameter
+        for name, layer in _layers(transformer)
+        for part, parameter in layer.named_parameters()
+        if part.startswith("lora_")
+    }
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`x.lora_A.default.weight` -> x, `lora_A.weight`; PEFT's files have no ".weight" after the magnitude."""
+    module, _, part = name.rpartition(".lora_")
+    half = part.split(".")[0]
+    return module, "lora_magnitude_vector" if half == "magnitude_vector" else f"lora_{half}.weight"
+
+
+def _check_seed(seed: Seed, modules: dict[str, tuple[int, int]]) -> None:
+    factors = seed.weights.factors
+    if factors and not factors.keys() & modules.keys():
+        raise AdapterError(
+            f"the seed has none of the modules that are to be trained. It has {_first(sorted(factors))}; "
+            f"to be trained are {_first(sorted(modules))}"
+        )
+    problems = []
+    for name, (a, b) in factors.items():
+        if name in modules and (a.shape[1], b.shape[0]) != modules[name]:
+            expected = "{} -> {}".format(*modules[name])
+            problems.append(f"{name} is {a.shape[1]} -> {b.shape[0]} in the seed and {expected} in the model")
+        elif a.shape[0] != b.shape[1]:
+            problems.append(f"{name} has rank {a.shape[0]} in a and {b.shape[1]} in b")
+        elif not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+            problems.append(f"{name} contains NaN or infinity")
+    if problems:
+        raise AdapterError(f"the seed does not fit: {_first(problems, '; ')}")
+
+
+def _at_most(factors: LowRank, limit: int) -> tuple[LowRank, float]:
+    """At most of rank `limit`, on the CPU, and the share of energy kept.
+
+    At that very rank it is untouched, being another run's result, or having random rows in a; only rows that are zero
+    in both factors go, as some trainers pad with them and they could never learn.
+    """
+    if rank(factors) == limit:
+        alive = (factors.a != 0).any(dim=1) | (factors.b != 0).any(dim=0)
+        factors, energy = LowRank(factors.a[alive], factors.b[:, alive]), 1.0
+    else:
+        factors, energy = truncate(factors, limit)
+    return LowRank(factors.a.float().cpu(), factors.b.float().cpu()), energy
+
+
+def _write(transformer: nn.Module, requested: dict[str, LowRank]) -> None:
+    for name, factors in requested.items():
+        layer = _layer(transformer, name)
+        layer.lora_A[NAME].weight.copy_(factors.a)
+        layer.lora_B[NAME].weight.copy_(factors.b / layer.scaling[NAME])
+        if NAME in layer.lora_magnitude_vector:
+            # PEFT made it when b was 0. As the norms of W + dW it leaves W + dW as it is.
+            magnitude = layer.lora_magnitude_vector[NAME]
+            device = magnitude.weight.device
+            a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+            magnitude.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=layer.scaling[NAME])
+            magnitude.weight.data = magnitude.weight.data.float().to(device)
+
+
+def _plain(value: Any) -> Any:
+    """A PEFT configuration as JSON has it; sets sorted, so that equal runs write equal files."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", value)
+
+
+def _first(names: Iterable[str], separator: str = ", ", count: int = 3) -> str:
+    listed = list(names)
+    rest = len(listed) - count
+    return separator.join(listed[:count]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,77 @@
+"""Tensors that are dear to compute, kept on disk under a hash of all that they depend on.
+
+The key holds the picture's or caption's content, the model and every setting, so a changed caption or another
+model is a new key, and nothing stale is ever read. Tensors lie in shards of many, so that 40,000 latents are not
+40,000 files.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer.files import write_tensors
+
+log = logging.getLogger("trainer")
+
+
+def key(*parts: Any) -> str:
+    """A hash of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Cache:
+    """A folder of shards; safe for several processes, since shards are only ever added, and appear whole."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def get(
+        self,
+        keys: Sequence[str],
+        compute: Callable[[list[int]], Sequence[Tensor]],
+        *,
+        what: str,
+        batch_size: int = 1,
+        shard_size: int = 256,
+        quiet: bool = False,
+    ) -> list[Tensor]:
+        """The tensor of each key, in order. `compute` gets positions that are missing, `batch_size` at a time.
+
+        Raises ValueError if a computed tensor holds NaN or infinity: it is not kept.
+        """
+        found = self._read(set(keys))
+        first_at = {k: i for i, k in reversed(list(enumerate(keys))) if k not in found}
+        missing = sorted(first_at.values())
+        with tqdm(total=len(missing), desc=what, unit="", disable=quiet or not missing, dynamic_ncols=True) as bar:
+            for start in range(0, len(missing), shard_size):
+                shard: dict[str, Tensor] = {}
+                part = missing[start : start + shard_size]
+                for first in range(0, len(part), batch_size):
+                    positions = part[first : first + batch_size]
+                    for position, tensor in zip(positions, compute(positions), strict=True):
+                        if not torch.isfinite(tensor).all():
+                            raise ValueError(f"{what}: NaN or infinity in number {position}; it was not cached")
+                        shard[keys[position]] = tensor.contiguous()
+                    bar.update(len(positions))
+                write_tensors(self._folder / f"{key(sorted(shard))[:32]}.safetensors", shard)
+                found.update(shard)
+        return [found[k] for k in keys]
+
+    def _read(self, wanted: set[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in wanted.intersection(file.keys()):
+                        found[name] = file.get_tensor(name)
+            except SafetensorError as error:
+                log.warning("%s is damaged (%s): its tensors are computed again; you can delete it", path, error)
+        return found

@@ -1,0 +1,108 @@
+"""The state of a run, saved whole: trainable tensors and optimizer in safetensors, the rest in JSON."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.files import new_folder, write_json, write_tensors
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """`[checkpoint]`"""
+
+    every: int = 100
+    """Steps between checkpoints; one more is written at the end, and when the run is interrupted."""
+    keep: int = 2
+    """Checkpoints kept; at least 2, so that there is always an older one."""
+
+    def problems(self) -> list[str]:
+        return [
+            *(["every must be at least 1"] if self.every < 1 else []),
+            *(["keep must be at least 2: one may be damaged by a failing disk"] if self.keep < 2 else []),
+        ]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `root/step-<step>`, then delete all but the newest `keep`. OSError if the disk is full."""
+    path = root / f"step-{step:08d}"
+    optimizer_tensors, optimizer_rest = _split(optimizer.state_dict())
+    with new_folder(path) as folder:
+        write_tensors(folder / "trainable.safetensors", tensors)
+        write_tensors(folder / "optimizer.safetensors", optimizer_tensors)
+        write_json(folder / "state.json", {"step": step, "optimizer": optimizer_rest, **state})
+    for old in _folders(root)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def latest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint under `root`, or None. CheckpointError if it cannot be read."""
+    folders = _folders(root)
+    return load(folders[-1]) if folders else None
+
+
+def load(path: Path) -> Checkpoint:
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(path / "trainable.safetensors")
+        optimizer = _join(load_file(path / "optimizer.safetensors"), state.pop("optimizer"))
+        return Checkpoint(path, state.pop("step"), tensors, optimizer, state)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: this checkpoint cannot be read ({error}). Delete the folder to resume from the one before it."
+        ) from error
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state dict as tensors named `index.name`, and what JSON can hold."""
+    tensors, rest = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                rest[f"{index}.{name}"] = value
+    return tensors, {"values": rest, "param_groups": state["param_groups"]}
+
+
+def _join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **rest["values"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}

@@ -1,0 +1,56 @@
+"""What the command lines share: arguments, logging, exit codes."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 3
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 training failed, 2 something in the configuration or the data is wrong, "
+    "3 stopped by a signal after saving a checkpoint."
+)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """--config, --output, --resume, --set, --quiet"""
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"the run's TOML, such as {example}")
+    parser.add_argument("--output", metavar="DIR", help="the run's folder, instead of the configuration's")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key: --set train.steps=50"
+    )
+    parser.add_argument("--quiet", action="store_true", help="a line now and then instead of progress bars")
+    parser.epilog = EXIT_CODES
+
+
+def guarded(program: Callable[[], object]) -> int:
+    """Run a program; errors meant for users become a message and an exit code, all others a traceback."""
+    from trainer.loop import Interrupted, TrainingError
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _quiet_libraries()
+    try:
+        program()
+    except Interrupted as stop:
+        logging.warning("%s", stop)
+        return EXIT_INTERRUPTED
+    except TrainingError as error:
+        logging.error("training stopped: %s", error)
+        return EXIT_FAILED
+    except ValueError as error:  # ConfigError, DataError, CheckpointError and their like
+        logging.error("%s", error)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Their bars, and their warnings about optional packages, would bury ours."""
+    for name in ("bitsandbytes", "diffusers", "transformers", "accelerate", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

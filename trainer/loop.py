@@ -1,0 +1,253 @@
+"""The training loop: one for the LoRA run, the hypernetworks and the demo's pretraining alike.
+
+What is trained, and on what, is an `Objective`. The loop owns the order of things: loss, backward, the check
+for NaN *before* the update, clipping, update, logs, validation, checkpoint, and a clean stop on a signal.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointConfig
+from trainer.tracking import Tracker
+
+log = logging.getLogger("trainer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`[train]`"""
+
+    steps: int = 1000
+    """Optimizer updates."""
+    batch_size: int = 1
+    """Pictures in one forward pass of one process."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes added up for one update."""
+    learning_rate: float = 3e-4
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, fall in a line to 0, or fall in half a cosine to 0."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises in a line from 0."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time instead of keeping them: less memory, a third more time."""
+
+    def problems(self) -> list[str]:
+        found = [f"{name} must be at least 1" for name in ("steps", "batch_size", "gradient_accumulation_steps")
+                 if getattr(self, name) < 1]  # fmt: skip
+        found += [f"{name} must not be negative" for name in ("warmup_steps", "weight_decay", "max_grad_norm")
+                  if getattr(self, name) < 0]  # fmt: skip
+        if not self.learning_rate > 0:
+            found.append("learning_rate must be above 0")
+        if self.warmup_steps >= self.steps:
+            found.append(f"warmup_steps = {self.warmup_steps} leaves nothing of steps = {self.steps}")
+        return found
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; nothing was updated with bad values."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its checkpoint is safe."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    value: Tensor
+    """Scalar, attached to the graph."""
+    batch: str
+    """What was in the batch, for a message."""
+
+
+class Objective(Protocol):
+    module: nn.Module
+    """Its parameters with `requires_grad` are trained. Replaced by the one that accelerate prepares."""
+
+    def loss(self, step: int, micro_step: int) -> Loss: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, besides the optimizer."""
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None: ...
+
+    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+        """Numbers to log; called at step 0, every `validate_every` steps and at the end."""
+
+
+@dataclass
+class Result:
+    step: int
+    seconds: float
+    """Of all parts of the run, without validation."""
+    validations: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    objective: Objective,
+    config: TrainConfig,
+    checkpoints: CheckpointConfig,
+    *,
+    output: Path,
+    accelerator: Accelerator,
+    validate_every: int,
+    resume: bool = False,
+    quiet: bool = False,
+    fingerprint: str = "",
+) -> Result:
+    """Train to `config.steps`; with `resume`, on from the newest checkpoint under `output`.
+
+    Raises TrainingError on NaN or infinity, Interrupted after a signal, CheckpointError if the checkpoint was
+    written by a run with another `fingerprint`.
+    """
+    objective.module = accelerator.prepare(objective.module)
+    parameters = [p for p in objective.module.parameters() if p.requires_grad]
+    optimizer = accelerator.prepare(make_optimizer(parameters, config))
+    start, result = 0, Result(0, 0.0)
+    saved = checkpoint.latest(output / "checkpoints") if resume else None
+    if saved:
+        if saved.state["fingerprint"] != fingerprint:
+            raise checkpoint.CheckpointError(
+                f"{saved.path} was written by a run with other settings: resume with the configuration in "
+                f"{output / 'run.json'}, or choose another --output."
+            )
+        objective.load_tensors(saved.tensors)
+        optimizer.load_state_dict(saved.optimizer)
+        start, result = saved.step, Result(saved.step, saved.state["seconds"], saved.state["validations"])
+    seconds_before, begin = result.seconds, time.monotonic()
+
+    def save(step: int) -> None:
+        result.step, result.seconds = step, seconds_before + time.monotonic() - begin
+        if accelerator.is_main_process:
+            state = {"fingerprint": fingerprint, "seconds": result.seconds, "validations": result.validations}
+            tensors, plain = objective.tensors(), getattr(optimizer, "optimizer", optimizer)
+            checkpoint.save(output / "checkpoints", step, tensors, plain, state, checkpoints.keep)
+        accelerator.wait_for_everyone()
+
+    def validate(step: int, tracker: Tracker) -> None:
+        nonlocal begin
+        paused = time.monotonic()
+        with torch.no_grad():
+            values = objective.validate(step, tracker)
+        begin += time.monotonic() - paused
+        if values:
+            values["seconds"] = round(seconds_before + time.monotonic() - begin, 3)
+            result.validations.append({"step": step, **values})
+            tracker.scalars(step, values)
+
+    with (
+        Tracker(output, start_step=start, steps=config.steps, quiet=quiet, main=accelerator.is_main_process) as tracker,
+        _stop_signals() as stop,
+    ):
+        if start == 0:
+            validate(0, tracker)
+        for step in range(start, config.steps):
+            values = _update(objective, optimizer, parameters, config, accelerator, step)
+            done = step + 1
+            tracker.scalars(done, values)
+            tracker.progress(done, values["loss"])
+            if done % validate_every == 0 or done == config.steps:
+                validate(done, tracker)
+            stopping = _any_process(accelerator, bool(stop))
+            if done % checkpoints.every == 0 or done == config.steps or stopping:
+                save(done)
+            if stopping and done < config.steps:
+                raise Interrupted(f"stopped after step {done}; continue with --resume")
+    return result
+
+
+def _update(
+    objective: Objective,
+    optimizer: Any,
+    parameters: list[nn.Parameter],
+    config: TrainConfig,
+    accelerator: Accelerator,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer update. Returns `loss`, `lr`, `grad_norm`."""
+    lr = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    total, batches = 0.0, []
+    for micro_step in range(config.gradient_accumulation_steps):
+        last = micro_step == config.gradient_accumulation_steps - 1
+        with nullcontext() if last else accelerator.no_sync(objective.module):
+            loss = objective.loss(step, micro_step)
+            accelerator.backward(loss.value / config.gradient_accumulation_steps)
+        total += float(accelerator.reduce(loss.value.detach(), "mean")) / config.gradient_accumulation_steps
+        batches.append(loss.batch)
+    if isinstance(optimizer, torch.optim.Optimizer) and accelerator.scaler is not None:
+        accelerator.unscale_gradients(optimizer)
+    bound = config.max_grad_norm or math.inf
+    grad_norm = float(nn.utils.clip_grad_norm_(parameters, bound))
+    if not (math.isfinite(total) and math.isfinite(grad_norm)):
+        raise TrainingError(
+            f"step {step + 1}: loss {total}, gradient norm {grad_norm}, with {'; '.join(batches)}. Nothing was updated. "
+            "Look at these pictures and captions, lower the learning rate, or train in fp32 or bf16."
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": total, "lr": lr, "grad_norm": grad_norm}
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of update `step` (from 0): a line up over `warmup_steps`, then the schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    match config.lr_schedule:
+        case "constant":
+            return config.learning_rate
+        case "linear":
+            return config.learning_rate * (1 - progress)
+        case "cosine":
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw8bit":
+        import bitsandbytes  # its import probes for CUDA libraries: only where it is used
+
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in the list, so that the step can finish; a second SIGINT stops at once."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        log.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,95 @@
+"""Rank arithmetic on LoRA factors: concatenate, truncate exactly, pad, compare. dW = b a is never formed.
+
+A layer of Qwen-Image can have 57 million weights and there are hundreds of them; its factors have a hundredth of that.
+Everything is computed in float64 and returned in fp32, on the device of the factors.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RESOLUTION = 1e-7
+"""Singular values below this share of the largest are lost in fp32's rounding of dW: they count as zero."""
+
+
+class LowRank(NamedTuple):
+    """dW = b a, at scale 1."""
+
+    a: Tensor
+    """rank, in_features"""
+    b: Tensor
+    """out_features, rank"""
+
+
+def rank(x: LowRank) -> int:
+    return x.a.shape[0]
+
+
+def zeros(in_features: int, out_features: int) -> LowRank:
+    """dW = 0, of rank 0."""
+    return LowRank(torch.zeros(0, in_features), torch.zeros(out_features, 0))
+
+
+def concatenate(parts: Sequence[LowRank]) -> LowRank:
+    """The sum of the parts' dW; its rank is the sum of their ranks."""
+    return LowRank(torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1))
+
+
+def scale(x: LowRank, factor: float) -> LowRank:
+    """dW times `factor`, all of it in b."""
+    return LowRank(x.a, x.b * factor)
+
+
+@torch.no_grad()
+def truncate(x: LowRank, rank: int) -> tuple[LowRank, float]:
+    """The best approximation of dW of at most `rank` (Eckart, Young 1936), and the share of energy it keeps.
+
+    dW = Q_b (R_b R_a^T) Q_a^T by thin QR of both factors, so its singular values are those of the small core. They are
+    split evenly over a and b, largest first. Directions below `RESOLUTION` are left out, because both of their halves
+    would be almost zero and never learn: the result may have less than `rank`; `pad` fills it up. Energy is the sum
+    of squared singular values, kept / all; 1.0 if dW is zero.
+    """
+    q_a, r_a = torch.linalg.qr(x.a.double().T)  # in k, k R
+    q_b, r_b = torch.linalg.qr(x.b.double())
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    total = float(s.square().sum())
+    if total == 0:
+        return LowRank(x.a[:0].float(), x.b[:, :0].float()), 1.0
+    keep = min(rank, int((s > s[0] * RESOLUTION).sum()))
+    root = s[:keep].sqrt()
+    a = root[:, None] * (vh[:keep] @ q_a.T)
+    b = (q_b @ u[:, :keep]) * root
+    return LowRank(a.float(), b.float()), float(s[:keep].square().sum()) / total
+
+
+def pad(x: LowRank, rank: int, generator: torch.Generator) -> LowRank:
+    """Fill up to `rank` without changing dW: new rows of a are random, new columns of b zero.
+
+    Were both zero, neither would ever get a gradient. The rows follow the law of nn.Linear, which is PEFT's too:
+    uniform within 1 / sqrt(in_features) (`kaiming_uniform_` with a = sqrt(5)).
+    """
+    missing = rank - x.a.shape[0]
+    assert missing >= 0, "truncate before padding"
+    rows = torch.empty(missing, x.a.shape[1])
+    if missing:
+        bound = 1 / math.sqrt(x.a.shape[1])
+        rows.uniform_(-bound, bound, generator=generator)
+    return concatenate([x, LowRank(rows.to(x.a), x.b.new_zeros(x.b.shape[0], missing))])
+
+
+@torch.no_grad()
+def norm(x: LowRank) -> float:
+    """Frobenius norm of dW: its square is tr((b^T b) (a a^T))."""
+    a, b = x.a.double(), x.b.double()
+    return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+
+
+def relative_difference(x: LowRank, y: LowRank) -> float:
+    """|dW_x - dW_y| / |dW_x|; 0 if both are zero, infinity if only x is. Resolves about 1e-8, the root of float64's."""
+    size = norm(x)
+    if size == 0:
+        return 0.0 if norm(y) == 0 else math.inf
+    return norm(concatenate([x, scale(y, -1.0)])) / size

@@ -1,0 +1,296 @@
+"""All that this project knows of Qwen-Image: load its parts, encode, pack, predict the velocity, sample.
+
+Each part is loaded alone and let go after use, so that text encoder and VAE never share memory with training.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    BitsAndBytesConfig,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from trainer.flow import generator
+
+log = logging.getLogger("trainer")
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """`[model]`"""
+
+    base: str
+    """A folder in diffusers' layout, or a Hugging Face id such as "Qwen/Qwen-Image"."""
+    dtype: Dtype = "bf16"
+    """Of the base model's weights and of the computation. The adapter stays in fp32."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Of the frozen transformer's linear layers, by bitsandbytes."""
+
+
+class ModelError(ValueError):
+    """A model folder or id that cannot be used."""
+
+
+def check_base(base: str) -> list[str]:
+    """Problems of `base` that can be seen without loading it."""
+    folder = Path(base)
+    if folder.is_dir():
+        missing = [part for part in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
+        if missing:
+            return [f"base: {folder} is not a Qwen-Image folder in diffusers' layout: {', '.join(missing)} missing"]
+        return []
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
+        return []  # a Hugging Face id
+    return [f'base: there is no folder {folder.absolute()}, and "{base}" is no Hugging Face id (owner/name)']
+
+
+def identity(base: str) -> list[str]:
+    """What the cache takes for `base`: its commit on Hugging Face, or sizes and samples of a folder's encoder weights."""
+    folder = Path(base)
+    if not folder.is_dir():
+        cached = huggingface_hub.try_to_load_from_cache(base, "vae/config.json")
+        return [base, Path(cached).parents[1].name if isinstance(cached, str) else "unknown commit"]
+    files = sorted(path for part in ("vae", "text_encoder", "tokenizer") for path in (folder / part).glob("*.*"))
+    return [_sample(path) for path in files]
+
+
+def _sample(path: Path, chunk: int = 1 << 20) -> str:
+    """A hash of a file's name, size, beginning, middle and end: enough to tell two models apart, quick at 16 GB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        for offset in (0, max(0, size // 2 - chunk // 2), max(0, size - chunk)):
+            file.seek(offset)
+            digest.update(file.read(chunk))
+    return digest.hexdigest()
+
+
+def downloads(base: str) -> list[str]:
+    """A line on what must be downloaded for `base`; none if it is a folder, or if all of it is in the local cache."""
+    if Path(base).is_dir():
+        return []
+    try:
+        huggingface_hub.snapshot_download(base, local_files_only=True)
+        return []
+    except (huggingface_hub.errors.LocalEntryNotFoundError, OSError):
+        pass
+    try:
+        files = huggingface_hub.HfApi().model_info(base, files_metadata=True, timeout=10).siblings or []
+        return [f"{base}: {sum(file.size or 0 for file in files) / 1e9:.1f} GB from Hugging Face"]
+    except Exception as error:  # whatever the network does, a plan can be made without this number
+        return [f"{base}: not on this machine, and its size cannot be asked for now ({type(error).__name__})"]
+
+
+def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTransformer2DModel:
+    """The transformer, frozen, on `device`."""
+    options: dict[str, Any] = {"torch_dtype": DTYPES[config.dtype]}
+    if config.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[config.dtype]
+        )
+    elif config.quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    transformer = QwenImageTransformer2DModel.from_pretrained(config.base, subfolder="transformer", **options)
+    if config.quantization == "none":
+        transformer = transformer.to(device)
+    return transformer.eval().requires_grad_(False)
+
+
+def transformer_on_meta(base: str) -> QwenImageTransformer2DModel:
+    """The transformer's shape without its weights: no memory, no download beyond `config.json`.
+
+    Where that file cannot be had, the class's own defaults stand in: they are Qwen-Image's.
+    """
+    try:
+        config = QwenImageTransformer2DModel.load_config(base, subfolder="transformer")
+    except OSError:
+        if Path(base).is_dir():
+            raise
+        log.warning("%s cannot be reached: planning with the published shape of Qwen-Image", base)
+        config = {}
+    with torch.device("meta"):
+        return QwenImageTransformer2DModel.from_config(config)
+
+
+def load_vae(base: str, device: torch.device) -> AutoencoderKLQwenImage:
+    """The VAE in fp32: it is small, and its rounding would be trained into the adapter."""
+    return AutoencoderKLQwenImage.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32).to(device).eval()
+
+
+def picture_multiple(base: str) -> int:
+    """Width and height of a picture must be a multiple of this many pixels: the VAE's step times the 2x2 patch."""
+    try:
+        vae = AutoencoderKLQwenImage.load_config(base, subfolder="vae")
+    except OSError:
+        return 16
+    return 2 * 2 ** len(vae["temperal_downsample"])
+
+
+class PromptEncoder:
+    """Prompts to `prompt_embeds`, by the pipeline's own code."""
+
+    def __init__(self, base: str, device: torch.device, dtype: torch.dtype):
+        text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
+        self._pipeline = QwenImagePipeline(
+            scheduler=None,  # type: ignore[arg-type]
+            vae=None,  # type: ignore[arg-type]
+            transformer=None,  # type: ignore[arg-type]
+            text_encoder=text_encoder.to(device).eval(),
+            tokenizer=AutoTokenizer.from_pretrained(base, subfolder="tokenizer"),
+        )
+        self._device = device
+
+    @torch.no_grad()
+    def __call__(self, prompt: str) -> Tensor:
+        """prompt_embeds: L D, on the CPU, in the text encoder's precision."""
+        prompt_embeds, _ = self._pipeline.encode_prompt(prompt, device=self._device)
+        return prompt_embeds[0].cpu()
+
+
+def stack_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Prompts of different lengths as one batch: prompt_embeds B L D, and their mask B L (None if all are as long)."""
+    longest = max(len(prompt) for prompt in prompts)
+    embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[-1])
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        embeds[row, : len(prompt)] = prompt
+        mask[row, : len(prompt)] = True
+    return embeds, None if mask.all() else mask
+
+
+def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as the VAE takes them: B 3 1 H W in [-1, 1]."""
+    array = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in pictures])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).unsqueeze(2) / 127.5 - 1
+
+
+def _statistics(vae: AutoencoderKLQwenImage, like: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, device=like.device).view(shape)
+    return mean, torch.tensor(vae.config.latents_std, device=like.device).view(shape)
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKLQwenImage, pictures: Sequence[Image.Image]) -> Tensor:
+    """Normalised latents, B C 1 h w in fp32 on the CPU: the mean of the VAE's posterior, no noise."""
+    latents = vae.encode(to_pixels(pictures).to(vae.device)).latent_dist.mean
+    mean, std = _statistics(vae, latents)
+    return ((latents - mean) / std).cpu()
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKLQwenImage, latents: Tensor) -> list[Image.Image]:
+    """Pictures of normalised latents B C 1 h w."""
+    mean, std = _statistics(vae, latents.to(vae.device))
+    pixels = vae.decode(latents.to(vae.device).float() * std + mean).sample[:, :, 0]
+    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def pack(latents: Tensor) -> Tensor:
+    """B C 1 h w -> B (h/2 w/2) 4C: each 2x2 patch is one token."""
+    batch, channels, _, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for latents of height x width."""
+    batch, _, channels = tokens.shape
+    patches = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels // 4, 1, height, width)
+
+
+def predict_velocity(
+    transformer: torch.nn.Module,
+    latents: Tensor,
+    sigmas: Tensor,
+    prompt_embeds: Tensor,
+    mask: Tensor | None,
+    guidance: float | None = None,
+) -> Tensor:
+    """The transformer's velocity at noisy `latents` (B C 1 h w) and `sigmas` (B), shaped as latents.
+
+    prompt_embeds: B L D. `guidance` is for guidance-distilled variants only.
+    """
+    height, width = latents.shape[-2:]
+    tokens = transformer(
+        hidden_states=pack(latents),
+        timestep=sigmas.to(latents),
+        encoder_hidden_states=prompt_embeds.to(latents),
+        encoder_hidden_states_mask=mask,
+        img_shapes=[[(1, height // 2, width // 2)]] * len(latents),
+        guidance=None if guidance is None else latents.new_full((len(latents),), guidance),
+        return_dict=False,
+    )[0]
+    return unpack(tokens, height, width)
+
+
+class Sampler:
+    """Draw pictures with the pipeline's own loop, given prompts already encoded."""
+
+    def __init__(self, base: str):
+        self._base = base
+        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
+
+    @torch.no_grad()
+    def latents(
+        self,
+        transformer: QwenImageTransformer2DModel,
+        prompt: Tensor,
+        *,
+        size: tuple[int, int],
+        seed: int,
+        num_inference_steps: int,
+        true_cfg_scale: float = 1.0,
+        negative_prompt: Tensor | None = None,
+        count: int = 1,
+    ) -> Tensor:
+        """Normalised latents of `count` pictures of size (width, height). prompt: L D; noise is fixed by `seed`."""
+        vae_config = AutoencoderKLQwenImage.load_config(self._base, subfolder="vae")
+        channels, step = vae_config["z_dim"], 2 ** len(vae_config["temperal_downsample"])
+        width, height = size[0] // step, size[1] // step
+        noise = torch.randn(count, channels, 1, height, width, generator=generator(seed, "sample"))
+        pipeline = QwenImagePipeline(
+            scheduler=self._scheduler,
+            vae=None,  # type: ignore[arg-type]
+            text_encoder=None,  # type: ignore[arg-type]
+            tokenizer=None,  # type: ignore[arg-type]
+            transformer=transformer,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        device, dtype = transformer.device, transformer.dtype
+        guided = true_cfg_scale > 1 and negative_prompt is not None
+        tokens = pipeline(
+            prompt_embeds=prompt.to(device, dtype).expand(count, -1, -1),
+            prompt_embeds_mask=torch.ones(count, len(prompt), dtype=torch.bool, device=device),
+            negative_prompt_embeds=negative_prompt.to(device, dtype).expand(count, -1, -1) if guided else None,  # type: ignore[union-attr]
+            negative_prompt_embeds_mask=torch.ones(count, len(negative_prompt), dtype=torch.bool, device=device)  # type: ignore[arg-type]
+            if guided
+            else None,
+            true_cfg_scale=true_cfg_scale if guided else 1.0,
+            width=width * 8,
+            height=height * 8,
+            num_inference_steps=num_inference_steps,
+            latents=pack(noise).to(device, dtype),
+            guidance_scale=1.0 if transformer.config.guidance_embeds else None,
+            output_type="latent",
+        ).images
+        return unpack(tokens, height, width)

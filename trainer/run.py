@@ -1,0 +1,471 @@
+"""From a configuration to a saved adapter: the program, top to bottom.
+
+check everything -> encode pictures and captions -> ask the initializer -> inject and seed -> train -> save
+"""
+
+import importlib.metadata
+import json
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor
+
+from trainer import adapter, checkpoint, config, flow, loop, qwen_image, validation
+from trainer.adapter import AdapterConfig, InitContext, Initializer
+from trainer.cache import Cache, key
+from trainer.checkpoint import CheckpointConfig
+from trainer.dataset import DataConfig, DataError, Dataset, Example, batch, drops_caption, load_picture, scan
+from trainer.files import write_json
+from trainer.flow import FlowConfig
+from trainer.loop import Loss, TrainConfig
+from trainer.qwen_image import ModelConfig
+from trainer.tracking import Tracker, duration
+from trainer.validation import ValidationConfig
+
+log = logging.getLogger("trainer")
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """`[init]`"""
+
+    method: str = "random"
+    """How the adapter starts: random, gaussian, i2l, or a LoRA file. Each may have a table, such as `[init.i2l]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    output: str
+    """The run's folder; everything it makes is written there."""
+    seed: int = 0
+    """Of the adapter's random parts, the batches, the noise and the sigmas."""
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    init: InitConfig = InitConfig()
+    train: TrainConfig = TrainConfig()
+    flow: FlowConfig = FlowConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class Initializers(Protocol):
+    """What a run asks of the package `initializers`, which is handed in, since it lies on a floor above."""
+
+    def resolve(self, method: str) -> tuple[str, dict[str, Any]]: ...
+
+    def config_class(self, method: str) -> type[Any]: ...
+
+    def check(self, method: str, config: Any) -> list[str]: ...
+
+    def get(self, method: str) -> Initializer: ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """The chosen initializer with its own table, and what its check says before any model loads."""
+
+    method: str
+    initialize: Initializer
+    options: Any
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights."""
+
+    config: RunConfig
+    start: Start
+    dataset: Dataset
+    transformer: QwenImageTransformer2DModel
+    """On the meta device: shapes only."""
+    modules: dict[str, tuple[int, int]]
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    def fingerprint(self) -> str:
+        """Of all that decides the course of training, except its length: a checkpoint belongs to one such course."""
+        values = config.to_dict(self.config)
+        for name in ("output", "validation", "checkpoint"):
+            del values[name]
+        del values["train"]["steps"], values["data"]["cache"]
+        if self.config.train.lr_schedule != "constant":
+            values["train"]["steps"] = self.config.train.steps
+        return key(values, config.to_dict(self.start.options), [(e.digest, e.caption) for e in self.dataset.train])
+
+
+def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
+    """Check data, output, model folder, targets and initializer; ConfigError lists every problem at once."""
+    problems = [f"[model] {problem}" for problem in qwen_image.check_base(run.model.base)]
+    problems += [f"[init.{start.method}] {problem}" for problem in start.problems]
+    output = Path(run.output)
+    used = (output / "run.json").exists() or (output / "checkpoints").exists()
+    if used and not resume:
+        problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
+    if resume and not used:
+        problems.append(f"output: {output} holds no run to resume; start it without --resume")
+    if run.model.quantization != "none" and run.adapter.use_dora:
+        problems.append(
+            '[adapter] use_dora: DoRA needs the base\'s weights unquantised; set [model] quantization = "none"'
+        )
+    dataset, transformer, modules = None, None, {}
+    if not any(problem.startswith("[model]") for problem in problems):
+        transformer = qwen_image.transformer_on_meta(run.model.base)
+        try:
+            modules = adapter.target_modules(transformer, run.adapter)
+        except adapter.AdapterError as error:
+            problems.append(f"[adapter] {error}")
+    multiple = 16 if transformer is None else qwen_image.picture_multiple(run.model.base)
+    try:
+        dataset = scan(run.data, multiple=multiple, seed=run.seed)
+    except DataError as error:
+        problems += [f"[data] {problem}" for problem in error.problems]
+    if problems:
+        raise config.ConfigError(problems)
+    assert dataset is not None and transformer is not None
+    return Plan(run, start, dataset, transformer, modules)
+
+
+# --- what a run would do ----------------------------------------------------------------------------------
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words: data, modules, parameters, steps, memory, downloads."""
+    run, data = plan.config, plan.dataset
+    images_per_step = run.train.batch_size * run.train.gradient_accumulation_steps
+    sizes: dict[tuple[int, int], int] = {}
+    for example in data.train:
+        sizes[example.bucket] = sizes.get(example.bucket, 0) + 1
+    trainable = sum(run.adapter.rank * (inputs + outputs) for inputs, outputs in plan.modules.values())
+    base_parameters = sum(p.numel() for p in plan.transformer.parameters())
+    lines = [
+        f"pictures     {len(data.train)} for training, {len(data.held_out)} held out",
+        f"buckets      {', '.join(f'{w}x{h}: {n}' for (w, h), n in sorted(sizes.items()))}",
+        f"base         {run.model.base}: {base_parameters / 1e6:,.1f} M parameters in {run.model.dtype}",
+        f"adapter      rank {run.adapter.rank} on {len(plan.modules)} modules, {trainable:,} trainable parameters",
+        f"start        {plan.start.method}",
+        f"training     {run.train.steps} steps of {images_per_step} pictures: "
+        f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
+        *(f"memory       {line}" for line in memory_estimate(plan)),
+        *(f"download     {line}" for line in qwen_image.downloads(run.model.base)),
+        *(f"note         {note}" for note in data.notes),
+    ]
+    return "\n".join(lines)
+
+
+def memory_estimate(plan: Plan) -> list[str]:
+    """Bytes of weights, adapter with optimizer, and activations, as parameter arithmetic; activations are rough."""
+    run, parts = plan.config, plan.transformer.config
+    weight_bytes = {"none": 4 if run.model.dtype == "fp32" else 2, "int8": 1.05, "nf4": 0.55}[run.model.quantization]
+    weights = sum(p.numel() for p in plan.transformer.parameters()) * weight_bytes
+    trainable = sum(run.adapter.rank * (i + o) for i, o in plan.modules.values())
+    adapter_bytes = trainable * (4 + 4 + (2 if run.train.optimizer == "adamw8bit" else 8))
+    step = qwen_image.picture_multiple(run.model.base)
+    tokens = max(e.bucket[0] * e.bucket[1] for e in plan.dataset.train) // step**2 + 128
+    hidden = parts.num_attention_heads * parts.attention_head_dim
+    element = 4 if run.model.dtype == "fp32" else 2
+    kept = 2 if run.train.gradient_checkpointing else 34  # tensors of tokens x hidden that a block keeps for backward
+    activations = run.train.batch_size * tokens * hidden * parts.num_layers * kept * element
+    total = weights + adapter_bytes + activations
+    return [
+        f"weights {size(weights)}, adapter with gradients and optimizer {size(adapter_bytes)}, "
+        f"activations about {size(activations)}: about {size(total)} while training",
+    ]
+
+
+def size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+# --- the run ----------------------------------------------------------------------------------------------
+
+
+def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
+    """Run the plan; returns the adapter's folder. See `loop.train` for what it raises."""
+    run, began = plan.config, time.monotonic()
+    accelerator = make_accelerator(run.model.dtype, run.train.gradient_accumulation_steps)
+    device, seconds = accelerator.device, {}
+    if device.type == "cpu" and run.model.dtype == "fp16":
+        raise config.ConfigError(['[model] dtype: fp16 needs a GPU; use "fp32" on a CPU'])
+    for note in plan.dataset.notes:
+        log.info("note: %s", note)
+    tick = time.monotonic()
+    encoded = encode(plan, device, quiet=quiet)
+    seconds["encode"], tick = time.monotonic() - tick, time.monotonic()
+
+    saved = checkpoint.latest(plan.output / "checkpoints") if resume else None
+    report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
+    report |= {"versions": versions(), "hardware": hardware(device), "data": _data_report(plan.dataset)}
+    if saved:
+        log.info("resuming after step %d", saved.step)
+        report["init"] = json.loads((plan.output / "run.json").read_text(encoding="utf-8")).get("init")
+        transformer = qwen_image.load_transformer(run.model, device)
+        adapter.inject(transformer, run.adapter)
+    else:
+        if resume:
+            log.info("no checkpoint yet: starting from the beginning")
+        context = InitContext(
+            images=tuple(example.path for example in plan.dataset.train),
+            modules=plan.modules,
+            rank=run.adapter.rank,
+            seed=run.seed,
+            device=device,
+            base=run.model.base,
+            say=log.info,
+        )
+        seed = plan.start.initialize(context, plan.start.options)
+        transformer = qwen_image.load_transformer(run.model, device)
+        adapter.inject(transformer, run.adapter)
+        applied = adapter.apply_seed(transformer, seed, run.adapter, random_seed=run.seed)
+        seconds["init"] = time.monotonic() - tick
+        report["init"] = {"method": plan.start.method, **seed.report, "applied": applied, "seconds": seconds["init"]}
+        log.info("start: %s", summary(plan.start.method, applied, seconds["init"]))
+    write_json(plan.output / "run.json", {"status": "running", **report})
+    if run.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+
+    objective = LoraObjective(plan, transformer, encoded, accelerator)
+    result = loop.train(
+        objective,
+        run.train,
+        run.checkpoint,
+        output=plan.output,
+        accelerator=accelerator,
+        validate_every=run.validation.every,
+        resume=resume,
+        quiet=quiet,
+        fingerprint=plan.fingerprint(),
+    )
+    folder = plan.output / "adapter"
+    if accelerator.is_main_process:
+        adapter.save(objective.transformer, folder, run.adapter, run.model.base)
+        report |= {"status": "finished", "steps": result.step, "validations": result.validations}
+        report["seconds"] = {**seconds, "train": result.seconds, "total": time.monotonic() - began}
+        report["peak_memory_bytes"] = peak_memory(device)
+        write_json(plan.output / "run.json", report)
+        log.info("done in %s: %s", duration(time.monotonic() - began), folder)
+    accelerator.end_training()
+    return folder
+
+
+def make_accelerator(dtype: str, gradient_accumulation_steps: int) -> Accelerator:
+    """fp16 needs loss scaling; in bf16 the frozen base runs in bf16 and the adapter in fp32, without autocast."""
+    mixed = "fp16" if dtype == "fp16" and torch.cuda.is_available() else "no"
+    return Accelerator(mixed_precision=mixed, gradient_accumulation_steps=gradient_accumulation_steps)
+
+
+def summary(method: str, applied: Mapping[str, Any], seconds: float) -> str:
+    """One line on what the adapter starts from."""
+    line = f"{method}, {applied['seeded']} modules seeded, {applied['random']} random"
+    if applied["padded"]:
+        line += f", {applied['padded']} padded to the rank"
+    if applied["dropped"]:
+        lost = sum(applied["dropped"].values())
+        line += f", {len(applied['dropped'])} not trained here, with {lost:.1%} of the energy: "
+        line += ", ".join(list(applied["dropped"])[:3]) + (", ..." if len(applied["dropped"]) > 3 else "")
+    if applied["energy_kept"]:
+        line += f"; energy kept {applied['energy_kept']['mean']:.1%} (least {applied['energy_kept']['min']:.1%})"
+    return f"{line}; proved to {applied['largest_error']:.0e}; {seconds:.1f} s"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Latents and prompt_embeds of all examples, on the CPU."""
+
+    latents: dict[str, Tensor]  # picture digest and bucket -> C 1 h w
+    prompts: dict[str, Tensor]  # text -> L D
+
+    def item(self, example: Example) -> validation.Item:
+        return validation.Item(
+            example.path.name, example.digest, self.latents[_name(example)], self.prompts[example.caption]
+        )
+
+
+def _name(example: Example) -> str:
+    return f"{example.digest} {example.bucket}"
+
+
+def encode(plan: Plan, device: torch.device, *, quiet: bool) -> Encoded:
+    """Encode what the cache does not hold; each encoder is loaded only if needed, and freed before the next."""
+    run, cache = plan.config, Cache(Path(plan.config.data.cache or plan.output / "cache"))
+    examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out)}.values())
+    model = qwen_image.identity(run.model.base)
+    vae: list[Any] = []  # loaded at the first miss
+
+    def latents(positions: list[int]) -> Tensor:
+        vae.extend([] if vae else [qwen_image.load_vae(run.model.base, device)])
+        return qwen_image.encode_pictures(vae[0], [load_picture(examples[i]) for i in positions])
+
+    keys = [key("latents", model, e.digest, e.bucket) for e in examples]
+    values = cache.get(keys, latents, what="encode pictures", quiet=quiet)
+    vae.clear()
+
+    dtype = qwen_image.DTYPES[run.model.dtype]
+    texts = sorted({e.caption for e in examples} | {*run.validation.prompts, "", validation.EMPTY_PROMPT})
+    encoder: list[Any] = []
+
+    def prompt_embeds(positions: list[int]) -> list[Tensor]:
+        encoder.extend([] if encoder else [qwen_image.PromptEncoder(run.model.base, device, dtype)])
+        return [encoder[0](texts[i]) for i in positions]
+
+    text_keys = [key("prompt_embeds", model, run.model.dtype, text) for text in texts]
+    embeds = cache.get(text_keys, prompt_embeds, what="encode captions", quiet=quiet)
+    encoder.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Encoded({_name(e): v for e, v in zip(examples, values, strict=True)}, dict(zip(texts, embeds, strict=True)))
+
+
+class LoraObjective:
+    """Train the adapter in the transformer with the flow-matching loss."""
+
+    def __init__(
+        self, plan: Plan, transformer: QwenImageTransformer2DModel, encoded: Encoded, accelerator: Accelerator
+    ):
+        self.module: torch.nn.Module = transformer
+        self.transformer = transformer
+        self._plan, self._run, self._encoded, self._accelerator = plan, plan.config, encoded, accelerator
+        self._device, self._dtype = accelerator.device, qwen_image.DTYPES[plan.config.model.dtype]
+        self._guidance = 1.0 if transformer.config.guidance_embeds else None
+
+    def loss(self, step: int, micro_step: int) -> Loss:
+        run, process = self._run, self._accelerator.process_index
+        micro_steps = step * run.train.gradient_accumulation_steps + micro_step
+        index = micro_steps * self._accelerator.num_processes + process
+        examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
+        texts = [
+            "" if drops_caption(run.data.caption_dropout, seed=run.seed, index=index, position=i) else e.caption
+            for i, e in enumerate(examples)
+        ]
+        random = flow.generator(run.seed, "noise", step, micro_step, process)
+        latents = torch.stack([self._encoded.latents[_name(e)] for e in examples])  # B C 1 h w
+        noise = torch.randn(latents.shape, generator=random)
+        num_tokens = latents.shape[-1] * latents.shape[-2] // 4
+        sigmas = flow.sample_sigmas(run.flow, len(latents), num_tokens, random).to(self._device)
+        latents, noise = latents.to(self._device), noise.to(self._device)
+        noisy = flow.interpolate(latents, noise, sigmas).to(self._dtype)
+        embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
+        embeds, mask = embeds.to(self._device), None if mask is None else mask.to(self._device)
+        predicted = qwen_image.predict_velocity(self.module, noisy, sigmas, embeds, mask, self._guidance)
+        return Loss(flow.losses(predicted, latents, noise).mean(), ", ".join(str(e.path) for e in examples))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return adapter.tensors(self.transformer)
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        adapter.load_tensors(self.transformer, tensors)
+
+    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+        """Stable losses and sample pictures, on the first process."""
+        if not self._accelerator.is_main_process:
+            return {}
+        data, values = self._plan.dataset, {}
+        self.transformer.eval()
+        for name, examples in (("val_loss", data.held_out), ("train_stable_loss", data.train)):
+            if examples:
+                items = [self._encoded.item(example) for example in examples]
+                values[name] = validation.stable_loss(self.transformer, items, self._device, self._dtype)
+        self._draw(step, tracker)
+        self.transformer.train()
+        return values
+
+    def _draw(self, step: int, tracker: Tracker) -> None:
+        settings, prompts = self._run.validation, self._encoded.prompts
+        if not settings.prompts:
+            return
+        pictures = validation.draw_samples(
+            self.transformer,
+            settings,
+            self._run.model.base,
+            [prompts[text] for text in settings.prompts],
+            prompts[validation.EMPTY_PROMPT] if settings.true_cfg_scale > 1 else None,
+            self._plan.dataset.train[0].bucket,
+        )
+        folder = self._plan.output / "samples"
+        validation.save_samples(folder, step, pictures)
+        for text, picture in zip(settings.prompts, pictures, strict=True):
+            tracker.image(step, f"samples/{text}", picture)
+        sheet = validation.contact_sheet(folder, settings.prompts)
+        if sheet is not None:
+            validation.write_png(self._plan.output / "contact_sheet.png", sheet)
+
+
+# --- what a report holds ----------------------------------------------------------------------------------
+
+
+def _data_report(dataset: Dataset) -> dict[str, Any]:
+    return {
+        name: [{"picture": e.path.name, "sha256": e.digest, "caption": e.caption} for e in examples]
+        for name, examples in (("train", dataset.train), ("held_out", dataset.held_out))
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "name": name, "threads": torch.get_num_threads()}
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of the process, and of the GPU where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def load_config(path: Path, overrides: list[str], initializers: Initializers) -> tuple[RunConfig, Start]:
+    """Read a run's TOML with the tables of the initializers. ConfigError lists every problem.
+
+    Tables of initializers that are not chosen are checked too, but need not have an effect: `--init` chooses anew.
+    """
+    problems: list[str] = []
+    table = config.apply_overrides(config.read_toml(path, problems), overrides, problems)
+    init = table.get("init")
+    tables = (
+        {name: init.pop(name) for name, value in [*init.items()] if isinstance(value, dict)}
+        if isinstance(init, dict)
+        else {}
+    )
+    run = config.parse(RunConfig, table, "", problems)
+    method, preset = "random", {}
+    if run is not None:
+        try:
+            method, preset = initializers.resolve(run.init.method)
+        except ValueError as error:
+            problems.append(f"[init] method: {error}")
+    parsed = {}
+    for name in {method, *tables}:
+        try:
+            kind = initializers.config_class(name)
+        except (KeyError, ValueError) as error:
+            problems.append(f"[init.{name}] {error}")
+            continue
+        given = {**tables.get(name, {}), **(preset if name == method else {})}
+        parsed[name] = config.parse(kind, given, f"init.{name}", problems)
+    if problems:
+        raise config.ConfigError(problems)
+    assert run is not None
+    options = parsed[method]
+    return run, Start(method, initializers.get(method), options, initializers.check(method, options))

@@ -1,0 +1,91 @@
+"""What a run leaves to look at: TensorBoard, `metrics.jsonl`, a progress bar or plain lines."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from trainer.files import write_text
+
+log = logging.getLogger("trainer")
+QUIET_SECONDS = 30  # between two lines of a quiet run
+
+
+class Tracker:
+    """One writer of one run's curves. `main` is False on all processes but the first: they write nothing."""
+
+    def __init__(self, output: Path, *, start_step: int = 0, steps: int, quiet: bool = False, main: bool = True):
+        self._main, self._quiet, self._steps = main, quiet, steps
+        self._metrics = output / "metrics.jsonl"
+        self._start, self._start_step, self._last_line = time.monotonic(), start_step, 0.0
+        if main:
+            output.mkdir(parents=True, exist_ok=True)
+            self._forget_after(start_step)
+            self._file = self._metrics.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._bar = tqdm(total=steps, initial=start_step, unit="step", disable=quiet or not main, dynamic_ncols=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._main:
+            self._file.close()
+            self._board.close()
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what a killed run wrote after the checkpoint it resumes from (its last line may be half a line)."""
+        if not self._metrics.exists():
+            return
+        kept = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                break
+        write_text(self._metrics, "".join(kept) if step else "")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of `metrics.jsonl`, one point for each value in TensorBoard."""
+        if not self._main:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        if self._main:
+            self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def progress(self, step: int, loss: float) -> None:
+        """Advance the bar, or print a line now and then if quiet."""
+        self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self._bar.update(step - self._bar.n if not self._bar.disable else 0)
+        now = time.monotonic()
+        if self._quiet and self._main and (now - self._last_line > QUIET_SECONDS or step == self._steps):
+            self._last_line = now
+            rate = (now - self._start) / max(step - self._start_step, 1)
+            log.info("step %d/%d  loss %.4f  ETA %s", step, self._steps, loss, duration((self._steps - step) * rate))
+
+    def say(self, message: str, *values: Any) -> None:
+        """A line above the progress bar."""
+        if self._main:
+            with tqdm.external_write_mode():
+                log.info(message, *values)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `02:03`"""
+    return tqdm.format_interval(seconds)

@@ -1,0 +1,142 @@
+"""See whether training helps: the stable loss, and sample pictures with fixed seeds on one contact sheet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from trainer import flow, qwen_image
+from trainer.files import write_file
+
+NUM_SIGMAS = 8
+EMPTY_PROMPT = " "  # the negative prompt of guidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """`[validation]`"""
+
+    every: int = 100
+    """Steps between validations; there is one before the first step and one after the last."""
+    prompts: tuple[str, ...] = ()
+    """A sample picture is drawn for each, always from the same noise."""
+    num_inference_steps: int = 20
+    true_cfg_scale: float = 1.0
+    """Guidance of the samples; 1 is without, and takes half the time."""
+    seed: int = 0
+    """Of the samples' noise."""
+
+    def problems(self) -> list[str]:
+        found = [f"{name} must be at least 1" for name in ("every", "num_inference_steps") if getattr(self, name) < 1]
+        return found + (["true_cfg_scale must be at least 1"] if self.true_cfg_scale < 1 else [])
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture with its caption, encoded."""
+
+    name: str
+    digest: str
+    latents: Tensor  # C 1 h w
+    prompt: Tensor  # L D
+
+
+@torch.no_grad()
+def stable_loss(transformer: torch.nn.Module, items: Sequence[Item], device: torch.device, dtype: torch.dtype) -> float:
+    """Mean velocity error over all items at sigmas (i + 0.5) / 8, each item with noise of its own, always the same.
+
+    Most of the noise of a training loss is the draw of sigmas and noise; here both are fixed, so that two values
+    differ only by the model.
+    """
+    total = 0.0
+    sigmas = flow.stratified_sigmas(NUM_SIGMAS).to(device)
+    for item in items:
+        random = flow.generator("stable loss", item.digest)
+        noise = torch.randn(NUM_SIGMAS, *item.latents.shape, generator=random).to(device)
+        latents = item.latents.to(device).expand_as(noise)
+        noisy = flow.interpolate(latents, noise, sigmas).to(dtype)
+        prompt = item.prompt.to(device).expand(NUM_SIGMAS, -1, -1)
+        predicted = qwen_image.predict_velocity(transformer, noisy, sigmas, prompt, None)
+        total += float(flow.losses(predicted, latents, noise).mean())
+    return total / len(items)
+
+
+def draw_samples(
+    transformer: QwenImageTransformer2DModel,
+    config: ValidationConfig,
+    base: str,
+    prompts: Sequence[Tensor],
+    negative_prompt: Tensor | None,
+    size: tuple[int, int],
+) -> list[Image.Image]:
+    """One picture of `size` (width, height) for each prompt. The VAE is brought in to decode, and let go."""
+    sampler = qwen_image.Sampler(base)
+    latents = [
+        sampler.latents(
+            transformer,
+            prompt,
+            size=size,
+            seed=config.seed + row,
+            num_inference_steps=config.num_inference_steps,
+            true_cfg_scale=config.true_cfg_scale,
+            negative_prompt=negative_prompt,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+    vae = qwen_image.load_vae(base, transformer.device)
+    return [picture for one in latents for picture in qwen_image.decode_latents(vae, one)]
+
+
+def save_samples(folder: Path, step: int, pictures: Sequence[Image.Image]) -> None:
+    """`folder/step-<step>-<row>.png`"""
+    for row, picture in enumerate(pictures):
+        write_png(folder / f"step-{step:06d}-{row}.png", picture)
+
+
+def contact_sheet(folder: Path, prompts: Sequence[str]) -> Image.Image | None:
+    """All samples in `folder`: a row for each prompt, a column for each step."""
+    steps = sorted({int(path.name.split("-")[1]) for path in folder.glob("step-*-*.png")})
+    if not steps:
+        return None
+    if len(steps) > 10:  # the first, the last, and eight between
+        steps = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
+    rows = [[Image.open(folder / f"step-{step:06d}-{row}.png") for step in steps] for row in range(len(prompts))]
+    return grid(rows, [f"step {step}" for step in steps], list(prompts))
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], titles: Sequence[str]) -> Image.Image:
+    """Pictures in rows with a title above each row and a label above each column; small ones are enlarged."""
+    side = max(max(picture.size) for row in rows for picture in row)
+    side = side * max(1, round(160 / side)) if side < 160 else min(side, 320)
+    gap, line, font = 6, 20, ImageFont.load_default(13)
+    width = gap + max(len(row) for row in rows) * (side + gap)
+    sheet = Image.new("RGB", (width, line + gap + len(rows) * (side + line + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(columns):
+        draw.text((gap + column * (side + gap), 4), label, "black", font)
+    for index, (row, title) in enumerate(zip(rows, titles, strict=True)):
+        top = line + gap + index * (side + line + gap)
+        draw.text((gap, top), _shortened(title, width - 2 * gap, font), "#555555", font)
+        for column, picture in enumerate(row):
+            scale = side / max(picture.size)
+            fitted = picture.resize(
+                (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
+            )
+            sheet.paste(fitted, (gap + column * (side + gap), top + line))
+    return sheet
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    write_file(path, lambda partial: picture.save(partial, "PNG"))
