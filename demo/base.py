@@ -18,7 +18,7 @@ from trainer.files import write_tensors
 from trainer.loop import Loss
 from trainer.tracking import Tracker
 
-NUM_PICTURES = 24_000
+NUM_PICTURES = 20_000
 FIRST_SCENE = 1_000  # scenes below are left to the folders of training and held-out pictures
 EMPTY_CAPTIONS = 0.1  # share of the short captions, so that guidance has an unconditional side
 FLOW = flow.FlowConfig(sigma_sampling="logit_normal")
@@ -85,7 +85,9 @@ def prepare(model: Path, file: Path) -> None:
     captions = [_captions(i) for i in range(NUM_PICTURES)]
     distinct = sorted({caption for pair in captions for caption in pair})
     rows = {caption: row for row, caption in enumerate(distinct)}
-    prompts = [encode(caption).half() for caption in tqdm(distinct, desc="encode captions", unit="caption")]
+    prompts = []
+    for start in tqdm(range(0, len(distinct), 128), desc="encode captions", unit="batch"):
+        prompts += [prompt.half() for prompt in encode(distinct[start : start + 128])]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     write_tensors(

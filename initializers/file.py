@@ -13,7 +13,7 @@ from trainer.lowrank import rank, scale
 class Config:
     """`[init.file]`"""
 
-    path: str
+    path: str = ""
     """A .safetensors file, or a folder as PEFT or diffusers writes it. `--init PATH` sets it."""
     strength: float = 1.0
     """The seed is multiplied by this: 1 is the file's own effect."""
@@ -26,6 +26,8 @@ class Config:
 
 def check(config: Config) -> list[str]:
     """Whether the file can be read, from its header, before any model loads."""
+    if not config.path:
+        return [*config.problems(), "path must name a LoRA file or folder"]
     found = config.problems()
     try:
         check_lora(Path(config.path).expanduser())
@@ -34,7 +36,7 @@ def check(config: Config) -> list[str]:
     return found
 
 
-def initialize(context: InitContext, config: Config) -> Seed:
+def initialize(context: InitContext, config: Config) -> Seed:  # noqa: ARG001
     """The file's effective factors times `strength`. FormatError if it cannot be read."""
     weights, metadata = read_lora(Path(config.path).expanduser())
     factors = {name: scale(factor, config.strength) for name, factor in weights.factors.items()}

@@ -165,6 +165,15 @@ def test_one_mistake_one_problem(table, expected):
     assert problems_of(table) == [expected]
 
 
+def test_true_is_not_the_choice_one():
+    @dataclass(frozen=True, kw_only=True)
+    class Level:
+        level: Literal[0, 1] = 0
+
+    assert problems_of({"level": True}, Level, "") == ["level: true is not one of 0, 1"]
+    assert value_of({"level": 1}, Level) == Level(level=1)
+
+
 def test_an_unknown_key_without_a_neighbour_lists_the_known_ones():
     (problem,) = problems_of({"name": "a", "qqq": 1}, Inner, "inner")
     assert problem == "[inner] qqq: unknown key; known keys: name, size"
@@ -348,6 +357,14 @@ def test_docstrings_of_a_section_it_extends_are_found():
     class Child(Inner):
         age: int = 1
         """In years."""
+        size: float | None = None
+        """In metres."""
 
-    text = describe(Child)
+    @dataclass(frozen=True, kw_only=True)
+    class Grandchild(Child):
+        size: float | None = 1.0
+        """In feet."""
+
+    text = describe(Grandchild)
     assert "Who it is." in text and "In years." in text
+    assert "In feet." in text and "In metres." not in text

@@ -558,8 +558,9 @@ def test_a_number_of_pictures_is_held_out_by_seed(folder):
     assert scanned(folder, held_out=3) == dataset
     assert len({frozenset(names(scanned(folder, held_out=3, seed=s).held_out)) for s in range(8)}) > 3
     assert names(scanned(folder, held_out=2).held_out) < names(dataset.held_out)
-    (folder / "0.png").rename(folder / "zz.png")  # a new name changes neither side
-    (folder / "0.txt").rename(folder / "zz.txt")
+    for i in range(8):  # new names change neither side
+        for suffix in ("png", "txt"):
+            (folder / f"{i}.{suffix}").rename(folder / f"z{7 - i}.{suffix}")
     assert {e.digest for e in scanned(folder, held_out=3).held_out} == {e.digest for e in dataset.held_out}
 
 
@@ -692,6 +693,8 @@ def test_a_batch_depends_on_seed_and_index_alone():
     assert sequence[:8] != sequence[8:16]  # another epoch, another order
     kinds = ["".join(b[0].path.name[0] for b in sequence[i : i + 8]) for i in range(0, 40, 8)]
     assert len(set(kinds)) > 1  # buckets take turns differently
+    partners = [{frozenset(e.digest for e in dealt) for dealt in sequence[i : i + 8]} for i in range(0, 40, 8)]
+    assert len({frozenset(epoch) for epoch in partners}) > 1  # and so do pictures within their bucket
 
 
 def test_batches_leave_global_randomness_alone():

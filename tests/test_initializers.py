@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +27,12 @@ def context(seed: int = 0, rank: int = 8, modules: dict[str, tuple[int, int]] = 
 
 def peft_start(init_lora_weights: bool | str) -> torch.Tensor:
     """What PEFT itself puts into a."""
-    model = nn.ModuleDict({"to_q": nn.Linear(400, 300)})
+    model: Any = nn.ModuleDict({"to_q": nn.Linear(400, 300)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LoraConfig(r=8, target_modules=["to_q"], init_lora_weights=init_lora_weights)
         inject_adapter_in_model(config, model)
-    return model.get_submodule("to_q").lora_A["default"].weight.detach()
+    return model["to_q"].lora_A["default"].weight.detach()
 
 
 @pytest.mark.parametrize(("name", "peft_name"), [("random", True), ("gaussian", "gaussian")])
@@ -101,6 +102,7 @@ def test_a_file_that_cannot_be_read_is_told_before_anything_loads(lora: tuple[Pa
     assert strength.startswith("strength") and damaged.startswith(f"path: {path}")
     with pytest.raises(FormatError):
         initializers.get("file")(context(), config)
+    assert initializers.check("file", initializers.config_class("file")()) == ["path must name a LoRA file or folder"]
 
 
 def test_the_registry_names_what_there_is_and_what_is_near() -> None:

@@ -143,7 +143,7 @@ def target_modules(transformer: nn.Module, config: AdapterConfig) -> dict[str, t
     return {name: size for name, size in linears.items() if name in found}
 
 
-def inject(transformer: nn.Module, config: AdapterConfig) -> None:
+def inject(transformer: Any, config: AdapterConfig) -> None:
     """Put the adapter on the transformer: in fp32 and trainable; everything else is frozen. Then `apply_seed`.
 
     `transformer` is a diffusers model. The global random state is as it was.

@@ -198,8 +198,8 @@ def _update(
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, bound))
     if not (math.isfinite(total) and math.isfinite(grad_norm)):
         raise TrainingError(
-            f"step {step + 1}: loss {total}, gradient norm {grad_norm}, with {'; '.join(batches)}. Nothing was updated. "
-            "Look at these pictures and captions, lower the learning rate, or train in fp32 or bf16."
+            f"step {step + 1}: loss {total}, gradient norm {grad_norm}, with {'; '.join(batches)}. "
+            "Nothing was updated. Look at these pictures and captions, lower the learning rate, or train in fp32 or bf16."
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

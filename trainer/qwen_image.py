@@ -62,7 +62,7 @@ def check_base(base: str) -> list[str]:
 
 
 def identity(base: str) -> list[str]:
-    """What the cache takes for `base`: its commit on Hugging Face, or sizes and samples of a folder's encoder weights."""
+    """What the cache takes for `base`: its commit on Hugging Face, or sizes and samples of a folder's encoders."""
     folder = Path(base)
     if not folder.is_dir():
         cached = huggingface_hub.try_to_load_from_cache(base, "vae/config.json")
@@ -158,10 +158,11 @@ class PromptEncoder:
         self._device = device
 
     @torch.no_grad()
-    def __call__(self, prompt: str) -> Tensor:
-        """prompt_embeds: L D, on the CPU, in the text encoder's precision."""
-        prompt_embeds, _ = self._pipeline.encode_prompt(prompt, device=self._device)
-        return prompt_embeds[0].cpu()
+    def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
+        """prompt_embeds of each prompt: L D without padding, on the CPU, in the text encoder's precision."""
+        prompt_embeds, mask = self._pipeline.encode_prompt(list(prompts), device=self._device)
+        lengths = [prompt_embeds.shape[1]] * len(prompts) if mask is None else mask.sum(dim=1).tolist()
+        return [embeds[:length].cpu() for embeds, length in zip(prompt_embeds, lengths, strict=True)]
 
 
 def stack_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -24,7 +24,8 @@ from trainer import adapter, checkpoint, config, flow, loop, qwen_image, validat
 from trainer.adapter import AdapterConfig, InitContext, Initializer
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
-from trainer.dataset import DataConfig, DataError, Dataset, Example, batch, drops_caption, load_picture, scan
+from trainer.dataset import DataConfig, DataError, Dataset, Example, batch, drops_caption, scan
+from trainer.encode import encode_pictures, encode_prompts
 from trainer.files import write_json
 from trainer.flow import FlowConfig
 from trainer.loop import Loss, TrainConfig
@@ -303,34 +304,15 @@ def _name(example: Example) -> str:
 
 
 def encode(plan: Plan, device: torch.device, *, quiet: bool) -> Encoded:
-    """Encode what the cache does not hold; each encoder is loaded only if needed, and freed before the next."""
+    """Encode what the cache does not hold: first the pictures, then the captions."""
     run, cache = plan.config, Cache(Path(plan.config.data.cache or plan.output / "cache"))
     examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out)}.values())
-    model = qwen_image.identity(run.model.base)
-    vae: list[Any] = []  # loaded at the first miss
-
-    def latents(positions: list[int]) -> Tensor:
-        vae.extend([] if vae else [qwen_image.load_vae(run.model.base, device)])
-        return qwen_image.encode_pictures(vae[0], [load_picture(examples[i]) for i in positions])
-
-    keys = [key("latents", model, e.digest, e.bucket) for e in examples]
-    values = cache.get(keys, latents, what="encode pictures", quiet=quiet)
-    vae.clear()
-
-    dtype = qwen_image.DTYPES[run.model.dtype]
-    texts = sorted({e.caption for e in examples} | {*run.validation.prompts, "", validation.EMPTY_PROMPT})
-    encoder: list[Any] = []
-
-    def prompt_embeds(positions: list[int]) -> list[Tensor]:
-        encoder.extend([] if encoder else [qwen_image.PromptEncoder(run.model.base, device, dtype)])
-        return [encoder[0](texts[i]) for i in positions]
-
-    text_keys = [key("prompt_embeds", model, run.model.dtype, text) for text in texts]
-    embeds = cache.get(text_keys, prompt_embeds, what="encode captions", quiet=quiet)
-    encoder.clear()
+    latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
+    texts = {e.caption for e in examples} | {*run.validation.prompts, "", validation.EMPTY_PROMPT}
+    prompts = encode_prompts(cache, run.model.base, qwen_image.DTYPES[run.model.dtype], texts, device, quiet=quiet)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return Encoded({_name(e): v for e, v in zip(examples, values, strict=True)}, dict(zip(texts, embeds, strict=True)))
+    return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
 
 
 class LoraObjective:

@@ -50,18 +50,14 @@ class Expert(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """nn.Linear's own start, then `a` and the residual made smaller by 0.3, and `b` zero: no LoRA at the start.
-
-        Here `a` is made smaller by 0.3 once, in `proj_a.proj_out`. The published model code scales `proj_a.proj_in` as
-        well, so that its `a` starts at 0.09.
-        """
+        """nn.Linear's own start, then as published: `proj_a` and the residual's way out x 0.3, and `b` zero."""
         for name, weight in self.named_parameters():
             if name.endswith("proj_b.proj_out.weight"):
                 weight.zero_()
                 continue
             bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_ with a = sqrt(5)
             weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
-            if name.endswith(("proj_a.proj_out.weight", "proj_residual.proj_out.weight")):
+            if ".proj_a." in name or name.endswith("proj_residual.proj_out.weight"):
                 weight.mul_(INITIAL_SCALE)
 
     def forward(self, embeddings: Tensor, residual: Tensor | None = None) -> dict[str, Factors]:

@@ -1,6 +1,6 @@
 """Train an i2L expert end to end: no teacher LoRAs, only the flow-matching loss through the frozen transformer.
 
-    reference picture -> encoders -> expert -> a LoRA for each sample -> velocity loss on *another* picture of the subject
+    reference picture -> encoders -> expert -> a LoRA for each sample -> velocity loss on *another* picture of it
 
 The subject's other picture is what keeps an expert from copying: it must learn what stays the same. The log tells
 whether it does, on subjects never trained on: the loss with the right reference, with another subject's, with none.
@@ -29,6 +29,7 @@ from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
 from trainer.dataset import DataConfig, DataError, Example, load_picture, open_picture, scan
+from trainer.encode import encode_pictures, encode_prompts
 from trainer.files import write_json
 from trainer.flow import FlowConfig
 from trainer.loop import Loss, TrainConfig
@@ -46,7 +47,7 @@ class SubjectsConfig:
     """`[data]`"""
 
     images: str
-    """A folder of pictures with `metadata.jsonl`: `file_name`, `text`, `subject`. A subject needs two pictures or more."""
+    """A folder of pictures with `metadata.jsonl`: `file_name`, `text`, `subject`. A subject needs two pictures."""
     resolution: int = 1024
     """Side of the square, in pixels, to which target pictures are brought."""
     held_out_subjects: int = 64
@@ -238,31 +239,9 @@ class PairData:
         self.held_out, self.train = [rows[i] for i in order[:count]], [rows[i] for i in sorted(order[count:])]
         cache = Cache(Path(settings.data.cache or Path(settings.output) / "cache"))
         base, dtype = settings.model.base, qwen_image.DTYPES[settings.model.dtype]
-        model = qwen_image.identity(base)
-
-        vae = qwen_image.load_vae(base, device)
-        self.latents = torch.stack(
-            cache.get(
-                [key("latents", model, e.digest, e.bucket) for e in self.examples],
-                lambda part: qwen_image.encode_pictures(vae, [load_picture(self.examples[i]) for i in part]),
-                what="encode pictures",
-                batch_size=32 if settings.data.resolution <= 128 else 1,
-                shard_size=4096,
-                quiet=quiet,
-            )
-        )  # N C 1 h w
-        del vae
-        texts = sorted({e.caption for e in self.examples} | {*settings.validation.prompts, validation.EMPTY_PROMPT})
-        encode = qwen_image.PromptEncoder(base, device, dtype)
-        embeds = cache.get(
-            [key("prompt_embeds", model, settings.model.dtype, text) for text in texts],
-            lambda part: [encode(texts[i]) for i in part],
-            what="encode captions",
-            shard_size=4096,
-            quiet=quiet,
-        )
-        self.prompts = dict(zip(texts, embeds, strict=True))
-        del encode
+        self.latents = torch.stack(encode_pictures(cache, base, self.examples, device, quiet=quiet))  # N C 1 h w
+        texts = {e.caption for e in self.examples} | {*settings.validation.prompts, validation.EMPTY_PROMPT}
+        self.prompts = encode_prompts(cache, base, dtype, texts, device, quiet=quiet)
         if settings.expert.train_encoders:
             pixels = np.stack([np.asarray(open_picture(e.path)) for e in self.examples])
             self.references = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # N 3 S S, uint8

@@ -1,0 +1,54 @@
+"""Pictures to latents and captions to prompt_embeds, through the cache.
+
+An encoder is loaded only if something is missing from the cache, and is gone when the function returns.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from trainer import qwen_image
+from trainer.cache import Cache, key
+from trainer.dataset import Example, load_picture
+
+SHARD_SIZE = 4096
+
+
+def encode_pictures(
+    cache: Cache, base: str, examples: Sequence[Example], device: torch.device, *, quiet: bool
+) -> list[Tensor]:
+    """Normalised latents of each example, C 1 h w in fp32 on the CPU."""
+    model, vae = qwen_image.identity(base), None
+    small = all(width * height <= 128 * 128 for width, height in (e.bucket for e in examples))
+
+    def compute(positions: list[int]) -> list[Tensor]:
+        nonlocal vae
+        vae = vae or qwen_image.load_vae(base, device)
+        latents: dict[int, Tensor] = {}
+        for bucket in {examples[i].bucket for i in positions}:
+            same = [i for i in positions if examples[i].bucket == bucket]
+            encoded = qwen_image.encode_pictures(vae, [load_picture(examples[i]) for i in same])
+            latents.update(zip(same, encoded, strict=True))
+        return [latents[i] for i in positions]
+
+    keys = [key("latents", model, e.digest, e.bucket) for e in examples]
+    return cache.get(
+        keys, compute, what="encode pictures", batch_size=32 if small else 1, shard_size=SHARD_SIZE, quiet=quiet
+    )
+
+
+def encode_prompts(
+    cache: Cache, base: str, dtype: torch.dtype, texts: Iterable[str], device: torch.device, *, quiet: bool
+) -> dict[str, Tensor]:
+    """prompt_embeds of each text, L D in `dtype` on the CPU."""
+    model, encoder, ordered = qwen_image.identity(base), None, sorted(set(texts))
+
+    def compute(positions: list[int]) -> list[Tensor]:
+        nonlocal encoder
+        encoder = encoder or qwen_image.PromptEncoder(base, device, dtype)
+        return encoder([ordered[i] for i in positions])
+
+    keys = [key("prompt_embeds", model, str(dtype), text) for text in ordered]
+    found = cache.get(keys, compute, what="encode captions", batch_size=16, shard_size=SHARD_SIZE, quiet=quiet)
+    return dict(zip(ordered, found, strict=True))
