@@ -43,7 +43,7 @@ STYLE_CONFIG = Path("configs/i2l_creatures_style.toml")
 VAE_TRAIN = TrainConfig(
     steps=4200, batch_size=8, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100, weight_decay=0.0
 )
-BASE_TRAIN = TrainConfig(steps=10_000, batch_size=64, learning_rate=2e-3, lr_schedule="cosine", warmup_steps=200)
+BASE_TRAIN = TrainConfig(steps=8000, batch_size=64, learning_rate=2e-3, lr_schedule="cosine", warmup_steps=200)
 NUM_SUBJECTS, PICTURES_EACH = 6000, 4
 HELD_OUT_CREATURE, NUM_IMAGES = ("zorp", 4), 8  # its name, and its index in the tier "new"
 

@@ -36,7 +36,7 @@ def check(config: Config) -> list[str]:
     return found
 
 
-def initialize(context: InitContext, config: Config) -> Seed:  # noqa: ARG001
+def initialize(context: InitContext, config: Config) -> Seed:
     """The file's effective factors times `strength`. FormatError if it cannot be read."""
     weights, metadata = read_lora(Path(config.path).expanduser())
     factors = {name: scale(factor, config.strength) for name, factor in weights.factors.items()}

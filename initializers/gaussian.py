@@ -14,7 +14,7 @@ class Config:
     """`[init.gaussian]`: nothing to choose."""
 
 
-def initialize(context: InitContext, config: Config) -> Seed:  # noqa: ARG001
+def initialize(context: InitContext, config: Config) -> Seed:
     factors = {}
     for name, (in_features, out_features) in context.modules.items():
         a = torch.randn(context.rank, in_features, generator=generator(context.seed, "gaussian", name)) / context.rank

@@ -12,7 +12,7 @@ class Config:
     """`[init.random]`: nothing to choose."""
 
 
-def initialize(context: InitContext, config: Config) -> Seed:  # noqa: ARG001
+def initialize(context: InitContext, config: Config) -> Seed:
     """The rows that `apply_seed` gives to a module without a seed, so that every method starts those alike."""
     factors = {
         name: pad(zeros(in_features, out_features), context.rank, generator(context.seed, "adapter", name))

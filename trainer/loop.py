@@ -199,7 +199,7 @@ def _update(
     if not (math.isfinite(total) and math.isfinite(grad_norm)):
         raise TrainingError(
             f"step {step + 1}: loss {total}, gradient norm {grad_norm}, with {'; '.join(batches)}. "
-            "Nothing was updated. Look at these pictures and captions, lower the learning rate, or train in fp32 or bf16."
+            "Nothing was updated. Look at these pictures and captions, lower the learning rate, or leave fp16."
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
