@@ -167,8 +167,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]], steps: int) -> str:
     """The summary as Markdown."""
     lines = [
-        f"Held-out stable loss; each start at its best of the learning rates {', '.join(f'{r:g}' for r in LEARNING_RATES)}, "
-        f"{steps} steps, seed 0.",
+        "Held-out stable loss; each start at its best of the learning rates "
+        f"{', '.join(f'{rate:g}' for rate in LEARNING_RATES)}, {steps} steps, seed 0.",
         "",
         "| tier, creature | base | random, best (step, rate) | i2L, step 0 | i2L, best (step, rate) | gain | "
         "wrong pictures, step 0 | wrong, best |",

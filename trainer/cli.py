@@ -39,6 +39,12 @@ def guarded(program: Callable[[], object]) -> int:
     except TrainingError as error:
         logging.error("training stopped: %s", error)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        logging.error("stopped at once; what was trained since the last checkpoint is lost. Continue it with --resume")
+        return EXIT_FAILED
+    except OSError as error:
+        logging.error("%s\nThe last checkpoint is whole. Once this is mended, continue with --resume", error)
+        return EXIT_FAILED
     except ValueError as error:  # ConfigError, DataError, CheckpointError and their like
         logging.error("%s", error)
         return EXIT_BAD_INPUT
