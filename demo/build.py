@@ -9,7 +9,8 @@ lies in the work folder. Times are for 2 cores.
     subjects   paint the subjects of hypernetwork training      2 minutes
     style      train the Style expert and the image encoders    {style} minutes
     images     paint the held-out creature's folder             seconds
-    manifest   sizes, hashes and figures of what is shipped     a minute
+    measure    have a classifier read what the prompts drew     {measure} minutes
+    manifest   sizes, hashes and figures of what is shipped     seconds
 """
 
 import argparse
@@ -27,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import DINOv3ViTConfig, DINOv3ViTModel, SiglipVisionConfig, SiglipVisionModel
 
-from demo import base, painter, text_encoder, vae
+from demo import base, measure, painter, text_encoder, vae
 from initializers.i2l import encoders, train
 from initializers.i2l.expert import load_expert, save_expert
 from trainer import checkpoint, loop
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "subjects": build_subjects,
         "style": build_style,
         "images": build_images,
+        "measure": build_measurements,
         "manifest": build_manifest,
     }
     parser = argparse.ArgumentParser(
@@ -184,6 +186,8 @@ def build_style(work: Path) -> None:
     settings = train.load(STYLE_CONFIG, overrides)
     output = Path(settings.output)
     train.execute(settings, resume=(output / "run.json").exists(), quiet=not sys.stderr.isatty())
+    last = json.loads((output / "run.json").read_text())["validations"][-1]
+    write_json(work / "style.json", {name: round(value, 4) for name, value in last.items() if name != "seconds"})
     name = "Qwen-Image-i2L-Style.safetensors"
     save_expert(load_expert(output / name), DEMO / "i2l" / name, torch.float16)
     for load, save, part in (
@@ -201,6 +205,14 @@ def build_images(work: Path) -> None:
             where = painter.scene(number)
             Image.fromarray(painter.paint(painter.identity("new", index), where)).save(folder / f"{number}.png")
             write_text(folder / f"{number}.txt", painter.caption(where) + "\n")
+
+
+def build_measurements(work: Path) -> None:
+    """Held-out prompts, drawn and read back; and the hypernetwork's last validation."""
+    figures = measure.measure_prompts(MODEL, work / "prompts.png")
+    write_json(work / "prompts.json", figures)
+    for name, values in figures.items():
+        print(f"{name}: " + ", ".join(f"{trait} {share:.0%}" for trait, share in values.items()))
 
 
 def build_manifest(work: Path) -> None:

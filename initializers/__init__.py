@@ -55,6 +55,14 @@ def check(method: str, config: Any) -> list[str]:
     return list(config.problems()) if hasattr(config, "problems") else []
 
 
+def downloads(method: str, config: Any) -> list[str]:
+    """What the method would fetch from Hugging Face; empty if all is on this machine."""
+    module = _module(method)
+    if not hasattr(module, "downloads"):
+        return []
+    return [f"{source}: {file}" for source, file in module.downloads(config)]
+
+
 def get(method: str) -> "Initializer":
     return _module(method).initialize
 

@@ -73,17 +73,20 @@ class Initializers(Protocol):
 
     def check(self, method: str, config: Any) -> list[str]: ...
 
+    def downloads(self, method: str, config: Any) -> list[str]: ...
+
     def get(self, method: str) -> Initializer: ...
 
 
 @dataclass(frozen=True)
 class Start:
-    """The chosen initializer with its own table, and what its check says before any model loads."""
+    """The chosen initializer with its own table, what its check says before any model loads, and what it will fetch."""
 
     method: str
     initialize: Initializer
     options: Any
     problems: list[str]
+    downloads: list[str]
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def describe(plan: Plan) -> str:
         f"training     {run.train.steps} steps of {images_per_step} pictures: "
         f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
         *(f"memory       {line}" for line in memory_estimate(plan)),
-        *(f"download     {line}" for line in qwen_image.downloads(run.model.base)),
+        *(f"download     {line}" for line in [*qwen_image.downloads(run.model.base), *plan.start.downloads]),
         *(f"note         {note}" for note in data.notes),
     ]
     return "\n".join(lines)
@@ -450,4 +453,6 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
         raise config.ConfigError(problems)
     assert run is not None
     options = parsed[method]
-    return run, Start(method, initializers.get(method), options, initializers.check(method, options))
+    found = initializers.check(method, options)
+    fetched = [] if found else initializers.downloads(method, options)
+    return run, Start(method, initializers.get(method), options, found, fetched)

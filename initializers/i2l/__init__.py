@@ -3,6 +3,6 @@
 Read `layout.py`, `expert.py`, `encoders.py`, then `predict.py`.
 """
 
-from initializers.i2l.predict import Config, check, initialize
+from initializers.i2l.predict import Config, check, downloads, initialize
 
-__all__ = ["Config", "check", "initialize"]
+__all__ = ["Config", "check", "downloads", "initialize"]
