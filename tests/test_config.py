@@ -190,6 +190,11 @@ def test_a_misspelt_required_key_is_not_reported_missing_too():
 def test_a_key_of_another_table_is_shown_its_home():
     table = {"inner": {"name": "a"}, "learning_rate": 1}
     assert problems_of(table, Run, "") == ["learning_rate: unknown key; did you mean [train] learning_rate?"]
+    table = {"inner": {"name": "a"}, "size": 1, "extra": {}}  # `extra` resembles `train`, and is no misspelling of it
+    assert problems_of(table, Run, "") == [
+        "size: unknown key; did you mean [inner] size?",
+        "extra: unknown key; did you mean [train] extra?",
+    ]
     table = {"inner": {"name": "a", "seed": 1}}
     assert problems_of(table, Run, "") == ["[inner] seed: unknown key; did you mean seed?"]
 

@@ -134,7 +134,8 @@ def _parse(cls: type[T], table: Any, where: str, problems: list[str], *, root: t
     doubtful = set()  # keys whose true value is not known, because it is wrong or misspelt
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            at_home_elsewhere = any(key == name for name, _ in _all_keys(root, root_name))
+            near = [] if at_home_elsewhere else difflib.get_close_matches(key, known, n=1)
             doubtful.update(near)
             advice = f"did you mean {near[0]}?" if near else _elsewhere(key, known, root, root_name)
             problems.append(_at(where, f"{key}: unknown key; {advice}"))
