@@ -4,6 +4,7 @@ python train.py --config configs/creatures.toml --init i2l
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -39,10 +40,9 @@ def run(options: argparse.Namespace) -> None:
             print(f"\n[init.{name}]\n{config.describe(initializers.config_class(name))}")
         return
     overrides = [*options.set]
-    if options.init:
-        overrides.append(f"init.method={options.init}")
-    if options.output:
-        overrides.append(f"output={options.output}")
+    for key, text in (("init.method", options.init), ("output", options.output)):
+        if text:  # quoted, or --output 2026-01-01 would be a date
+            overrides.append(f"{key}={json.dumps(text, ensure_ascii=False)}")
     run_config, start = run.load_config(options.config, overrides, initializers)
     plan = run.prepare(run_config, start, resume=options.resume)
     if options.plan:

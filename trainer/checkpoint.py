@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,33 +54,46 @@ def save(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `root/step-<step>`, then delete all but the newest `keep`. OSError if the disk is full."""
+    """Write `root/step-<step>`, then delete all but the newest `keep`, and what a killed run left half written.
+
+    OSError if the disk is full; then nothing was deleted.
+    """
     path = root / f"step-{step:08d}"
     optimizer_tensors, optimizer_rest = _split(optimizer.state_dict())
     with new_folder(path) as folder:
         write_tensors(folder / "trainable.safetensors", tensors)
         write_tensors(folder / "optimizer.safetensors", optimizer_tensors)
         write_json(folder / "state.json", {"step": step, "optimizer": optimizer_rest, **state})
-    for old in _folders(root)[:-keep]:
+    for old in [*_folders(root)[:-keep], *root.glob(".step-*")]:
         shutil.rmtree(old)
     return path
 
 
-def latest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint under `root`, or None. CheckpointError if it cannot be read."""
+def latest(root: Path, fingerprint: str | None = None) -> Checkpoint | None:
+    """The newest checkpoint under `root`, or None. CheckpointError if it cannot be read, or if a `fingerprint` is
+    given and it was saved with another one."""
     folders = _folders(root)
-    return load(folders[-1]) if folders else None
+    saved = load(folders[-1]) if folders else None
+    if saved and fingerprint is not None and saved.state["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{saved.path} was written by a run with other settings: resume with the configuration in "
+            f"{root.parent / 'run.json'}, or choose another --output."
+        )
+    return saved
 
 
 def load(path: Path) -> Checkpoint:
+    file = path / "state.json"
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(path / "trainable.safetensors")
-        optimizer = _join(load_file(path / "optimizer.safetensors"), state.pop("optimizer"))
+        state = json.loads(file.read_text(encoding="utf-8"))
+        file = path / "trainable.safetensors"
+        tensors = load_file(file)
+        file = path / "optimizer.safetensors"
+        optimizer = _join(load_file(file), state.pop("optimizer"))
         return Checkpoint(path, state.pop("step"), tensors, optimizer, state)
     except Exception as error:
         raise CheckpointError(
-            f"{path}: this checkpoint cannot be read ({error}). Delete the folder to resume from the one before it."
+            f"{file} cannot be read ({error}). Delete the folder {path} to resume from the checkpoint before it."
         ) from error
 
 
@@ -90,19 +103,27 @@ def _folders(root: Path) -> list[Path]:
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state dict as tensors named `index.name`, and what JSON can hold."""
-    tensors, rest = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                rest[f"{index}.{name}"] = value
+    flat = dict(_flat(state["state"]))
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in flat.items() if name not in tensors}
     return tensors, {"values": rest, "param_groups": state["param_groups"]}
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """bitsandbytes keeps its tensors in a dict of their own, one level deeper than torch."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **rest["values"]}.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        index, *groups, name = key.split(".")
+        values = state.setdefault(int(index), {})
+        for group in groups:
+            values = values.setdefault(group, {})
+        values[name] = value
     return {"state": state, "param_groups": rest["param_groups"]}

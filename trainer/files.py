@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,9 +48,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file; tensors are copied to contiguous CPU memory."""
+    """A safetensors file; tensors are copied to contiguous CPU memory. OSError if the disk is full."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(path, lambda partial: save_file(ready, partial, dict(metadata) if metadata else None))
+    storages = [tensor.untyped_storage().data_ptr() for tensor in ready.values()]
+    for name, storage in zip(ready, storages, strict=True):
+        if storages.count(storage) > 1:  # safetensors refuses to write shared memory
+            ready[name] = ready[name].clone()
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(ready, partial, dict(metadata) if metadata else None)
+        except SafetensorError as error:  # so it wraps what the system says
+            raise OSError(f"{path}: {error}") from error
+
+    write_file(path, write)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ velocity = noise - x_0                             (rectified flow, Liu et al. 2
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +19,15 @@ def generator(*keys: int | str) -> torch.Generator:
     """A CPU generator that is a function of its keys alone, such as (seed, "noise", step, micro_step)."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextmanager
+def seeded(random: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Inside, layers that draw from the global random state, such as dropout, depend on `random` alone. Outside, that
+    state is as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(1 << 62, (), generator=random)))
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)

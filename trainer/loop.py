@@ -113,6 +113,7 @@ def train(
 ) -> Result:
     """Train to `config.steps`; with `resume`, on from the newest checkpoint under `output`.
 
+    The loop divides the loss by the accumulation steps: `accelerator` must not be told of them, or it would, too.
     Raises TrainingError on NaN or infinity, Interrupted after a signal, CheckpointError if the checkpoint was
     written by a run with another `fingerprint`.
     """
@@ -120,13 +121,8 @@ def train(
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
     optimizer = accelerator.prepare(make_optimizer(parameters, config))
     start, result = 0, Result(0, 0.0)
-    saved = checkpoint.latest(output / "checkpoints") if resume else None
+    saved = checkpoint.latest(output / "checkpoints", fingerprint) if resume else None
     if saved:
-        if saved.state["fingerprint"] != fingerprint:
-            raise checkpoint.CheckpointError(
-                f"{saved.path} was written by a run with other settings: resume with the configuration in "
-                f"{output / 'run.json'}, or choose another --output."
-            )
         objective.load_tensors(saved.tensors)
         optimizer.load_state_dict(saved.optimizer)
         start, result = saved.step, Result(saved.step, saved.state["seconds"], saved.state["validations"])
@@ -148,6 +144,8 @@ def train(
         begin += time.monotonic() - paused
         if values:
             values["seconds"] = round(seconds_before + time.monotonic() - begin, 3)
+            if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
+                raise TrainingError(f"validation after step {step}: {', '.join(bad)}. No checkpoint was saved since.")
             result.validations.append({"step": step, **values})
             tracker.scalars(step, values)
 
@@ -184,6 +182,29 @@ def _update(
     lr = learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    while True:
+        loss, batches = _backward(objective, config, accelerator, step)
+        if accelerator.scaler is not None:
+            accelerator.unscale_gradients(optimizer)
+        grad_norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            break
+        if accelerator.scaler is None or not math.isfinite(loss) or accelerator.scaler.get_scale() < 1:
+            raise TrainingError(
+                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, with {'; '.join(batches)}. "
+                "Nothing was updated. Look at these pictures and captions, lower the learning rate, or leave fp16."
+            )
+        optimizer.step()  # fp16 gradients overflow while the loss scale is too high: this only lowers it; once more
+        optimizer.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+
+
+def _backward(
+    objective: Objective, config: TrainConfig, accelerator: Accelerator, step: int
+) -> tuple[float, list[str]]:
+    """Add up the gradients of all micro steps. Returns the mean loss, and what was in the batches."""
     total, batches = 0.0, []
     for micro_step in range(config.gradient_accumulation_steps):
         last = micro_step == config.gradient_accumulation_steps - 1
@@ -192,18 +213,7 @@ def _update(
             accelerator.backward(loss.value / config.gradient_accumulation_steps)
         total += float(accelerator.reduce(loss.value.detach(), "mean")) / config.gradient_accumulation_steps
         batches.append(loss.batch)
-    if isinstance(optimizer, torch.optim.Optimizer) and accelerator.scaler is not None:
-        accelerator.unscale_gradients(optimizer)
-    bound = config.max_grad_norm or math.inf
-    grad_norm = float(nn.utils.clip_grad_norm_(parameters, bound))
-    if not (math.isfinite(total) and math.isfinite(grad_norm)):
-        raise TrainingError(
-            f"step {step + 1}: loss {total}, gradient norm {grad_norm}, with {'; '.join(batches)}. "
-            "Nothing was updated. Look at these pictures and captions, lower the learning rate, or leave fp16."
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": total, "lr": lr, "grad_norm": grad_norm}
+    return total, batches
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -204,17 +204,16 @@ def size(num_bytes: float) -> str:
 def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     """Run the plan; returns the adapter's folder. See `loop.train` for what it raises."""
     run, began = plan.config, time.monotonic()
-    accelerator = make_accelerator(run.model.dtype, run.train.gradient_accumulation_steps)
+    accelerator = make_accelerator(run.model.dtype)
     device, seconds = accelerator.device, {}
-    if device.type == "cpu" and run.model.dtype == "fp16":
-        raise config.ConfigError(['[model] dtype: fp16 needs a GPU; use "fp32" on a CPU'])
+    check_device(run, device)
     for note in plan.dataset.notes:
         log.info("note: %s", note)
+    saved = checkpoint.latest(plan.output / "checkpoints", plan.fingerprint()) if resume else None
     tick = time.monotonic()
     encoded = encode(plan, device, quiet=quiet)
     seconds["encode"], tick = time.monotonic() - tick, time.monotonic()
 
-    saved = checkpoint.latest(plan.output / "checkpoints") if resume else None
     report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
     report |= {"versions": versions(), "hardware": hardware(device), "data": _data_report(plan.dataset)}
     if saved:
@@ -269,10 +268,21 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     return folder
 
 
-def make_accelerator(dtype: str, gradient_accumulation_steps: int) -> Accelerator:
+def check_device(run: RunConfig, device: torch.device) -> None:
+    """ConfigError if the configuration asks for what this machine lacks; `--plan` may ask for another machine."""
+    problems = []
+    if device.type != "cuda" and run.model.dtype == "fp16":
+        problems.append('[model] dtype: "fp16" needs a CUDA GPU, and there is none here; use "fp32" or "bf16"')
+    if device.type != "cuda" and run.model.quantization != "none":
+        problems.append(f'[model] quantization: "{run.model.quantization}" needs a CUDA GPU, and there is none here')
+    if problems:
+        raise config.ConfigError(problems)
+
+
+def make_accelerator(dtype: str) -> Accelerator:
     """fp16 needs loss scaling; in bf16 the frozen base runs in bf16 and the adapter in fp32, without autocast."""
     mixed = "fp16" if dtype == "fp16" and torch.cuda.is_available() else "no"
-    return Accelerator(mixed_precision=mixed, gradient_accumulation_steps=gradient_accumulation_steps)
+    return Accelerator(mixed_precision=mixed)
 
 
 def summary(method: str, applied: Mapping[str, Any], seconds: float) -> str:
@@ -324,7 +334,7 @@ class LoraObjective:
     def __init__(
         self, plan: Plan, transformer: QwenImageTransformer2DModel, encoded: Encoded, accelerator: Accelerator
     ):
-        self.module: torch.nn.Module = transformer
+        self.module: torch.nn.Module = transformer.train()
         self.transformer = transformer
         self._plan, self._run, self._encoded, self._accelerator = plan, plan.config, encoded, accelerator
         self._device, self._dtype = accelerator.device, qwen_image.DTYPES[plan.config.model.dtype]
@@ -348,7 +358,8 @@ class LoraObjective:
         noisy = flow.interpolate(latents, noise, sigmas).to(self._dtype)
         embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
         embeds, mask = embeds.to(self._device), None if mask is None else mask.to(self._device)
-        predicted = qwen_image.predict_velocity(self.module, noisy, sigmas, embeds, mask, self._guidance)
+        with flow.seeded(random, self._device):  # the adapter's dropout
+            predicted = qwen_image.predict_velocity(self.module, noisy, sigmas, embeds, mask, self._guidance)
         return Loss(flow.losses(predicted, latents, noise).mean(), ", ".join(str(e.path) for e in examples))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -364,9 +375,12 @@ class LoraObjective:
         data, values = self._plan.dataset, {}
         self.transformer.eval()
         for name, examples in (("val_loss", data.held_out), ("train_stable_loss", data.train)):
-            if examples:
-                items = [self._encoded.item(example) for example in examples]
-                values[name] = validation.stable_loss(self.transformer, items, self._device, self._dtype)
+            items = [self._encoded.item(example) for example in examples[: self._run.validation.num_pictures]]
+            if items:
+                size = self._run.train.batch_size
+                values[name] = validation.stable_loss(
+                    self.transformer, items, self._device, self._dtype, batch_size=size
+                )
         self._draw(step, tracker)
         self.transformer.train()
         return values
@@ -427,6 +441,8 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
     """
     problems: list[str] = []
     table = config.apply_overrides(config.read_toml(path, problems), overrides, problems)
+    if problems:
+        raise config.ConfigError(problems)
     init = table.get("init")
     tables = (
         {name: init.pop(name) for name, value in [*init.items()] if isinstance(value, dict)}

@@ -29,7 +29,7 @@ class Tracker:
             output.mkdir(parents=True, exist_ok=True)
             self._forget_after(start_step)
             self._file = self._metrics.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         self._bar = tqdm(total=steps, initial=start_step, unit="step", disable=quiet or not main, dynamic_ncols=True)
 
     def __enter__(self) -> Self:

@@ -25,13 +25,19 @@ class ValidationConfig:
     prompts: tuple[str, ...] = ()
     """A sample picture is drawn for each, always from the same noise."""
     num_inference_steps: int = 20
+    num_pictures: int = 8
+    """At most this many held-out and as many training pictures enter the stable losses."""
     true_cfg_scale: float = 1.0
     """Guidance of the samples; 1 is without, and takes half the time."""
     seed: int = 0
     """Of the samples' noise."""
 
     def problems(self) -> list[str]:
-        found = [f"{name} must be at least 1" for name in ("every", "num_inference_steps") if getattr(self, name) < 1]
+        found = [
+            f"{name} must be at least 1"
+            for name in ("every", "num_inference_steps", "num_pictures")
+            if getattr(self, name) < 1
+        ]
         return found + (["true_cfg_scale must be at least 1"] if self.true_cfg_scale < 1 else [])
 
 
@@ -46,23 +52,31 @@ class Item:
 
 
 @torch.no_grad()
-def stable_loss(transformer: torch.nn.Module, items: Sequence[Item], device: torch.device, dtype: torch.dtype) -> float:
+def stable_loss(
+    transformer: torch.nn.Module,
+    items: Sequence[Item],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch_size: int = NUM_SIGMAS,
+) -> float:
     """Mean velocity error over all items at sigmas (i + 0.5) / 8, each item with noise of its own, always the same.
 
     Most of the noise of a training loss is the draw of sigmas and noise; here both are fixed, so that two values
-    differ only by the model.
+    differ only by the model. `batch_size` sigmas are looked at together.
     """
-    total = 0.0
-    sigmas = flow.stratified_sigmas(NUM_SIGMAS).to(device)
+    losses = []
     for item in items:
         random = flow.generator("stable loss", item.digest)
-        noise = torch.randn(NUM_SIGMAS, *item.latents.shape, generator=random).to(device)
-        latents = item.latents.to(device).expand_as(noise)
-        noisy = flow.interpolate(latents, noise, sigmas).to(dtype)
-        prompt = item.prompt.to(device).expand(NUM_SIGMAS, -1, -1)
-        predicted = qwen_image.predict_velocity(transformer, noisy, sigmas, prompt, None)
-        total += float(flow.losses(predicted, latents, noise).mean())
-    return total / len(items)
+        all_noise = torch.randn(NUM_SIGMAS, *item.latents.shape, generator=random)
+        for rows in torch.arange(NUM_SIGMAS).split(batch_size):
+            sigmas, noise = flow.stratified_sigmas(NUM_SIGMAS)[rows].to(device), all_noise[rows].to(device)
+            latents = item.latents.to(device).expand_as(noise)
+            noisy = flow.interpolate(latents, noise, sigmas).to(dtype)
+            prompt = item.prompt.to(device).expand(len(rows), -1, -1)
+            predicted = qwen_image.predict_velocity(transformer, noisy, sigmas, prompt, None)
+            losses.append(flow.losses(predicted, latents, noise))
+    return float(torch.cat(losses).mean())
 
 
 def draw_samples(
@@ -98,13 +112,15 @@ def save_samples(folder: Path, step: int, pictures: Sequence[Image.Image]) -> No
 
 
 def contact_sheet(folder: Path, prompts: Sequence[str]) -> Image.Image | None:
-    """All samples in `folder`: a row for each prompt, a column for each step."""
+    """All samples in `folder`: a row for each prompt, a column for each step that has them all."""
     steps = sorted({int(path.name.split("-")[1]) for path in folder.glob("step-*-*.png")})
+    files = {step: [folder / f"step-{step:06d}-{row}.png" for row in range(len(prompts))] for step in steps}
+    steps = [step for step in steps if all(file.exists() for file in files[step])]
     if not steps:
         return None
     if len(steps) > 10:  # the first, the last, and eight between
         steps = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
-    rows = [[Image.open(folder / f"step-{step:06d}-{row}.png") for step in steps] for row in range(len(prompts))]
+    rows = [[Image.open(files[step][row]) for step in steps] for row in range(len(prompts))]
     return grid(rows, [f"step {step}" for step in steps], list(prompts))
 
 

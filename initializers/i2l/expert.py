@@ -180,7 +180,8 @@ def merge_pictures(pair: Factors) -> LowRank:
 def save_expert(expert: Expert, path: Path, dtype: torch.dtype | None = None) -> None:
     """Write the published layout, in `dtype` if given (float16 or bfloat16 halve the file)."""
     tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in expert.state_dict().items()}
-    write_tensors(path, tensors, {"format": "pt", "rank": str(expert.geometry.rank)})
+    # one entry only: safetensors writes several in an order that changes from run to run
+    write_tensors(path, tensors, {"rank": str(expert.geometry.rank)})
 
 
 def load_expert(path: Path, *, device: torch.device | str = "cpu") -> Expert:

@@ -118,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def load(path: Path, overrides: list[str]) -> HypernetworkConfig:
     problems: list[str] = []
     table = configuration.apply_overrides(configuration.read_toml(path, problems), overrides, problems)
+    if problems:
+        raise configuration.ConfigError(problems)
     parsed = configuration.parse(HypernetworkConfig, table, "", problems)
     if parsed is None or problems:
         raise configuration.ConfigError(problems)
@@ -128,7 +130,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     """Train, then write the expert (and the encoders, if they were trained) in the published layout."""
     output = Path(settings.output)
     subjects = read_subjects(settings, resume=resume)
-    accelerator = run.make_accelerator(settings.model.dtype, settings.train.gradient_accumulation_steps)
+    accelerator = run.make_accelerator(settings.model.dtype)
     data = PairData(settings, subjects, accelerator.device, quiet=quiet)
     objective = HypernetworkObjective(settings, data, accelerator)
     report: dict[str, Any] = {

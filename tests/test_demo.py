@@ -1,0 +1,174 @@
+"""The painter, and what the shipped models can do."""
+
+import hashlib
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImagePipeline
+
+import initializers
+import train as program
+from demo import build, painter, tiers
+from demo.text_encoder import templates
+from initializers.i2l.expert import read_geometry
+from trainer import run
+
+DEMO = Path("demo")
+
+
+def test_a_picture_is_a_function_of_creature_and_scene() -> None:
+    who, where = painter.identity("new", 7), painter.scene(3)
+    first = painter.paint(who, where)
+    assert first.shape == (64, 64, 3) and first.dtype == np.uint8
+    assert np.array_equal(first, painter.paint(painter.identity("new", 7), painter.scene(3)))
+    assert not np.array_equal(first, painter.paint(painter.identity("new", 8), where))
+    assert not np.array_equal(first, painter.paint(who, painter.scene(4)))
+
+
+def test_tiers_hold_different_creatures_and_show_what_they_say() -> None:
+    shown = {tier: [painter.identity(tier, i) for i in range(300)] for tier in painter.TIERS}
+    everyone = [who for creatures in shown.values() for who in creatures]
+    assert len(set(everyone)) == len(everyone) == 1500
+    assert {who.headgear for who in shown["pretrain"]} == set(painter.HEADGEAR)
+    assert {who.pattern for who in shown["pretrain"]} == set(painter.PATTERNS)
+    for tier in ("hyper", "new"):
+        assert {who.headgear for who in shown[tier]} == set(painter.HEADGEAR) - {"horns"}
+        assert {who.pattern for who in shown[tier]} == set(painter.PATTERNS) - {"spots"}
+    assert all(who.headgear == "horns" for who in shown["trait"])
+    assert sum(who.pattern == "spots" for who in shown["trait"]) == 150
+    known = (painter.SHAPES, painter.PATTERNS, painter.HEADGEAR)
+    for who in shown["foreign"]:
+        assert all(
+            value not in names for value, names in zip((who.shape, who.pattern, who.headgear), known, strict=True)
+        )
+    with pytest.raises(ValueError, match="index"):
+        painter.identity("new", painter.TIER_SEEDS)
+
+
+def test_the_first_thirty_scenes_are_all_different_and_captions_name_them() -> None:
+    scenes = [painter.scene(i) for i in range(30)]
+    places = {(s.background, s.place, s.size) for s in scenes}
+    assert places == set(product(painter.BACKGROUNDS, painter.PLACES, painter.SIZES))
+    assert len({painter.caption(s) for s in scenes}) == 30
+    where, who = scenes[0], painter.identity("new", 0)
+    plain, full = painter.caption(where, name="zorp"), painter.caption(where, who)
+    assert plain.startswith("zorp, a ") and painter.PLACES[where.place] in plain
+    assert who.colour in full and who.shape in full and who.colour not in plain
+
+
+def test_every_word_of_captions_and_templates_is_one_token() -> None:
+    tokenizer = QwenImagePipeline.from_pretrained(
+        DEMO / "model", transformer=None, vae=None, text_encoder=None
+    ).tokenizer
+    plain, edit = templates()
+    assert len(tokenizer(plain.split("{}")[0]).input_ids) == 34
+    assert len(tokenizer(edit.split("<|vision_start|>")[0]).input_ids) == 64
+    for index in range(200):
+        text = painter.caption(painter.scene(index), painter.identity("pretrain", index), "zorp")
+        assert len(tokenizer(text).input_ids) == len(text.replace(",", " ,").split())
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> QwenImagePipeline:
+    loaded = QwenImagePipeline.from_pretrained(DEMO / "model", torch_dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def draw(pipeline: QwenImagePipeline, prompt: str, seed: int) -> np.ndarray:
+    picture = pipeline(
+        prompt,
+        negative_prompt=" ",
+        true_cfg_scale=2.0,
+        width=64,
+        height=64,
+        num_inference_steps=12,
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]
+    return np.asarray(picture, dtype=np.float32)
+
+
+def test_the_pipeline_draws_the_background_the_place_and_the_size_it_is_asked_for(pipeline: QwenImagePipeline) -> None:
+    """By colour and position alone: the corners' colour, and where the picture differs from an empty scene."""
+    corner = {}
+    for background in painter.BACKGROUNDS:
+        painted = painter.paint(
+            painter.identity("new", 0), painter.Scene(background=background, place="middle", size="small", seed=40)
+        )
+        corner[background] = painted[26:30, :4].mean((0, 1))
+    right, asked = {"background": 0, "place": 0}, 0
+    areas: dict[str, list[float]] = {"small": [], "big": []}
+    for seed, (background, place) in enumerate(product(painter.BACKGROUNDS, painter.PLACES)):
+        size = painter.SIZES[seed % 2]
+        where = painter.Scene(background=background, place=place, size=size, seed=0)
+        drawn = draw(pipeline, painter.caption(where, painter.identity("new", 1000 + seed)), seed)
+        side = drawn[26:30, :4] if place != "left" else drawn[26:30, -4:]
+        nearest = min(corner, key=lambda name: float(np.abs(corner[name] - side.mean((0, 1))).sum()))
+        sky = side.mean((0, 1))
+        band = np.abs(drawn[20:40] - sky).sum(-1) > 120  # the creature's middle, above most horizons
+        columns = np.arange(64)[band.mean(0) > 0.5]
+        centre = columns.mean() if len(columns) else -1
+        seen = "left" if centre < 26 else "right" if centre > 38 else "middle"
+        right["background"] += nearest == background
+        right["place"] += seen == place
+        areas[size].append(float(band.mean()))
+        asked += 1
+    assert asked == 15
+    assert right["background"] >= 13 and right["place"] >= 11, right
+    assert np.mean(areas["big"]) > 1.3 * np.mean(areas["small"])
+
+
+def test_the_manifest_tells_the_truth() -> None:
+    manifest = json.loads((DEMO / "manifest.json").read_text())
+    shipped = {
+        p.relative_to(DEMO).as_posix() for folder in ("model", "encoders", "i2l") for p in (DEMO / folder).rglob("*.*")
+    }
+    assert set(manifest["files"]) == {name for name in shipped if (DEMO / name).is_file()}
+    for name, entry in manifest["files"].items():
+        data = (DEMO / name).read_bytes()
+        assert len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"], name
+    assert manifest["total_bytes"] == sum(e["bytes"] for e in manifest["files"].values()) < 30e6
+    assert manifest["figures"]["style"]["val_loss"] < manifest["figures"]["style"]["val_loss_no_lora"]
+
+
+def test_the_shipped_style_expert_has_the_published_layout_at_this_worlds_size() -> None:
+    geometry = read_geometry(DEMO / "i2l" / "Qwen-Image-i2L-Style.safetensors")
+    assert (geometry.kind, geometry.num_blocks, geometry.hidden_size, geometry.rank) == ("Style", 4, 128, 4)
+
+
+def test_the_shipped_pictures_are_the_painters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "IMAGES", tmp_path)
+    build.build_images(tmp_path)
+    shipped = sorted((DEMO / "images" / "zorp").iterdir())
+    assert len(shipped) == 16
+    for file in shipped:
+        assert file.read_bytes() == (tmp_path / "zorp" / file.name).read_bytes()
+
+
+def test_i2l_starts_below_the_base_and_wrong_pictures_do_not(tmp_path: Path) -> None:
+    """Three creatures never seen, held-out pictures: the seed of their own pictures lowers the loss at step 0."""
+    for index in (300, 301, 302):
+        tiers.paint(tmp_path, "new", index)
+        tiers.predict((tmp_path, "new", index))
+    losses: dict[str, list[float]] = {start: [] for start in tiers.STARTS}
+    for index in (300, 301, 302):
+        for start in tiers.STARTS:
+            curve = tiers.run_job(tiers.Job("new", index, start, 3e-4, 1, tmp_path))
+            losses[start].append(curve[0]["val_loss"])
+    own, wrong, base = losses["i2l"], losses["wrong pictures"], losses["random"]
+    assert all(a < b for a, b in zip(own, base, strict=True)), losses
+    assert np.mean(own) < 0.9 * np.mean(base) and np.mean(wrong) > np.mean(base), losses
+
+
+def test_the_command_of_the_readme_on_a_shorter_run(tmp_path: Path) -> None:
+    arguments = ["--config", "configs/creatures.toml", "--init", "i2l", "--output", str(tmp_path / "out"), "--quiet"]
+    assert program.main([*arguments, "--set", "train.steps=2", "--set", "validation.num_inference_steps=2"]) == 0
+    report = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert report["status"] == "finished" and report["init"]["applied"]["seeded"] > 40
+    assert (tmp_path / "out" / "contact_sheet.png").exists()
+    loaded, _ = run.load_config(Path("configs/creatures.toml"), [], initializers)
+    assert loaded.output == "outputs/creatures"
