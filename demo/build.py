@@ -232,7 +232,7 @@ def build_manifest(work: Path) -> None:
         for name in ("vae", "prompts", "style")
         if (work / f"{name}.json").exists()
     }
-    total = sum(entry["bytes"] for entry in listed.values())
+    total = sum(path.stat().st_size for path in files)
     write_json(DEMO / "manifest.json", {"total_bytes": total, "figures": figures, "files": listed})
     print(f"{len(files)} files, {total / 1e6:.1f} MB")
 

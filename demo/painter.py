@@ -52,7 +52,7 @@ FOREIGN = {"shape": "triangle", "pattern": "checkered", "headgear": "bow", "num_
 _NUMBER_WORDS = {1: "one eye", 2: "two eyes", 3: "three eyes"}
 
 Image = NDArray[np.uint8]
-Field = NDArray[np.float32]
+Field = NDArray[np.floating]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def identity(tier: Tier, index: int) -> Identity:
         num_eyes=num_eyes,
         belly=bool(rng.integers(2)),
         eye_colour=eye_colour,
-        shade=tuple(rng.uniform(-1, 1, 3)),  # type: ignore[arg-type]
+        shade=tuple(rng.uniform(-1, 1, 3)),
         phase=float(rng.uniform()),
     )
 
@@ -156,6 +156,10 @@ def _colour(name: str, shade: tuple[float, float, float] = (0, 0, 0), *, value: 
     return np.array(colorsys.hsv_to_rgb(hue, 0.78 + 0.14 * shade[1], value + 0.08 * shade[2]), np.float32)
 
 
+def _rgb(red: float, green: float, blue: float) -> Field:
+    return np.array((red, green, blue), np.float32)
+
+
 def _blend(canvas: Field, distance: Field, colour: Field | float, opacity: float | Field = 1.0) -> None:
     """Lay `colour` over the pixels with distance < 0, edges one pixel soft."""
     cover = np.clip(0.5 - distance, 0, 1) * opacity
@@ -196,26 +200,22 @@ def _background(kind: str, rng: np.random.Generator) -> Field:
     canvas[:] = sky
     horizon = 44 + rng.uniform(-2, 2)
     if kind == "meadow":
-        _blend(canvas, _ellipse(_X - rng.uniform(8, 56), _Y - 9, 7, 3.2), np.float32([1, 1, 1]))
+        _blend(canvas, _ellipse(_X - rng.uniform(8, 56), _Y - 9, 7, 3.2), _rgb(1, 1, 1))
     elif kind == "night":
-        _blend(canvas, _ellipse(_X - rng.choice([9, 55]), _Y - 10, 5, 5), np.float32([0.98, 0.95, 0.75]))
+        _blend(canvas, _ellipse(_X - rng.choice([9, 55]), _Y - 10, 5, 5), _rgb(0.98, 0.95, 0.75))
         for _ in range(6):
-            _blend(
-                canvas, _ellipse(_X - rng.uniform(2, 62), _Y - rng.uniform(2, 30), 0.8, 0.8), np.float32([1, 1, 0.9])
-            )
+            _blend(canvas, _ellipse(_X - rng.uniform(2, 62), _Y - rng.uniform(2, 30), 0.8, 0.8), _rgb(1, 1, 0.9))
     elif kind == "beach":
-        _blend(canvas, _ellipse(_X - rng.choice([9, 55]), _Y - 10, 6, 6), np.float32([1.0, 0.86, 0.25]))
-        _blend(canvas, 36 - _Y, np.float32([0.12, 0.45, 0.75]))
+        _blend(canvas, _ellipse(_X - rng.choice([9, 55]), _Y - 10, 6, 6), _rgb(1.0, 0.86, 0.25))
+        _blend(canvas, 36 - _Y, _rgb(0.12, 0.45, 0.75))
     elif kind == "room":
         x = rng.choice([10, 54])
-        _blend(canvas, _box(_X - x, _Y - 14, 6.5, 7.5, 1), np.float32([0.98, 0.97, 0.92]))
-        _blend(canvas, _box(_X - x, _Y - 14, 5, 6, 0.5), np.float32([0.55, 0.78, 0.95]))
-    _blend(
-        canvas, horizon - _Y + (0.8 * np.sin(_X / 6 + rng.uniform(0, 6)) if kind != "room" else 0), np.float32(ground)
-    )
+        _blend(canvas, _box(_X - x, _Y - 14, 6.5, 7.5, 1), _rgb(0.98, 0.97, 0.92))
+        _blend(canvas, _box(_X - x, _Y - 14, 5, 6, 0.5), _rgb(0.55, 0.78, 0.95))
+    _blend(canvas, horizon - _Y + (0.8 * np.sin(_X / 6 + rng.uniform(0, 6)) if kind != "room" else 0), _rgb(*ground))
     if kind == "snow":
         for _ in range(9):
-            _blend(canvas, _ellipse(_X - rng.uniform(2, 62), _Y - rng.uniform(2, 40), 1.1, 1.1), np.float32([1, 1, 1]))
+            _blend(canvas, _ellipse(_X - rng.uniform(2, 62), _Y - rng.uniform(2, 40), 1.1, 1.1), _rgb(1, 1, 1))
     return canvas
 
 
@@ -302,16 +302,16 @@ def _creature(canvas: Field, who: Identity, centre_x: float, centre_y: float, r:
         _blend(canvas, np.maximum(figures, body + 0.8), _colour(who.pattern_colour))
     if who.belly:
         belly = np.maximum(_ellipse(x, y - 0.62 * r, 0.46 * r, 0.38 * r), body + 1.0)
-        _blend(canvas, belly, np.float32([0.99, 0.94, 0.84]))
+        _blend(canvas, belly, _rgb(0.99, 0.94, 0.84))
     eye_y = top + 0.62 * r
     spread = {1: [0.0], 2: [-0.34, 0.34], 3: [-0.52, 0.0, 0.52]}[who.num_eyes]
     size = {1: 0.33, 2: 0.26, 3: 0.22}[who.num_eyes] * r
     squeeze = min(1.0, half / r + 0.1)
-    white = np.float32([1, 1, 1] if who.eye_colour == "black" else [1.0, 0.85, 0.1])
+    white = _rgb(1, 1, 1) if who.eye_colour == "black" else _rgb(1.0, 0.85, 0.1)
     for offset in spread:
         ex, ey = x - offset * r * squeeze, y - eye_y
         _blend(canvas, _ellipse(ex, ey, size + 0.6, size + 0.6), outline)
         _blend(canvas, _ellipse(ex, ey, size, size), white)
-        _blend(canvas, _ellipse(ex, ey - 0.1 * size, 0.52 * size, 0.52 * size), np.float32([0.05, 0.05, 0.08]))
+        _blend(canvas, _ellipse(ex, ey - 0.1 * size, 0.52 * size, 0.52 * size), _rgb(0.05, 0.05, 0.08))
     smile = np.maximum(np.abs(np.hypot(x, y - eye_y - 0.42 * r) - 0.22 * r) - 0.075 * r, eye_y + 0.46 * r - y)
-    _blend(canvas, smile, np.float32([0.15, 0.05, 0.08]))
+    _blend(canvas, smile, _rgb(0.15, 0.05, 0.08))

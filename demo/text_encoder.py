@@ -30,8 +30,8 @@ HIDDEN_SIZE = 64
 def templates() -> tuple[str, str]:
     """The prompt templates of the text-to-image and the edit pipeline, as diffusers holds them."""
     nothing = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
-    plain = QwenImagePipeline(**nothing).prompt_template_encode  # type: ignore[arg-type]
-    edit = QwenImageEditPipeline(**nothing, processor=None).prompt_template_encode  # type: ignore[arg-type]
+    plain = QwenImagePipeline(**nothing).prompt_template_encode
+    edit = QwenImageEditPipeline(**nothing, processor=None).prompt_template_encode
     return plain, edit
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def new_vae() -> AutoencoderKLQwenImage:
             if isinstance(layer, nn.Conv2d | nn.Conv3d):
                 height, width = layer.kernel_size[-2:]
                 nn.init.normal_(layer.weight, std=(layer.in_channels * height * width) ** -0.5)
-                nn.init.zeros_(layer.bias)
+                layer.bias.data.zero_()  # type: ignore[union-attr]
                 if name.endswith(".conv2"):
                     layer.weight.data *= 0.1
     return vae
@@ -75,7 +76,7 @@ class VaeObjective:
     """Squared and absolute error of pixels, absolute error of edges, and a light KL term."""
 
     def __init__(self, batch_size: int):
-        self.module: nn.Module = new_vae()
+        self.module: Any = new_vae()
         self._batch_size = batch_size
         self._held_out = to_pixels([painter.paint(painter.identity("new", i), painter.scene(i)) for i in range(30)])
 

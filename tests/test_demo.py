@@ -154,9 +154,9 @@ def test_i2l_starts_below_the_base_and_wrong_pictures_do_not(tmp_path: Path) -> 
     for index in (300, 301, 302):
         tiers.paint(tmp_path, "new", index)
         tiers.predict((tmp_path, "new", index))
-    losses: dict[str, list[float]] = {start: [] for start in tiers.STARTS}
+    losses: dict[str, list[float]] = {start: [] for start in tiers.STARTS["new"]}
     for index in (300, 301, 302):
-        for start in tiers.STARTS:
+        for start in tiers.STARTS["new"]:
             curve = tiers.run_job(tiers.Job("new", index, start, 3e-4, 1, tmp_path))
             losses[start].append(curve[0]["val_loss"])
     own, wrong, base = losses["i2l"], losses["wrong pictures"], losses["random"]

@@ -149,9 +149,9 @@ class PromptEncoder:
     def __init__(self, base: str, device: torch.device, dtype: torch.dtype):
         text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
         self._pipeline = QwenImagePipeline(
-            scheduler=None,  # type: ignore[arg-type]
-            vae=None,  # type: ignore[arg-type]
-            transformer=None,  # type: ignore[arg-type]
+            scheduler=None,
+            vae=None,
+            transformer=None,
             text_encoder=text_encoder.to(device).eval(),
             tokenizer=AutoTokenizer.from_pretrained(base, subfolder="tokenizer"),
         )
@@ -271,9 +271,9 @@ class Sampler:
         noise = torch.randn(count, channels, 1, height, width, generator=generator(seed, "sample"))
         pipeline = QwenImagePipeline(
             scheduler=self._scheduler,
-            vae=None,  # type: ignore[arg-type]
-            text_encoder=None,  # type: ignore[arg-type]
-            tokenizer=None,  # type: ignore[arg-type]
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
             transformer=transformer,
         )
         pipeline.set_progress_bar_config(disable=True)

@@ -450,7 +450,7 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
         else {}
     )
     run = config.parse(RunConfig, table, "", problems)
-    method, preset = "random", {}
+    method, preset = "random", dict[str, Any]()
     if run is not None:
         try:
             method, preset = initializers.resolve(run.init.method)

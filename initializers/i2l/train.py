@@ -182,7 +182,8 @@ def read_subjects(settings: HypernetworkConfig, *, resume: bool) -> list[list[Ex
         problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
     if resume and not used:
         problems.append(f"output: {output} holds no run to resume; start it without --resume")
-    folder, groups = Path(settings.data.images), {}
+    folder = Path(settings.data.images)
+    groups: dict[str, list[Example]] = {}
     try:
         examples = scan(DataConfig(images=str(folder), resolution=settings.data.resolution), multiple=16, seed=0).train
         names = _subject_names(folder / "metadata.jsonl")
@@ -251,9 +252,11 @@ class PairData:
             self.references = torch.stack(
                 cache.get(
                     [key("image embedding", settings.expert.encoders, e.digest) for e in self.examples],
-                    lambda part: encoders.encode_pictures(
-                        [open_picture(self.examples[i].path) for i in part], settings.expert.encoders, device, dtype
-                    ),
+                    lambda part: [
+                        *encoders.encode_pictures(
+                            [open_picture(self.examples[i].path) for i in part], settings.expert.encoders, device, dtype
+                        )
+                    ],
                     what="embed pictures",
                     batch_size=512,
                     shard_size=4096,
