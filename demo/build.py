@@ -186,7 +186,9 @@ def build_style(work: Path) -> None:
     settings = train.load(STYLE_CONFIG, overrides)
     output = Path(settings.output)
     train.execute(settings, resume=(output / "run.json").exists(), quiet=not sys.stderr.isatty())
-    last = json.loads((output / "run.json").read_text())["validations"][-1]
+    saved = checkpoint.latest(output / "checkpoints")
+    assert saved is not None
+    last = saved.state["validations"][-1]
     write_json(work / "style.json", {name: round(value, 4) for name, value in last.items() if name != "seconds"})
     name = "Qwen-Image-i2L-Style.safetensors"
     save_expert(load_expert(output / name), DEMO / "i2l" / name, torch.float16)

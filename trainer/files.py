@@ -1,5 +1,6 @@
 """Files appear whole or not at all: write beside, flush to the disk, rename."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -87,3 +88,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _flush(path.parent)
+
+
+def sample(path: Path, chunk: int = 1 << 20) -> str:
+    """A hash of a file's name, size, beginning, middle and end: enough to tell two models apart, quick at 16 GB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        for offset in (0, max(0, size // 2 - chunk // 2), max(0, size - chunk)):
+            file.seek(offset)
+            digest.update(file.read(chunk))
+    return digest.hexdigest()

@@ -194,7 +194,7 @@ def _update(
                 f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, with {'; '.join(batches)}. "
                 "Nothing was updated. Look at these pictures and captions, lower the learning rate, or leave fp16."
             )
-        optimizer.step()  # fp16 gradients overflow while the loss scale is too high: this only lowers it; once more
+        accelerator.scaler.update(accelerator.scaler.get_scale() / 2)  # fp16 gradients overflowed: once more
         optimizer.zero_grad(set_to_none=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,6 @@
 Each part is loaded alone and let go after use, so that text encoder and VAE never share memory with training.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from trainer.files import sample
 from trainer.flow import generator
 
 log = logging.getLogger("trainer")
@@ -68,18 +68,7 @@ def identity(base: str) -> list[str]:
         cached = huggingface_hub.try_to_load_from_cache(base, "vae/config.json")
         return [base, Path(cached).parents[1].name if isinstance(cached, str) else "unknown commit"]
     files = sorted(path for part in ("vae", "text_encoder", "tokenizer") for path in (folder / part).glob("*.*"))
-    return [_sample(path) for path in files]
-
-
-def _sample(path: Path, chunk: int = 1 << 20) -> str:
-    """A hash of a file's name, size, beginning, middle and end: enough to tell two models apart, quick at 16 GB."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{path.name} {size}".encode())
-    with path.open("rb") as file:
-        for offset in (0, max(0, size // 2 - chunk // 2), max(0, size - chunk)):
-            file.seek(offset)
-            digest.update(file.read(chunk))
-    return digest.hexdigest()
+    return [sample(path) for path in files]
 
 
 def downloads(base: str) -> list[str]:

@@ -27,7 +27,7 @@ from transformers import (
 
 from initializers.i2l import sources
 from initializers.i2l.layout import LayoutError, layout_md5, read_header
-from trainer.files import write_json, write_tensors
+from trainer.files import sample, write_json, write_tensors
 
 SIGLIP_FOLDER, DINOV3_FOLDER = "SigLIP2-G384", "DINOv3-7B"
 ENCODER_FILES = (f"{SIGLIP_FOLDER}/model.safetensors", f"{DINOV3_FOLDER}/model.safetensors")
@@ -233,6 +233,11 @@ def _encode(
         pixels = np.stack([preprocess(picture, model.config.image_size) for picture in pictures[start : start + CHUNK]])
         parts.append(embed(model, torch.from_numpy(pixels).to(model.device, model.dtype)).float())
     return torch.cat(parts)
+
+
+def identity(encoders: str) -> list[str]:
+    """What a cache takes for these encoders: their files, by size and samples of their content."""
+    return [sample(path) if (path := sources.cached(encoders, file)) else file for file in ENCODER_FILES]
 
 
 def free_memory() -> None:

@@ -245,24 +245,22 @@ class PairData:
         self.latents = torch.stack(encode_pictures(cache, base, self.examples, device, quiet=quiet))  # N C 1 h w
         texts = {e.caption for e in self.examples} | {*settings.validation.prompts, validation.EMPTY_PROMPT}
         self.prompts = encode_prompts(cache, base, dtype, texts, device, quiet=quiet)
+        self.references = self._references(settings, cache, device, quiet=quiet)
+
+    def _references(self, settings: HypernetworkConfig, cache: Cache, device: torch.device, *, quiet: bool) -> Tensor:
+        """Pictures N 3 S S in uint8 if the encoders train, else embeddings N D."""
+        source, dtype = settings.expert.encoders, qwen_image.DTYPES[settings.model.dtype]
         if settings.expert.train_encoders:
             pixels = np.stack([np.asarray(open_picture(e.path)) for e in self.examples])
-            self.references = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # N 3 S S, uint8
-        else:
-            self.references = torch.stack(
-                cache.get(
-                    [key("image embedding", settings.expert.encoders, e.digest) for e in self.examples],
-                    lambda part: [
-                        *encoders.encode_pictures(
-                            [open_picture(self.examples[i].path) for i in part], settings.expert.encoders, device, dtype
-                        )
-                    ],
-                    what="embed pictures",
-                    batch_size=512,
-                    shard_size=4096,
-                    quiet=quiet,
-                )
-            )
+            return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+        def embed(part: list[int]) -> list[Tensor]:
+            pictures = [open_picture(self.examples[i].path) for i in part]
+            return [*encoders.encode_pictures(pictures, source, device, dtype)]
+
+        keys = [key("image embedding", encoders.identity(source), str(dtype), e.digest) for e in self.examples]
+        found = cache.get(keys, embed, what="embed pictures", batch_size=512, shard_size=4096, quiet=quiet)
+        return torch.stack(found).cpu()
 
     def pairs(self, batch_size: int, random: torch.Generator) -> Pairs:
         """`batch_size` training subjects, and of each two different pictures."""

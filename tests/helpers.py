@@ -1,0 +1,52 @@
+"""What tests of whole runs share: start one in this process, look at what it left, kill one."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import train
+
+FINISHED, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 3  # exit codes
+
+
+def run(config: Path, output: Path, *settings: str, resume: bool = False, quiet: bool = True) -> int:
+    """`train.py --config ... --output ... --set ...`; returns the exit code."""
+    arguments = ["--config", str(config), "--output", str(output)]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    return train.main([*arguments, *(["--resume"] if resume else []), *(["--quiet"] if quiet else [])])
+
+
+def adapter_bytes(output: Path) -> dict[str, bytes]:
+    """The result's files."""
+    files = {path.name: path.read_bytes() for path in (output / "adapter").iterdir()}
+    assert "adapter_model.safetensors" in files
+    return files
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert lines
+    return lines
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def killed(work: Callable[[], object]) -> bool:
+    """Do `work` in a copy of this process; whether it was ended by SIGKILL. Imports need not be paid for again."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(99)
+    status = os.waitpid(child, 0)[1]
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill_me(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

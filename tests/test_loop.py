@@ -1,0 +1,344 @@
+"""The loop on a problem small enough to solve by hand."""
+
+import json
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trainer import checkpoint, loop
+from trainer.checkpoint import CheckpointConfig, CheckpointError
+from trainer.flow import generator
+from trainer.loop import Interrupted, Loss, TrainConfig, TrainingError, learning_rate
+from trainer.tracking import Tracker
+
+
+class Fit:
+    """A linear layer; each micro step draws other numbers. `before` is called with each (step, micro_step)."""
+
+    def __init__(self, before: Callable[[int, int], object] = lambda step, micro_step: None, batch_size: int = 2):
+        self.module: nn.Module = nn.Linear(3, 2)
+        with torch.no_grad():
+            self.module.weight.copy_(torch.arange(6).view(2, 3) / 10)  # type: ignore[arg-type, operator]
+            self.module.bias.zero_()  # type: ignore[operator]
+        self.before, self.batch_size, self.validated = before, batch_size, []
+
+    def inputs(self, step: int, micro_step: int) -> Tensor:
+        return torch.randn(self.batch_size, 3, generator=generator("inputs", step, micro_step))
+
+    def loss(self, step: int, micro_step: int) -> Loss:
+        factor = self.before(step, micro_step)
+        value = (self.module(self.inputs(step, micro_step)) - 1).square().mean()
+        return Loss(value * factor if isinstance(factor, float) else value, f"numbers {step}.{micro_step}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.module.named_parameters()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.module.load_state_dict(tensors)
+
+    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+        assert not torch.is_grad_enabled()
+        self.validated.append(step)
+        return {"val_loss": float(step)}
+
+
+def train(
+    output: Path,
+    objective: Fit | None = None,
+    *,
+    config: TrainConfig,
+    every: int = 100,
+    validate_every: int = 100,
+    resume: bool = False,
+    fingerprint: str = "",
+    accelerator: Accelerator | None = None,
+) -> Fit:
+    objective = objective or Fit()
+    loop.train(
+        objective,
+        config,
+        CheckpointConfig(every=every),
+        output=output,
+        accelerator=accelerator or Accelerator(),
+        validate_every=validate_every,
+        resume=resume,
+        quiet=True,
+        fingerprint=fingerprint,
+    )
+    return objective
+
+
+def same(a: Fit, b: Fit) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
+
+
+def lines(output: Path, name: str) -> dict[int, float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+# --- learning rate ----------------------------------------------------------------------------------------
+
+
+def test_constant_rate_after_a_warm_up() -> None:
+    config = TrainConfig(steps=10, warmup_steps=4, learning_rate=8.0)
+    assert [learning_rate(config, step) for step in range(10)] == [2.0, 4.0, 6.0, 8.0, *[8.0] * 6]
+    assert learning_rate(TrainConfig(steps=3, learning_rate=0.5), 0) == 0.5
+
+
+def test_linear_rate_reaches_zero_where_the_run_ends() -> None:
+    config = TrainConfig(steps=12, warmup_steps=2, learning_rate=1.0, lr_schedule="linear")
+    rates = [learning_rate(config, step) for step in range(13)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+
+
+def test_cosine_rate_is_torch_s() -> None:
+    config = TrainConfig(steps=20, learning_rate=0.3, lr_schedule="cosine")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+    for step in range(20):
+        assert learning_rate(config, step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_settings_that_cannot_train_are_problems() -> None:
+    assert TrainConfig().problems() == []
+    bad = TrainConfig(steps=0, batch_size=0, gradient_accumulation_steps=0, learning_rate=0.0, weight_decay=-1.0)
+    assert [problem.split()[0] for problem in bad.problems()] == [
+        "steps", "batch_size", "gradient_accumulation_steps", "weight_decay", "learning_rate", "warmup_steps",
+    ]  # fmt: skip
+    assert "leaves nothing" in TrainConfig(steps=5, warmup_steps=5).problems()[0]
+
+
+# --- the update -------------------------------------------------------------------------------------------
+
+
+def test_an_update_is_adamw_s_by_its_formula(tmp_path: Path) -> None:
+    """Loshchilov & Hutter 2019 (arXiv:1711.05101), in float64."""
+    config = TrainConfig(steps=3, learning_rate=0.1, weight_decay=0.1, max_grad_norm=0.0, lr_schedule="linear")
+    trained = train(tmp_path, config=config)
+
+    first = Fit()
+    weight, bias = (tensor.double() for tensor in first.tensors().values())
+    values = torch.cat([weight.flatten(), bias])
+    mean = square = torch.zeros_like(values)
+    for step in range(3):
+        x = first.inputs(step, 0).double()
+        difference = x @ values[:6].view(2, 3).T + values[6:] - 1
+        outer = 2 * difference / difference.numel()
+        gradient = torch.cat([(outer.T @ x).flatten(), outer.sum(0)])
+        assert lines(tmp_path, "loss")[step + 1] == pytest.approx(float(difference.square().mean()), rel=1e-5)
+        assert lines(tmp_path, "grad_norm")[step + 1] == pytest.approx(float(gradient.norm()), rel=1e-5)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        rate = 0.1 * (1 - step / 3)
+        assert lines(tmp_path, "lr")[step + 1] == pytest.approx(rate)
+        unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
+        values = values * (1 - rate * 0.1) - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+    result = torch.cat([tensor.flatten() for tensor in trained.tensors().values()])
+    torch.testing.assert_close(result.double(), values, rtol=1e-5, atol=1e-6)
+
+
+class Gradients(torch.optim.SGD):
+    """Rate 1 and no memory: what it moves is the gradient."""
+
+    def __init__(self, parameters: list[nn.Parameter], config: TrainConfig):
+        super().__init__(parameters, lr=config.learning_rate)
+
+
+def moved(output: Path, config: TrainConfig, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    monkeypatch.setattr(loop, "make_optimizer", Gradients)
+    objective = Fit(batch_size=batch_size)
+    start = torch.cat([tensor.flatten() for tensor in objective.tensors().values()])
+    train(output, objective, config=config)
+    return start - torch.cat([tensor.flatten() for tensor in objective.tensors().values()])
+
+
+def test_accumulated_gradients_are_the_mean_over_the_micro_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 x batch 2 moves the weights as a batch of those 4 would; not half as far, not twice."""
+    config = TrainConfig(steps=1, batch_size=2, gradient_accumulation_steps=2, learning_rate=1.0, max_grad_norm=0.0)
+    step = moved(tmp_path / "a", config, 2, monkeypatch)
+    halves = [Fit(batch_size=2).inputs(0, micro_step) for micro_step in range(2)]
+    monkeypatch.setattr(Fit, "inputs", lambda *_: torch.cat(halves))
+    once = TrainConfig(steps=1, learning_rate=1.0, max_grad_norm=0.0)
+    torch.testing.assert_close(step, moved(tmp_path / "b", once, 4, monkeypatch))
+    for name in ("loss", "grad_norm"):
+        assert lines(tmp_path / "a", name) == pytest.approx(lines(tmp_path / "b", name))
+
+
+def test_gradients_are_clipped_to_the_norm_and_logged_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(steps=1, learning_rate=1.0, max_grad_norm=0.0)
+    free = moved(tmp_path / "free", config, 2, monkeypatch)
+    clipped = moved(tmp_path / "clipped", TrainConfig(steps=1, learning_rate=1.0, max_grad_norm=0.01), 2, monkeypatch)
+    assert float(free.norm()) > 0.1 and float(clipped.norm()) == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(clipped / clipped.norm(), free / free.norm(), rtol=1e-3, atol=1e-4)
+    assert lines(tmp_path / "clipped", "grad_norm") == pytest.approx({1: float(free.norm())})
+
+
+def test_a_frozen_parameter_stays(tmp_path: Path) -> None:
+    objective = Fit()
+    objective.module.bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+    train(tmp_path, objective, config=TrainConfig(steps=2))
+    assert objective.tensors()["bias"].tolist() == [0, 0]
+    assert not torch.equal(objective.tensors()["weight"], Fit().tensors()["weight"])
+
+
+# --- NaN --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("micro_step", [0, 1])
+def test_a_bad_loss_stops_before_the_update(tmp_path: Path, bad: float, micro_step: int) -> None:
+    config = TrainConfig(steps=5, gradient_accumulation_steps=2)
+    objective = Fit(lambda *at: bad if at == (3, micro_step) else 1.0)
+    with pytest.raises(TrainingError, match=r"step 4: loss (nan|inf).*with numbers 3\.0; numbers 3\.1\. Nothing"):
+        train(tmp_path, objective, config=config)
+    assert same(objective, train(tmp_path / "three", config=TrainConfig(steps=3, gradient_accumulation_steps=2)))
+    assert sorted(lines(tmp_path, "loss")) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_gradient_under_a_good_loss_stops_before_the_update(tmp_path: Path, bad: float) -> None:
+    def poison(step: int, _: int) -> None:
+        if step == 2:
+            objective.module.bias.register_hook(lambda gradient: gradient * bad)  # type: ignore[union-attr, operator]
+
+    objective = Fit(poison)
+    with pytest.raises(TrainingError, match=r"step 3: loss \d.*gradient norm (nan|inf), with numbers 2\.0\. Nothing"):
+        train(tmp_path, objective, config=TrainConfig(steps=5))
+    assert same(objective, train(tmp_path / "two", config=TrainConfig(steps=2)))
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_nan_in_validation_stops_and_is_not_saved(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fit, "validate", lambda _self, step, _: {"val_loss": math.nan if step == at else 1.0})
+    with pytest.raises(TrainingError, match=f"validation after step {at}: val_loss = nan"):
+        train(tmp_path, config=TrainConfig(steps=6), every=2, validate_every=2)
+    saved = checkpoint.latest(tmp_path / "checkpoints")
+    assert (saved.step if saved else 0) == max(0, at - 2)
+
+
+def with_scale(init_scale: float) -> Accelerator:
+    """What accelerate makes for fp16 on a GPU, on the CPU."""
+    accelerator = Accelerator()
+    scaler = accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    accelerator.unscale_gradients = lambda optimizer: scaler.unscale_(optimizer.optimizer)  # type: ignore[method-assign]
+    return accelerator
+
+
+def test_fp16_lowers_an_overflowing_loss_scale_and_does_the_step_again(tmp_path: Path) -> None:
+    """A power of two as scale changes nothing, so the result is that of fp32 without one."""
+    accelerator = with_scale(2.0**127)  # gradients x this are infinite
+    scaled = train(tmp_path / "scaled", config=TrainConfig(steps=4), accelerator=accelerator)
+    assert accelerator.scaler.get_scale() < 2.0**127
+    assert same(scaled, train(tmp_path / "plain", config=TrainConfig(steps=4)))
+    assert sorted(lines(tmp_path / "scaled", "loss")) == [1, 2, 3, 4]
+
+    accelerator = with_scale(2.0**16)
+    objective = Fit(lambda step, _: objective.module.bias.register_hook(lambda g: g * math.nan) and None)  # type: ignore
+    with pytest.raises(TrainingError, match="gradient norm nan"):  # no scale can mend this
+        train(tmp_path / "nan", objective, config=TrainConfig(steps=4), accelerator=accelerator)
+    assert same(objective, Fit())
+
+
+# --- stop and go on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(
+    tmp_path: Path, number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = signal.getsignal(number)
+    objective = Fit(lambda step, _: os.kill(os.getpid(), number) if step == 2 else None)
+    with caplog.at_level(logging.WARNING), pytest.raises(Interrupted, match="stopped after step 3.*--resume"):
+        train(tmp_path, objective, config=TrainConfig(steps=9))
+    assert f"{number.name}: finishing this step" in caplog.text
+    assert signal.getsignal(number) is before
+    saved = checkpoint.latest(tmp_path / "checkpoints")
+    assert saved is not None and saved.step == 3 and torch.equal(saved.tensors["weight"], objective.tensors()["weight"])
+
+    resumed = train(tmp_path, config=TrainConfig(steps=9), resume=True)
+    assert same(resumed, train(tmp_path / "through", config=TrainConfig(steps=9)))
+    assert sorted(lines(tmp_path, "loss")) == [*range(1, 10)]
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    def twice(step: int, _: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Fit(twice), config=TrainConfig(steps=9))
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_in_the_last_step_is_a_finished_run(tmp_path: Path) -> None:
+    train(tmp_path, Fit(lambda step, _: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None),
+          config=TrainConfig(steps=4))  # fmt: skip
+    saved = checkpoint.latest(tmp_path / "checkpoints")
+    assert saved is not None and saved.step == 4
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_ten_and_ten_steps_are_twenty(tmp_path: Path, schedule: str) -> None:
+    config = TrainConfig(steps=20, lr_schedule=schedule, warmup_steps=3, gradient_accumulation_steps=2)  # type: ignore[arg-type]
+    through = train(tmp_path / "through", config=config)
+    with pytest.raises(Interrupted):
+        train(tmp_path, Fit(lambda *at: os.kill(os.getpid(), signal.SIGTERM) if at == (9, 0) else None), config=config)
+    resumed = train(tmp_path, config=config, resume=True)
+    assert same(resumed, through)
+    for name in ("loss", "lr", "grad_norm"):
+        assert lines(tmp_path, name) == lines(tmp_path / "through", name)
+
+
+def test_a_finished_constant_run_can_be_prolonged(tmp_path: Path) -> None:
+    train(tmp_path, config=TrainConfig(steps=4))
+    longer = train(tmp_path, config=TrainConfig(steps=7), resume=True)
+    assert same(longer, train(tmp_path / "through", config=TrainConfig(steps=7)))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    finished = train(tmp_path, config=TrainConfig(steps=4))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = train(tmp_path, config=TrainConfig(steps=4), resume=True)
+    assert same(again, finished) and again.validated == []
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_another_course_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    train(tmp_path, config=TrainConfig(steps=2), fingerprint="mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="other settings"):
+        train(tmp_path, config=TrainConfig(steps=4), resume=True, fingerprint="yours")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_validation_and_checkpoints_come_when_asked_for(tmp_path: Path) -> None:
+    objective = train(tmp_path, config=TrainConfig(steps=7), every=3, validate_every=2)
+    assert objective.validated == [0, 2, 4, 6, 7]
+    assert lines(tmp_path, "val_loss") == {step: float(step) for step in objective.validated}
+    seconds = lines(tmp_path, "seconds")
+    assert [*seconds] == objective.validated and [*seconds.values()] == sorted(seconds.values())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000006", "step-00000007"]
+    saved = checkpoint.latest(tmp_path / "checkpoints")
+    assert saved is not None and [row["step"] for row in saved.state["validations"]] == objective.validated
+
+
+def test_nothing_to_train_is_an_error(tmp_path: Path) -> None:
+    objective = Fit()
+    objective.module.requires_grad_(False)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        train(tmp_path, objective, config=TrainConfig(steps=1))
