@@ -4,12 +4,12 @@ Every step resumes where it was stopped. What the repository ships lies in demo/
 lies in the work folder. Times are for 2 cores.
 
     text       tokenizer, random text encoder, scheduler        seconds
-    vae        pretrain the VAE                                 12 minutes
-    base       pretrain the transformer                         {base} minutes
-    subjects   paint the subjects of hypernetwork training      2 minutes
-    style      train the Style expert and the image encoders    {style} minutes
+    vae        pretrain the VAE                                 11 minutes
+    base       pretrain the transformer                         20 minutes
+    subjects   paint the subjects of hypernetwork training      1 minute
+    style      train the Style expert and the image encoders    30 minutes
     images     paint the held-out creature's folder             seconds
-    measure    have a classifier read what the prompts drew     {measure} minutes
+    measure    have a classifier read what the prompts drew     3 minutes
     manifest   sizes, hashes and figures of what is shipped     seconds
 """
 

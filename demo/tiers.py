@@ -1,6 +1,6 @@
 """i2L against a random start on held-out creatures: python -m demo.tiers [--creatures 10]
 
-For each creature of the tiers new, trait and foreign: six training pictures, six held-out ones of other scenes, and
+For creatures of the tiers new, trait and foreign: six training pictures, six held-out ones of other scenes, and
 the run of configs/creatures.toml from each start at each learning rate, all with the same batches, sigmas and noise.
 The starts are `random`, `i2l`, and, in the tier new, `wrong pictures`: the i2L seed of the next creature. Results go
 to OUTPUT/report.json and OUTPUT/report.md. Runs that are done are not done again, so the command resumes.
@@ -61,12 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m demo.tiers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--creatures", type=int, default=10, help="of each tier (default: 10)")
+    parser.add_argument(
+        "--creatures", type=int, default=10, help="of the tier new, and half as many of the others (default: 10)"
+    )
     parser.add_argument("--steps", type=int, default=160, help="of each run (default: 160)")
     parser.add_argument("--output", type=Path, default=Path("outputs/tiers"))
     parser.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each (default: 2)")
     options = parser.parse_args(arguments)
-    creatures = [(tier, FIRST_CREATURE + i) for tier in TIERS for i in range(options.creatures)]
+    counts = {"new": options.creatures, "trait": (options.creatures + 1) // 2, "foreign": (options.creatures + 1) // 2}
+    creatures = [(tier, FIRST_CREATURE + i) for tier in TIERS for i in range(counts[tier])]
     jobs = [
         Job(tier, index, start, rate, options.steps, options.output)
         for tier, index in creatures

@@ -18,16 +18,15 @@ from PIL import Image, ImageCms
 
 from trainer.dataset import (
     DataConfig,
-    DataError,
     Dataset,
     Example,
     batch,
     buckets,
     drops_caption,
     load_picture,
-    open_picture,
     scan,
 )
+from trainer.pictures import DataError, open_picture
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ COUNT = 20_000
 def quantiles(config: FlowConfig, probabilities: list[float], tokens: int = TOKENS) -> list[float]:
     sigmas = flow.sample_sigmas(config, COUNT, tokens, generator("test"))
     assert sigmas.shape == (COUNT,) and sigmas.dtype == torch.float32
-    assert 0 <= sigmas.min() and sigmas.max() < 1
+    assert sigmas.min() >= 0 and sigmas.max() < 1
     return torch.quantile(sigmas, torch.tensor(probabilities)).tolist()
 
 

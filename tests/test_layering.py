@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ("trainer.config", "trainer.files", "trainer.flow", "trainer.lowrank"),
+    0: ("trainer.config", "trainer.files", "trainer.flow", "trainer.lowrank", "trainer.pictures"),
     1: ("trainer.adapter", "trainer.cache", "trainer.checkpoint", "trainer.dataset", "trainer.tracking"),
     2: ("trainer.formats", "trainer.qwen_image"),
     3: ("trainer.encode", "trainer.validation"),

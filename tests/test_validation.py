@@ -59,15 +59,16 @@ def test_the_stable_loss_is_the_same_whenever_it_is_measured(transformer: torch.
 
 def test_settings() -> None:
     assert ValidationConfig().problems() == []
-    bad = ValidationConfig(every=0, num_inference_steps=0, true_cfg_scale=0.5)
-    assert [problem.split()[0] for problem in bad.problems()] == ["every", "num_inference_steps", "true_cfg_scale"]
+    bad = ValidationConfig(every=0, num_inference_steps=1, num_pictures=0, true_cfg_scale=0.5)
+    names = ["every", "num_inference_steps", "num_pictures", "true_cfg_scale"]
+    assert [problem.split()[0] for problem in bad.problems()] == names
 
 
 def test_each_prompt_is_drawn_from_its_own_fixed_noise(transformer: torch.nn.Module, tiny_base: Path) -> None:
     prompts = [item(1).prompt, item(1).prompt, item(2).prompt]
 
     def draw(seed: int = 3, scale: float = 1.0) -> list[Image.Image]:
-        config = ValidationConfig(prompts=("a", "b", "c"), num_inference_steps=1, seed=seed, true_cfg_scale=scale)
+        config = ValidationConfig(prompts=("a", "b", "c"), num_inference_steps=2, seed=seed, true_cfg_scale=scale)
         return validation.draw_samples(transformer, config, str(tiny_base), prompts, item(3).prompt, (48, 64))  # type: ignore[arg-type]
 
     pictures = draw()
@@ -131,5 +132,5 @@ def test_small_pictures_are_enlarged_and_large_ones_made_smaller(size: tuple[int
     sheet = validation.grid([[swatch(9, 0, size)] * 2] * 3, ["x", "y"], ["long " * 100] * 3)
     cells = (np.asarray(sheet) == (9, 0, 200)).all(-1)
     longest = int(cells.any(0).sum()) // 2, int(cells.any(1).sum()) // 3
-    assert 160 <= max(longest) <= 320
+    assert 128 <= max(longest) <= 320
     assert max(longest) / min(longest) == pytest.approx(max(size) / min(size), rel=0.03)

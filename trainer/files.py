@@ -22,6 +22,12 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
@@ -32,6 +38,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     partial = _partial(path)
     try:
         write(partial)
+        partial.chmod(0o666 & ~_umask())  # safetensors leaves files that only their owner can read
         _flush(partial)
         os.replace(partial, path)
     except BaseException:

@@ -24,11 +24,12 @@ from trainer import adapter, checkpoint, config, flow, loop, qwen_image, validat
 from trainer.adapter import AdapterConfig, InitContext, Initializer
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
-from trainer.dataset import DataConfig, DataError, Dataset, Example, batch, drops_caption, scan
+from trainer.dataset import DataConfig, Dataset, Example, batch, drops_caption, scan
 from trainer.encode import encode_pictures, encode_prompts
 from trainer.files import write_json
 from trainer.flow import FlowConfig
 from trainer.loop import Loss, TrainConfig
+from trainer.pictures import DataError
 from trainer.qwen_image import ModelConfig
 from trainer.tracking import Tracker, duration
 from trainer.validation import ValidationConfig

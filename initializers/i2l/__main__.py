@@ -28,9 +28,9 @@ from initializers.i2l.layout import (
 from initializers.i2l.predict import Config, check, initialize
 from trainer import config, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, target_modules
-from trainer.dataset import SUFFIXES
 from trainer.formats import FormatError, check_lora, write_lora
 from trainer.lowrank import truncate
+from trainer.pictures import SUFFIXES
 
 _ENCODERS = {encoders.SIGLIP_MD5: "SigLIP2-G384", encoders.DINOV3_MD5: "DINOv3-7B"}
 

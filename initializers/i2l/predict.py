@@ -33,9 +33,9 @@ from initializers.i2l.layout import (
     read_header,
 )
 from trainer.adapter import AdapterWeights, InitContext, Seed
-from trainer.dataset import open_picture
 from trainer.formats import check_lora, read_lora
 from trainer.lowrank import LowRank, concatenate, rank
+from trainer.pictures import open_picture
 
 FILES = {
     **{name: published.file for name, published in PUBLISHED.items()},

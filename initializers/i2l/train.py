@@ -28,11 +28,12 @@ from trainer import flow, loop, qwen_image, run, validation
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
-from trainer.dataset import DataConfig, DataError, Example, load_picture, open_picture, scan
+from trainer.dataset import DataConfig, Example, load_picture, scan
 from trainer.encode import encode_pictures, encode_prompts
 from trainer.files import write_json
 from trainer.flow import FlowConfig
 from trainer.loop import Loss, TrainConfig
+from trainer.pictures import DataError, open_picture
 from trainer.qwen_image import ModelConfig
 from trainer.tracking import Tracker
 from trainer.validation import ValidationConfig
