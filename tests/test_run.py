@@ -1,0 +1,554 @@
+"""Whole runs on a tiny model: the same result whatever happens on the way, and nothing left half done."""
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from helpers import (
+    BAD_INPUT,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    adapter_bytes,
+    files,
+    kill_me,
+    killed,
+    metrics,
+    run,
+)
+from peft import PeftModel
+
+import initializers
+import trainer.files
+from trainer import adapter, checkpoint, qwen_image, tracking, validation
+from trainer import run as program
+from trainer.adapter import InitContext, Seed
+from trainer.run import LoraObjective, Plan
+
+PLAIN = ("validation.prompts=[]",)  # without sample pictures, where they do not matter
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    """A setting: runs that share it encode once."""
+    return f"data.cache={tmp_path / 'shared cache'}"
+
+
+def before_step(
+    monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object], micro_step: int = 0
+) -> None:
+    real = LoraObjective.loss
+
+    def loss(self: LoraObjective, now: int, micro: int) -> Any:
+        if (now, micro) == (step, micro_step):
+            action()
+        return real(self, now, micro)
+
+    monkeypatch.setattr(LoraObjective, "loss", loss)
+
+
+def make_plan(config: Path, *overrides: str) -> Plan:
+    settings, start = program.load_config(config, [*overrides], initializers)
+    return program.prepare(settings, start, resume=False)
+
+
+# --- the same bytes ---------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_bit_identical(run_toml: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        torch.rand(5 if name == "a" else 3)  # whatever the global random state may be
+        assert run(run_toml, tmp_path / name) == FINISHED
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
+    for name in sorted(file for file in files(tmp_path / "a") if file.endswith(".png")):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    values = [[{**line, "seconds": 0} for line in metrics(tmp_path / name)] for name in ("a", "b")]
+    assert values[0] == values[1]
+    assert run(run_toml, tmp_path / "c", "seed=1") == FINISHED
+    assert adapter_bytes(tmp_path / "c") != adapter_bytes(tmp_path / "a")
+
+
+COURSES = {
+    "plain": (),
+    "accumulation": ("train.gradient_accumulation_steps=2", "data.caption_dropout=0.5", "train.lr_schedule=cosine"),
+    "adapter dropout": ("adapter.dropout=0.3", "train.warmup_steps=5", "train.lr_schedule=linear"),
+    "dora": ("adapter.use_dora=true", "adapter.use_rslora=true", "adapter.alpha=8", "init.method=gaussian"),
+    "8 bit": ("train.optimizer=adamw8bit", "flow.sigma_sampling=resolution_shift"),
+    "checkpointing": ("train.gradient_checkpointing=true", "adapter.dropout=0.3"),
+}
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_ten_and_ten_steps_are_twenty(
+    course: str, run_toml: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*PLAIN, *COURSES[course], cache, "train.steps=20", "checkpoint.every=7", "validation.every=1000")
+    assert run(run_toml, tmp_path / "through", *settings) == FINISHED
+    with monkeypatch.context() as patch:
+        before_step(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(run_toml, tmp_path / "halves", *settings) == INTERRUPTED
+    assert not (tmp_path / "halves" / "adapter").exists()
+    saved = checkpoint.latest(tmp_path / "halves" / "checkpoints")
+    assert saved is not None and saved.step == 10
+    assert run(run_toml, tmp_path / "halves", *settings, resume=True) == FINISHED
+    assert adapter_bytes(tmp_path / "halves") == adapter_bytes(tmp_path / "through")
+    through, halves = ([{**line, "seconds": 0} for line in metrics(tmp_path / name)] for name in ("through", "halves"))
+    assert halves == through and [line["step"] for line in through] == [0, *range(1, 21), 20]
+
+
+def test_validation_does_not_disturb_training(run_toml: Path, tmp_path: Path, cache: str) -> None:
+    settings = (cache, "train.steps=4", "adapter.dropout=0.2")
+    for name, more in (("every", "validation.every=1"), ("never", "validation.every=1000")):
+        assert run(run_toml, tmp_path / name, *settings, more) == FINISHED
+    assert adapter_bytes(tmp_path / "every") == adapter_bytes(tmp_path / "never")
+    counts = [sum("val_loss" in line for line in metrics(tmp_path / name)) for name in ("every", "never")]
+    assert counts == [5, 2]
+
+
+def test_a_loss_is_a_function_of_step_and_micro_step(run_toml: Path, tiny_base: Path) -> None:
+    plan = make_plan(run_toml, "adapter.dropout=0.5", "data.caption_dropout=0.5")
+    transformer = qwen_image.load_transformer(plan.config.model, torch.device("cpu"))
+    adapter.inject(transformer, plan.config.adapter)
+    for name, tensor in adapter.tensors(transformer).items():
+        tensor.fill_(0.01 if "lora_B" in name else 0.02)  # so that dropout has an effect
+    encoded = program.encode(plan, torch.device("cpu"), quiet=True)
+    objective = LoraObjective(plan, transformer, encoded, Accelerator())
+    order = [(0, 0), (0, 1), (1, 0), (2, 0), (5, 1)]
+    with torch.no_grad():
+        first = {at: objective.loss(*at) for at in order}
+        torch.rand(3)
+        again = {at: objective.loss(*at) for at in reversed(order)}
+    assert {at: (float(loss.value), loss.batch) for at, loss in first.items()} == {
+        at: (float(loss.value), loss.batch) for at, loss in again.items()
+    }
+    assert len({float(loss.value) for loss in first.values()}) == len(order)
+    transformer.eval()
+    with torch.no_grad():
+        assert float(objective.loss(0, 0).value) != float(first[0, 0].value)  # so dropout was at work
+    for loss in first.values():
+        assert all(str(Path(plan.config.data.images)) in name for name in loss.batch.split(", "))
+
+
+# --- killed, interrupted, refused -------------------------------------------------------------------------
+
+
+def die_in(owner: Any, name: str, call: int) -> None:
+    """SIGKILL after the given number of calls; for a child process, so nothing is put back."""
+    real, calls = getattr(owner, name), []
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) > call:
+            kill_me()
+        return real(*arguments, **options)
+
+    setattr(owner, name, wrapped)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "resumes_at"),
+    [
+        (LoraObjective, "loss", 0, None),
+        (LoraObjective, "loss", 3, 2),
+        (tracking.Tracker, "scalars", 6, 2),  # lines of steps 0 to 4 are written, with that of validation
+        (trainer.files, "save_file", 2, 2),  # in the second checkpoint
+        (trainer.files, "save_file", 6, 6),  # in the adapter
+        (adapter, "save", 0, 6),
+    ],
+)
+def test_a_killed_run_can_be_resumed_to_the_same_bytes(
+    owner: Any, name: str, call: int, resumes_at: int | None, run_toml: Path, tmp_path: Path, cache: str
+) -> None:
+    settings = (*PLAIN, cache, "train.steps=6", "data.caption_dropout=0.5")
+    assert run(run_toml, tmp_path / "through", *settings) == FINISHED
+
+    def until_killed() -> None:
+        die_in(owner, name, call)
+        run(run_toml, tmp_path / "killed", *settings)
+
+    assert killed(until_killed)
+    saved = checkpoint.latest(tmp_path / "killed" / "checkpoints")
+    assert (saved.step if saved else None) == resumes_at
+    assert not (tmp_path / "killed" / "adapter").exists()
+    assert run(run_toml, tmp_path / "killed", *settings) == BAD_INPUT  # --resume must be said
+    assert run(run_toml, tmp_path / "killed", *settings, resume=True) == FINISHED
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "through")
+    steps = [line["step"] for line in metrics(tmp_path / "killed")]
+    assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert {name for name in files(tmp_path / "killed") if not name.startswith(("tensorboard", "."))} >= {
+        name for name in files(tmp_path / "through") if not name.startswith("tensorboard")
+    }
+    assert not [*(tmp_path / "killed" / "checkpoints").glob(".*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_clean_stop(
+    number: signal.Signals,
+    run_toml: Path,
+    tmp_path: Path,
+    cache: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before_step(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
+    assert run(run_toml, tmp_path / "out", *PLAIN, cache) == INTERRUPTED
+    assert f"{number.name}: finishing this step" in caplog.text
+    assert "stopped after step 3; continue with --resume" in caplog.text
+    assert files(tmp_path / "out" / "checkpoints") >= {"step-00000003/state.json"}
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of change of everything."""
+    return {
+        str(path): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_a_used_folder_needs_resume_and_resume_a_used_folder(
+    run_toml: Path, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = (*PLAIN, cache)
+    assert run(run_toml, tmp_path / "out", *settings, resume=True) == BAD_INPUT
+    assert "holds no run to resume; start it without --resume" in caplog.text
+    assert not (tmp_path / "out").exists()
+    assert run(run_toml, tmp_path / "out", *settings) == FINISHED
+    before = snapshot(tmp_path / "out")
+    assert run(run_toml, tmp_path / "out", *settings) == BAD_INPUT
+    assert "already holds a run; continue it with --resume, or choose another --output" in caplog.text
+    assert snapshot(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("change", ["train.learning_rate=1e-4", "seed=3", "adapter.rank=8", "caption"])
+def test_resuming_with_other_settings_is_refused(
+    change: str, run_toml: Path, pictures: Path, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = (*PLAIN, cache, "data.held_out=0")
+    assert run(run_toml, tmp_path / "out", *settings) == FINISHED
+    before = snapshot(tmp_path / "out")
+    if change == "caption":
+        (pictures / "1.txt").write_text("another caption")
+    more = () if change == "caption" else (change,)
+    assert run(run_toml, tmp_path / "out", *settings, *more, resume=True) == BAD_INPUT
+    assert "step-00000004 was written by a run with other settings" in caplog.text
+    assert snapshot(tmp_path / "out") == before  # run.json still tells the settings to resume with
+
+
+def test_what_does_not_change_the_course_may_change_on_resume(run_toml: Path, tmp_path: Path, cache: str) -> None:
+    assert run(run_toml, tmp_path / "out", cache) == FINISHED
+    more = ("train.steps=6", "checkpoint.every=3", "checkpoint.keep=3", "validation.every=3")
+    prompts = 'validation.prompts=["a small creature", "two prompts now"]'
+    assert run(run_toml, tmp_path / "out", cache, *more, prompts, resume=True) == FINISHED
+    assert run(run_toml, tmp_path / "through", *PLAIN, cache, "train.steps=6") == FINISHED
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "through")
+    assert {"samples/step-000006-0.png", "samples/step-000006-1.png"} <= files(tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
+    run_toml: Path, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = (*PLAIN, cache)
+    assert run(run_toml, tmp_path / "out", *settings) == FINISHED
+    expected = adapter_bytes(tmp_path / "out")
+    damaged = tmp_path / "out" / "checkpoints" / "step-00000004" / "trainable.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    assert run(run_toml, tmp_path / "out", *settings, resume=True) == BAD_INPUT
+    assert f"{damaged} cannot be read" in caplog.text and f"Delete the folder {damaged.parent}" in caplog.text
+    shutil.rmtree(damaged.parent)
+    shutil.rmtree(tmp_path / "out" / "adapter")
+    assert run(run_toml, tmp_path / "out", *settings, resume=True) == FINISHED
+    assert adapter_bytes(tmp_path / "out") == expected
+
+
+# --- a full disk ------------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """Write number `at` stops halfway with ENOSPC; all others succeed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None):
+        self.calls = 0
+        real = trainer.files.write_file
+
+        def half(write: Callable[[Path], object], path: Path) -> None:
+            write(path)
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def write_file(path: Path, write: Callable[[Path], object]) -> None:
+            self.calls += 1
+            real(path, (lambda partial: half(write, partial)) if self.calls - 1 == at else write)
+
+        for module in (trainer.files, validation):
+            monkeypatch.setattr(module, "write_file", write_file)
+
+
+def test_a_disk_full_at_any_write_costs_no_more_than_the_way_from_the_last_checkpoint(
+    run_toml: Path, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("train.steps=2", "checkpoint.every=1", "validation.every=1000")
+    with monkeypatch.context() as patch:
+        disk = FullDisk(patch, None)
+        assert run(run_toml, tmp_path / "through", *settings, cache) == FINISHED
+    expected, writes = adapter_bytes(tmp_path / "through"), disk.calls
+    assert writes == 2 + 1 + 2 + 3 + 2 + 3 + 3 + 1  # cache, run.json, samples, checkpoint, samples, ..., adapter, run.json
+    for at in range(writes):
+        output = tmp_path / str(at)
+        if at >= 2:  # encoded already
+            shutil.copytree(tmp_path / "shared cache", output / "cache")
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            disk = FullDisk(patch, at if at < 2 else at - 2)
+            assert run(run_toml, output, *settings) == FAILED
+        assert "No space left on device" in caplog.text
+        assert not [name for name in files(output) if ".partial" in name or ".old" in name]
+        for folder in (output / "checkpoints").glob("*"):
+            assert checkpoint.load(folder).step in (1, 2)
+        assert not (output / "adapter").exists() or adapter_bytes(output) == expected
+        assert run(run_toml, output, *settings, resume=(output / "run.json").exists()) == FINISHED
+        assert adapter_bytes(output) == expected
+        assert files(output / "checkpoints") == files(tmp_path / "through" / "checkpoints")
+        assert [line["step"] for line in metrics(output)] == [0, 1, 2, 2]
+        shutil.rmtree(output)
+
+
+def test_a_disk_full_in_the_metrics_leaves_a_run_to_resume(
+    run_toml: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*PLAIN, cache)
+    assert run(run_toml, tmp_path / "through", *settings) == FINISHED
+    with monkeypatch.context() as patch:
+        real = tracking.Tracker.scalars
+
+        def half_a_line(self: tracking.Tracker, step: int, values: dict[str, float]) -> None:
+            if step == 3:
+                self._file.write('{"step": 3, "lo')
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(self, step, values)
+
+        patch.setattr(tracking.Tracker, "scalars", half_a_line)
+        assert run(run_toml, tmp_path / "out", *settings) == FAILED
+    assert run(run_toml, tmp_path / "out", *settings, resume=True) == FINISHED
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "through")
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [0, 1, 2, 2, 3, 4, 4]
+
+
+# --- NaN --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_nan_stops_before_the_update_and_names_the_pictures(
+    kind: str,
+    run_toml: Path,
+    pictures: Path,
+    tmp_path: Path,
+    cache: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    objectives: list[LoraObjective] = []
+    real = LoraObjective.loss
+
+    def poisoned(self: LoraObjective, step: int, micro_step: int) -> Any:
+        loss = real(self, step, micro_step)
+        if step != 2:
+            return loss
+        objectives.append(self)
+        seen.append({name: tensor.clone() for name, tensor in self.tensors().items()})
+        if kind == "loss":
+            return type(loss)(loss.value * float("nan"), loss.batch)
+        loss.value.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(LoraObjective, "loss", poisoned)
+    assert run(run_toml, tmp_path / "out", *PLAIN, cache) == FAILED
+    assert "training stopped: step 3: loss" in caplog.text and "Nothing was updated" in caplog.text
+    assert caplog.text.count(str(pictures)) == 2  # a batch of two
+    after = objectives[0].tensors()
+    assert after and all(torch.equal(after[name], tensor) for name, tensor in seen[0].items())
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [0, 1, 2, 2]
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+# --- what goes in, and what comes out ---------------------------------------------------------------------
+
+
+def test_held_out_pictures_never_reach_an_initializer(
+    run_toml: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import initializers.random
+
+    contexts: list[InitContext] = []
+    real = initializers.random.initialize
+
+    def spy(context: InitContext, config: Any) -> Seed:
+        contexts.append(context)
+        return real(context, config)
+
+    monkeypatch.setattr(initializers.random, "initialize", spy)
+    assert run(run_toml, tmp_path / "out", *PLAIN, cache) == FINISHED
+    dataset = make_plan(run_toml).dataset
+    (context,) = contexts
+    assert context.images == tuple(example.path for example in dataset.train) and len(context.images) == 4
+    assert not {*context.images} & {example.path for example in dataset.held_out}
+    assert context.rank == 4 and len(context.modules) == 2 * 12
+
+
+def test_exactly_these_files_are_left_and_the_pictures_are_untouched(
+    run_toml: Path, pictures: Path, tmp_path: Path
+) -> None:
+    before = snapshot(pictures)
+    assert run(run_toml, tmp_path / "out", "train.steps=6") == FINISHED
+    assert snapshot(pictures) == before
+    left = files(tmp_path / "out")
+    (events,) = (name for name in left if name.startswith("tensorboard/events.out.tfevents."))
+    shards = {name for name in left if name.startswith("cache/")}
+    assert len(shards) == 2 and all(name.endswith(".safetensors") for name in shards)
+    assert left - {events} - shards == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/pytorch_lora_weights.safetensors",
+        *(
+            f"checkpoints/step-0000000{step}/{name}"
+            for step in (4, 6)
+            for name in ("optimizer.safetensors", "state.json", "trainable.safetensors")
+        ),
+        "contact_sheet.png",
+        "metrics.jsonl",
+        "run.json",
+        *(f"samples/step-00000{step}-0.png" for step in (0, 2, 4, 6)),
+    }
+
+
+def test_metrics_have_the_documented_keys(run_toml: Path, tmp_path: Path, cache: str) -> None:
+    assert run(run_toml, tmp_path / "out", *PLAIN, cache) == FINISHED
+    lines = metrics(tmp_path / "out")
+    training = [line for line in lines if "loss" in line]
+    validations = [line for line in lines if "loss" not in line]
+    assert [[*line] for line in training] == [["step", "loss", "lr", "grad_norm"]] * 4
+    assert [[*line] for line in validations] == [["step", "val_loss", "train_stable_loss", "seconds"]] * 3
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
+    assert all(line["lr"] == 1e-3 and line["grad_norm"] > 0 for line in training)
+    assert run(run_toml, tmp_path / "none", *PLAIN, cache, "data.held_out=0") == FINISHED
+    assert "val_loss" not in metrics(tmp_path / "none")[0] and "train_stable_loss" in metrics(tmp_path / "none")[0]
+
+
+def test_run_json_tells_the_whole_story(run_toml: Path, pictures: Path, tmp_path: Path, cache: str) -> None:
+    import json
+
+    assert run(run_toml, tmp_path / "out", *PLAIN, cache) == FINISHED
+    report = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert report["status"] == "finished" and report["steps"] == 4
+    assert report["config"]["adapter"]["rank"] == 4 and report["config"]["train"]["batch_size"] == 2
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert report["init"]["method"] == "random" and report["init"]["applied"]["random"] == 24
+    assert [row["step"] for row in report["validations"]] == [0, 2, 4]
+    assert report["peak_memory_bytes"]["process"] > 50e6 and report["seconds"]["total"] > 0
+    listed = report["data"]["train"] + report["data"]["held_out"]
+    assert {row["picture"]: row["sha256"] for row in listed} == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures.glob("*.png")
+    }
+    assert len(report["data"]["held_out"]) == 2
+
+
+def test_training_lowers_the_loss(run_toml: Path, tmp_path: Path, cache: str) -> None:
+    settings = ("train.steps=40", "train.learning_rate=1e-2", "validation.every=1000", "train.batch_size=4")
+    assert run(run_toml, tmp_path / "out", *PLAIN, cache, *settings) == FINISHED
+    first, last = (line["train_stable_loss"] for line in metrics(tmp_path / "out") if "train_stable_loss" in line)
+    assert last < 0.97 * first
+
+
+def test_the_adapter_loads_in_peft_and_in_diffusers(run_toml: Path, tmp_path: Path, tiny_base: Path, cache: str) -> None:
+    settings = ("adapter.alpha=2", "train.learning_rate=0.05", "model.dtype=fp32")
+    assert run(run_toml, tmp_path / "out", *PLAIN, cache, *settings) == FINISHED
+    folder = tmp_path / "out" / "adapter"
+
+    def velocity(transformer: torch.nn.Module) -> torch.Tensor:
+        random = torch.Generator().manual_seed(0)
+        latents, prompt = torch.randn(1, 16, 1, 8, 8, generator=random), torch.randn(1, 6, 64, generator=random)
+        with torch.no_grad():
+            return qwen_image.predict_velocity(transformer.eval(), latents, torch.tensor([0.5]), prompt, None)
+
+    def base() -> QwenImageTransformer2DModel:
+        return QwenImageTransformer2DModel.from_pretrained(tiny_base, subfolder="transformer")
+
+    plain = velocity(base())
+    in_peft = velocity(PeftModel.from_pretrained(base(), folder))
+    pipeline = QwenImagePipeline.from_pretrained(tiny_base, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(folder)
+    assert (in_peft - plain).abs().max() > 1e-3
+    torch.testing.assert_close(velocity(pipeline.transformer), in_peft, rtol=1e-4, atol=1e-5)
+
+    # and it is what was trained: the stable loss measured with it is that of the log
+    dataset = make_plan(run_toml, cache, *settings)
+    encoded = program.encode(dataset, torch.device("cpu"), quiet=True)
+    items = [encoded.item(example) for example in dataset.dataset.held_out]
+    measured = validation.stable_loss(pipeline.transformer, items, torch.device("cpu"), torch.float32)
+    assert measured == pytest.approx(metrics(tmp_path / "out")[-1]["val_loss"], rel=1e-5)
+
+
+def test_a_result_starts_the_next_run(run_toml: Path, tmp_path: Path, cache: str) -> None:
+    """The file initializer, end to end: where the one ended, the other begins."""
+    assert run(run_toml, tmp_path / "first", *PLAIN, cache, "train.learning_rate=0.05") == FINISHED
+    start = f"init.method={tmp_path / 'first' / 'adapter'}"
+    assert run(run_toml, tmp_path / "second", *PLAIN, cache, "adapter.rank=6", "adapter.alpha=3", start) == FINISHED
+    end, begin = metrics(tmp_path / "first")[-1], metrics(tmp_path / "second")[0]
+    assert begin["val_loss"] == pytest.approx(end["val_loss"], rel=1e-5)
+    assert begin["val_loss"] != pytest.approx(metrics(tmp_path / "first")[0]["val_loss"], rel=1e-4)
+
+
+# --- before anything loads --------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_the_course_alone(run_toml: Path, pictures: Path, tmp_path: Path) -> None:
+    first = make_plan(run_toml).fingerprint()
+    assert make_plan(run_toml).fingerprint() == first
+    for same in ("output=elsewhere", "train.steps=9", "validation.every=7", "checkpoint.keep=5", f"data.cache={tmp_path}"):
+        assert make_plan(run_toml, same).fingerprint() == first
+    for other in ("seed=1", "train.batch_size=1", "flow.sigma_sampling=uniform", "init.method=gaussian",
+                  "data.held_out=1", "data.trigger=zorp", "adapter.alpha=8", "train.weight_decay=0.0"):  # fmt: skip
+        assert make_plan(run_toml, other).fingerprint() != first
+    cosine = make_plan(run_toml, "train.lr_schedule=cosine").fingerprint()
+    assert make_plan(run_toml, "train.lr_schedule=cosine", "train.steps=9").fingerprint() != cosine  # the curve depends on it
+    (pictures / "0.txt").write_text("other words")
+    (pictures / "1.txt").write_text("other words")
+    (pictures / "2.txt").write_text("other words")
+    assert make_plan(run_toml).fingerprint() != first
+
+
+def test_the_plan_counts_what_will_be_trained(run_toml: Path, tiny_base: Path) -> None:
+    plan = make_plan(run_toml, "adapter.rank=3", "train.gradient_accumulation_steps=2")
+    transformer = qwen_image.load_transformer(plan.config.model, torch.device("cpu"))
+    base_parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    adapter.inject(transformer, plan.config.adapter)
+    trainable = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    text = program.describe(plan)
+    assert f"rank 3 on {len(plan.modules)} modules, {trainable:,} trainable parameters" in text
+    assert f"{base_parameters / 1e6:,.1f} M parameters in fp32" in text
+    assert "4 for training, 2 held out" in text and "64x64: 4" in text
+    assert "4 steps of 4 pictures: 4.0 times through the data" in text
+
+
+def test_all_that_prepare_finds_comes_at_once(
+    run_toml: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pictures / "0.png").write_bytes(b"no picture")
+    (pictures / "1.txt").unlink()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    with caplog.at_level(logging.ERROR):
+        assert run(run_toml, out, 'adapter.target_modules=["to_k", "img_mod.7"]') == BAD_INPUT
+    for words in ("0.png: holds no", "1.png: has no caption", "already holds a run", '"img_mod.7" matches no module'):
+        assert words in caplog.text
