@@ -1,6 +1,7 @@
 """Every kind of mistake in a configuration is reported, all of them at once, each with where and what to do."""
 
 import json
+import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from trainer.config import ConfigError, apply_overrides, describe, parse, read_toml, to_dict
+from trainer.pictures import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,3 +375,9 @@ def test_docstrings_of_a_section_it_extends_are_found():
     text = describe(Grandchild)
     assert "Who it is." in text and "In years." in text
     assert "In feet." in text and "In metres." not in text
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError])
+def test_problems_survive_the_way_out_of_a_worker_process(kind: type[ConfigError | DataError]) -> None:
+    arrived = pickle.loads(pickle.dumps(kind(["first", "second"])))
+    assert type(arrived) is kind and arrived.problems == ["first", "second"] and str(arrived) == "first\nsecond"

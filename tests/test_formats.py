@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.adapter import TARGETS, AdapterWeights
 from trainer.formats import OUTER_MODULES, FormatError, check_lora, module_name, read_lora, write_lora
-from trainer.lowrank import LowRank
+from trainer.lowrank import LowRank, zeros
 
 NAMES = tuple(f"transformer_blocks.{block}.{kind}" for block in (0, 11) for kind in TARGETS["all"])
 Tensors = dict[str, Tensor]
@@ -279,3 +279,10 @@ def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(FormatError, match=said):
             read_lora(tmp_path)
+
+
+def test_modules_of_rank_zero_are_left_out(tmp_path: Path) -> None:
+    kept = LowRank(torch.ones(2, 3), torch.ones(4, 2))
+    factors = {"transformer_blocks.0.attn.to_q": kept, "transformer_blocks.0.attn.to_k": zeros(3, 4)}
+    write_lora(tmp_path / "lora.safetensors", AdapterWeights(factors), {})
+    assert check_lora(tmp_path / "lora.safetensors") == {"transformer_blocks.0.attn.to_q": (3, 4, 2)}

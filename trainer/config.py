@@ -33,6 +33,9 @@ class ConfigError(ValueError):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
 
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.problems,)  # so that it survives the way out of a worker process
+
 
 def read_toml(path: Path, problems: list[str]) -> dict[str, Any]:
     """The file's table; {} and a problem if it cannot be read, and then there is nothing to `parse`."""

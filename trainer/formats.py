@@ -108,9 +108,14 @@ def check_lora(path: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def write_lora(path: Path, weights: AdapterWeights, metadata: Mapping[str, str]) -> None:
-    """`{module}.lora_{A,B}.default.weight` at scale 1, as i2L writes it. `read_lora` gives the same factors again."""
+    """`{module}.lora_{A,B}.default.weight` at scale 1, as i2L writes it. `read_lora` gives the same factors again.
+
+    A module of rank 0 changes nothing and is left out.
+    """
     tensors = {}
     for name, (a, b) in weights.factors.items():
+        if len(a) == 0:
+            continue
         tensors[f"{name}.lora_A.default.weight"] = a
         tensors[f"{name}.lora_B.default.weight"] = b
     write_tensors(path, tensors, {"format": "pt", **metadata})

@@ -21,6 +21,9 @@ class DataError(ValueError):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
 
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.problems,)  # so that it survives the way out of a worker process
+
 
 def open_picture(path: Path) -> Image.Image:
     """The whole picture in 8-bit sRGB, upright, transparency over white. DataError if it cannot be used."""

@@ -43,6 +43,9 @@ class ModelConfig:
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Of the frozen transformer's linear layers, by bitsandbytes."""
 
+    def problems(self) -> list[str]:
+        return check_base(self.base)
+
 
 class ModelError(ValueError):
     """A model folder or id that cannot be used."""

@@ -117,9 +117,8 @@ class Plan:
 
 
 def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
-    """Check data, output, model folder, targets and initializer; ConfigError lists every problem at once."""
-    problems = [f"[model] {problem}" for problem in qwen_image.check_base(run.model.base)]
-    problems += [f"[init.{start.method}] {problem}" for problem in start.problems]
+    """Check data, output, targets and initializer; ConfigError lists every problem at once."""
+    problems = [f"[init.{start.method}] {problem}" for problem in start.problems]
     output = Path(run.output)
     used = (output / "run.json").exists() or (output / "checkpoints").exists()
     if used and not resume:
@@ -130,21 +129,19 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         problems.append(
             '[adapter] use_dora: DoRA needs the base\'s weights unquantised; set [model] quantization = "none"'
         )
-    dataset, transformer, modules = None, None, {}
-    if not any(problem.startswith("[model]") for problem in problems):
-        transformer = qwen_image.transformer_on_meta(run.model.base)
-        try:
-            modules = adapter.target_modules(transformer, run.adapter)
-        except adapter.AdapterError as error:
-            problems.append(f"[adapter] {error}")
-    multiple = 16 if transformer is None else qwen_image.picture_multiple(run.model.base)
+    transformer = qwen_image.transformer_on_meta(run.model.base)
+    dataset, modules = None, {}
     try:
-        dataset = scan(run.data, multiple=multiple, seed=run.seed)
+        modules = adapter.target_modules(transformer, run.adapter)
+    except adapter.AdapterError as error:
+        problems.append(f"[adapter] {error}")
+    try:
+        dataset = scan(run.data, multiple=qwen_image.picture_multiple(run.model.base), seed=run.seed)
     except DataError as error:
         problems += [f"[data] {problem}" for problem in error.problems]
     if problems:
         raise config.ConfigError(problems)
-    assert dataset is not None and transformer is not None
+    assert dataset is not None
     return Plan(run, start, dataset, transformer, modules)
 
 
