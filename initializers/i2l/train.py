@@ -176,7 +176,7 @@ def _course(settings: HypernetworkConfig) -> dict[str, Any]:
 
 def read_subjects(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]]:
     """The pictures of each subject, in order of the subjects' names. ConfigError lists every problem at once."""
-    problems = [f"[model] {problem}" for problem in qwen_image.check_base(settings.model.base)]
+    problems: list[str] = []
     output = Path(settings.output)
     used = (output / "run.json").exists()
     if used and not resume:
