@@ -104,7 +104,6 @@ def accuracy(model: Classifier, pictures: list[Image.Image], labels: list[dict[s
     }
 
 
-@torch.no_grad()
 def measure_prompts(model_folder: Path, sheet: Path) -> dict[str, dict[str, float]]:
     """Draw held-out prompts (creatures of the tier "new", with their traits) and read them back.
 

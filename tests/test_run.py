@@ -108,10 +108,13 @@ def test_ten_and_ten_steps_are_twenty(
 
 
 def test_validation_does_not_disturb_training(run_toml: Path, tmp_path: Path, cache: str) -> None:
-    settings = (cache, "train.steps=4", "adapter.dropout=0.2")
+    settings = ("train.steps=4", "adapter.dropout=0.2")
     for name, more in (("every", "validation.every=1"), ("never", "validation.every=1000")):
-        assert run(run_toml, tmp_path / name, *settings, more) == FINISHED
+        assert run(run_toml, tmp_path / name, *settings, cache, more) == FINISHED
     assert adapter_bytes(tmp_path / "every") == adapter_bytes(tmp_path / "never")
+    prompts = f'validation.prompts=["{"a very long prompt " * 9}", "two"]'  # encoded anew, together with the captions
+    assert run(run_toml, tmp_path / "prompts", *settings, prompts) == FINISHED
+    assert adapter_bytes(tmp_path / "prompts") == adapter_bytes(tmp_path / "never")
     counts = [sum("val_loss" in line for line in metrics(tmp_path / name)) for name in ("every", "never")]
     assert counts == [5, 2]
 

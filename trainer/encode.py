@@ -39,9 +39,20 @@ def encode_pictures(
 
 
 def encode_prompts(
-    cache: Cache, base: str, dtype: torch.dtype, texts: Iterable[str], device: torch.device, *, quiet: bool
+    cache: Cache,
+    base: str,
+    dtype: torch.dtype,
+    texts: Iterable[str],
+    device: torch.device,
+    *,
+    batch_size: int = 1,
+    quiet: bool,
 ) -> dict[str, Tensor]:
-    """prompt_embeds of each text, L D in `dtype` on the CPU."""
+    """prompt_embeds of each text, L D in `dtype` on the CPU.
+
+    One by one, an embedding depends on its text alone. In a batch its last digits depend on the texts beside it, so
+    that another prompt for validation would change training.
+    """
     model, encoder, ordered = qwen_image.identity(base), None, sorted(set(texts))
 
     def compute(positions: list[int]) -> list[Tensor]:
@@ -50,5 +61,5 @@ def encode_prompts(
         return encoder([ordered[i] for i in positions])
 
     keys = [key("prompt_embeds", model, str(dtype), text) for text in ordered]
-    found = cache.get(keys, compute, what="encode captions", batch_size=16, shard_size=SHARD_SIZE, quiet=quiet)
+    found = cache.get(keys, compute, what="encode captions", batch_size=batch_size, shard_size=SHARD_SIZE, quiet=quiet)
     return dict(zip(ordered, found, strict=True))

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from initializers.i2l import encoders, layout
 from initializers.i2l.batch_lora import BatchLora
 from initializers.i2l.expert import Expert, Factors, save_expert
+from trainer import checkpoint, flow, loop, qwen_image, run, validation
 from trainer import config as configuration
-from trainer import flow, loop, qwen_image, run, validation
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
@@ -131,6 +131,9 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     """Train, then write the expert (and the encoders, if they were trained) in the published layout."""
     output = Path(settings.output)
     subjects = read_subjects(settings, resume=resume)
+    fingerprint = key(_course(settings), [[e.digest, e.caption] for group in subjects for e in group])
+    if resume:  # refused before run.json is written, which tells the settings to resume with
+        checkpoint.latest(output / "checkpoints", fingerprint)
     accelerator = run.make_accelerator(settings.model.dtype)
     data = PairData(settings, subjects, accelerator.device, quiet=quiet)
     objective = HypernetworkObjective(settings, data, accelerator)
@@ -154,7 +157,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
         validate_every=settings.validation.every,
         resume=resume,
         quiet=quiet,
-        fingerprint=key(_course(settings), [[e.digest, e.caption] for group in subjects for e in group]),
+        fingerprint=fingerprint,
     )
     if accelerator.is_main_process:
         objective.save(output)
@@ -245,7 +248,7 @@ class PairData:
         base, dtype = settings.model.base, qwen_image.DTYPES[settings.model.dtype]
         self.latents = torch.stack(encode_pictures(cache, base, self.examples, device, quiet=quiet))  # N C 1 h w
         texts = {e.caption for e in self.examples} | {*settings.validation.prompts, validation.EMPTY_PROMPT}
-        self.prompts = encode_prompts(cache, base, dtype, texts, device, quiet=quiet)
+        self.prompts = encode_prompts(cache, base, dtype, texts, device, batch_size=16, quiet=quiet)
         self.references = self._references(settings, cache, device, quiet=quiet)
 
     def _references(self, settings: HypernetworkConfig, cache: Cache, device: torch.device, *, quiet: bool) -> Tensor:
