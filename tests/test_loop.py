@@ -34,9 +34,9 @@ class Fit:
         return torch.randn(self.batch_size, 3, generator=generator("inputs", step, micro_step))
 
     def loss(self, step: int, micro_step: int) -> Loss:
-        factor = self.before(step, micro_step)
+        extra = self.before(step, micro_step)
         value = (self.module(self.inputs(step, micro_step)) - 1).square().mean()
-        return Loss(value * factor if isinstance(factor, float) else value, f"numbers {step}.{micro_step}")
+        return Loss(value + extra if isinstance(extra, float) else value, f"numbers {step}.{micro_step}")
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.module.named_parameters()}
@@ -200,7 +200,7 @@ def test_a_frozen_parameter_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("micro_step", [0, 1])
 def test_a_bad_loss_stops_before_the_update(tmp_path: Path, bad: float, micro_step: int) -> None:
     config = TrainConfig(steps=5, gradient_accumulation_steps=2)
-    objective = Fit(lambda *at: bad if at == (3, micro_step) else 1.0)
+    objective = Fit(lambda *at: bad if at == (3, micro_step) else 0.0)  # added: the gradients stay good
     with pytest.raises(TrainingError, match=r"step 4: loss (nan|inf).*with numbers 3\.0; numbers 3\.1\. Nothing"):
         train(tmp_path, objective, config=config)
     assert same(objective, train(tmp_path / "three", config=TrainConfig(steps=3, gradient_accumulation_steps=2)))

@@ -182,3 +182,12 @@ def test_a_real_process_stops_on_sigterm_and_is_continued(run_toml: Path, tmp_pa
 def metrics_so_far(output: Path) -> list[dict[str, float]]:
     whole = (output / "metrics.jsonl").read_text().rpartition("\n")[0]
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def test_a_wrong_initializer_is_reported_beside_all_other_problems(
+    run_toml: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["--config", str(run_toml), "--init", "i2k", "--set", "train.steps=many", "--set", "adapter.rnk=3"]
+    assert train.main([*arguments, "--set", "nonsense"]) == 2
+    for part in ('did you mean "i2l"', '"many"', "did you mean rank", "nonsense"):
+        assert part in caplog.text, part

@@ -53,7 +53,7 @@ def guarded(program: Callable[[], object]) -> int:
 
 def _quiet_libraries() -> None:
     """Their bars, and their warnings about optional packages, would bury ours."""
-    for name in ("bitsandbytes", "diffusers", "transformers", "accelerate", "httpx"):
+    for name in ("diffusers", "transformers", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

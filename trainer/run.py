@@ -438,9 +438,10 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
     Tables of initializers that are not chosen are checked too, but need not have an effect: `--init` chooses anew.
     """
     problems: list[str] = []
-    table = config.apply_overrides(config.read_toml(path, problems), overrides, problems)
-    if problems:
+    table = config.read_toml(path, problems)
+    if problems:  # nothing to look at: every key would be reported as missing
         raise config.ConfigError(problems)
+    table = config.apply_overrides(table, overrides, problems)
     init = table.get("init")
     tables = (
         {name: init.pop(name) for name, value in [*init.items()] if isinstance(value, dict)}
@@ -448,10 +449,11 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
         else {}
     )
     run = config.parse(RunConfig, table, "", problems)
+    wanted = init.get("method") if isinstance(init, dict) else None
     method, preset = "random", dict[str, Any]()
-    if run is not None:
+    if isinstance(wanted, str):  # anything else is a problem that `parse` has told, or the default
         try:
-            method, preset = initializers.resolve(run.init.method)
+            method, preset = initializers.resolve(wanted)
         except ValueError as error:
             problems.append(f"[init] method: {error}")
     parsed = {}

@@ -118,9 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def load(path: Path, overrides: list[str]) -> HypernetworkConfig:
     problems: list[str] = []
-    table = configuration.apply_overrides(configuration.read_toml(path, problems), overrides, problems)
-    if problems:
+    table = configuration.read_toml(path, problems)
+    if problems:  # nothing to look at: every key would be reported as missing
         raise configuration.ConfigError(problems)
+    table = configuration.apply_overrides(table, overrides, problems)
     parsed = configuration.parse(HypernetworkConfig, table, "", problems)
     if parsed is None or problems:
         raise configuration.ConfigError(problems)
