@@ -18,7 +18,7 @@ from trainer.files import write_tensors
 from trainer.loop import Loss
 from trainer.tracking import Tracker
 
-NUM_PICTURES = 20_000
+NUM_PICTURES = 30_000
 FIRST_SCENE = 1_000  # scenes below are left to the folders of training and held-out pictures
 EMPTY_CAPTIONS = 0.1  # share of the short captions, so that guidance has an unconditional side
 FLOW = flow.FlowConfig(sigma_sampling="logit_normal")

@@ -5,9 +5,10 @@ lies in the work folder. Times are for 2 cores.
 
     text       tokenizer, random text encoder, scheduler        seconds
     vae        pretrain the VAE                                 11 minutes
-    base       pretrain the transformer                         20 minutes
+    base       pretrain the transformer                         30 minutes
+    vision     pretrain the image encoders                      10 minutes
     subjects   paint the subjects of hypernetwork training      1 minute
-    style      train the Style expert and the image encoders    30 minutes
+    style      train the Style expert, the encoders with it     35 minutes
     images     paint the held-out creature's folder             seconds
     measure    have a classifier read what the prompts drew     3 minutes
     manifest   sizes, hashes and figures of what is shipped     seconds
@@ -26,9 +27,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
 from tqdm import tqdm
-from transformers import DINOv3ViTConfig, DINOv3ViTModel, SiglipVisionConfig, SiglipVisionModel
 
-from demo import base, measure, painter, text_encoder, vae
+from demo import base, measure, painter, text_encoder, vae, vision
 from initializers.i2l import encoders, train
 from initializers.i2l.expert import load_expert, save_expert
 from trainer import checkpoint, loop
@@ -44,8 +44,9 @@ STYLE_CONFIG = Path("configs/i2l_creatures_style.toml")
 VAE_TRAIN = TrainConfig(
     steps=4200, batch_size=8, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100, weight_decay=0.0
 )
-BASE_TRAIN = TrainConfig(steps=8000, batch_size=64, learning_rate=2e-3, lr_schedule="cosine", warmup_steps=200)
-NUM_SUBJECTS, PICTURES_EACH = 6000, 4
+BASE_TRAIN = TrainConfig(steps=12_000, batch_size=64, learning_rate=2e-3, lr_schedule="cosine", warmup_steps=200)
+VISION_TRAIN = TrainConfig(steps=3000, batch_size=64, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100)
+NUM_SUBJECTS, PICTURES_EACH = 15_000, 3
 HELD_OUT_CREATURE, NUM_IMAGES = ("zorp", 4), 8  # its name, and its index in the tier "new"
 
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "text": build_text,
         "vae": build_vae,
         "base": build_base,
+        "vision": build_vision,
         "subjects": build_subjects,
         "style": build_style,
         "images": build_images,
@@ -158,30 +160,13 @@ def build_subjects(work: Path) -> None:
         write_text(partial / "metadata.jsonl", "\n".join(lines) + "\n")
 
 
-def new_encoders(folder: Path) -> None:
-    """Random miniature SigLIP2 and DINOv3 in the published layout; seed 0. 64 pixels in patches of 8."""
-    small = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "image_size": 64, "patch_size": 8}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        siglip = SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=3, hidden_act="gelu_pytorch_tanh", **small))
-        dinov3 = DINOv3ViTModel(
-            DINOv3ViTConfig(
-                num_hidden_layers=3,
-                num_register_tokens=4,
-                hidden_act="silu",
-                use_gated_mlp=True,
-                query_bias=False,
-                key_bias=False,
-                value_bias=False,
-                **small,
-            )
-        )
-    encoders.save_siglip(siglip, folder / encoders.SIGLIP_FOLDER)
-    encoders.save_dinov3(dinov3, folder / encoders.DINOV3_FOLDER)
+def build_vision(work: Path) -> None:
+    objective = vision.VisionObjective(VISION_TRAIN.batch_size)
+    pretrain(objective, VISION_TRAIN, work / "vision", validate_every=250)
+    objective.save(work / "encoders")
 
 
 def build_style(work: Path) -> None:
-    new_encoders(work / "encoders")
     overrides = [f"output={work / 'style'}", f"data.images={work / 'subjects'}", f"expert.encoders={work / 'encoders'}"]
     settings = train.load(STYLE_CONFIG, overrides)
     output = Path(settings.output)

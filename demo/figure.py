@@ -1,6 +1,6 @@
 """Put the samples of several runs side by side: python -m demo.figure OUTPUT.png RUN_FOLDER ... [--row N]
 
-A row for each run, a column for each step, after a row of the training pictures.
+A row for each run, a column for each step; below them the training pictures.
 """
 
 import argparse
@@ -30,13 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     steps = steps[: options.columns]
     folder = Path(reports[0]["config"]["data"]["images"])
-    rows = [[Image.open(folder / entry["picture"]) for entry in reports[0]["data"]["train"]][: len(steps)]]
-    titles = ["the training pictures"]
+    rows, titles = list[list[Image.Image]](), list[str]()
     for run, report in zip(options.runs, reports, strict=True):
         rows.append([Image.open(run / "samples" / f"step-{step:06d}-{options.row}.png") for step in steps])
         losses = {entry["step"]: entry["val_loss"] for entry in report["validations"] if "val_loss" in entry}
         shown = f"held-out loss {losses[steps[0]]:.3f} at step 0, best {min(losses.values()):.3f}" if losses else ""
         titles.append(f"{report['init']['method']}: {prompt} ({shown})")
+    rows.append([Image.open(folder / entry["picture"]) for entry in reports[0]["data"]["train"]][: len(steps)])
+    titles.append("the training pictures")
     write_png(options.output, grid(rows, [f"step {step}" for step in steps], titles))
     print(options.output)
     return 0

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZE = 64  # pixels
+SHIFT = 0.5  # pixels to each side, by which creatures in equal scenes differ
 Tier = Literal["pretrain", "hyper", "new", "trait", "foreign"]
 TIERS: tuple[Tier, ...] = ("pretrain", "hyper", "new", "trait", "foreign")
 TIER_SEEDS = 1_000_000  # identities reserved for each tier
@@ -69,12 +70,12 @@ class Identity:
     belly: bool
     eye_colour: str = "black"
     shade: tuple[float, float, float] = (0.0, 0.0, 0.0)  # shift of hue, saturation, value; each in [-1, 1]
-    phase: float = 0.0  # where the pattern begins, [0, 1]
+    patch_side: int = 1  # -1 left, 1 right; of the pattern "patches"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Where and how large; `seed` fixes small shifts and the background's details."""
+    """Where and how large; `seed` fixes small shifts, and on which side the background's sun, cloud or window is."""
 
     background: str
     place: str
@@ -109,7 +110,7 @@ def identity(tier: Tier, index: int) -> Identity:
         belly=bool(rng.integers(2)),
         eye_colour=eye_colour,
         shade=tuple(rng.uniform(-1, 1, 3)),
-        phase=float(rng.uniform()),
+        patch_side=int(rng.choice([-1, 1])),
     )
 
 
@@ -138,10 +139,10 @@ def caption(where: Scene, who: Identity | None = None, name: str | None = None) 
 def paint(who: Identity, where: Scene) -> Image:
     """The picture, (64, 64, 3) RGB."""
     rng = np.random.default_rng([where.seed, 7])
-    canvas = _background(where.background, rng)
-    radius = {"small": 12.5, "big": 17.0}[where.size]
-    centre_x = {"left": 20.0, "middle": 32.0, "right": 44.0}[where.place] + rng.uniform(-1.5, 1.5)
-    centre_y = 55.0 - radius + rng.uniform(-1.5, 1.5)
+    canvas = _background(where.background, int(rng.choice([-1, 1])))
+    radius = {"small": 13.0, "big": 17.5}[where.size]
+    centre_x = {"left": 20.0, "middle": 32.0, "right": 44.0}[where.place] + rng.uniform(-SHIFT, SHIFT)
+    centre_y = 56.0 - radius + rng.uniform(-SHIFT, SHIFT)
     _creature(canvas, who, centre_x, centre_y, radius)
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -188,34 +189,35 @@ def _triangle(x: Field, y: Field, half_width: float, top: float, bottom: float) 
     return np.maximum(slope, y - bottom)
 
 
-def _background(kind: str, rng: np.random.Generator) -> Field:
+def _background(kind: str, side: int) -> Field:
+    """side: -1 or 1, where the sun, the moon, the cloud or the window is."""
     sky, ground = {
         "meadow": ((0.62, 0.85, 0.98), (0.45, 0.72, 0.33)),
         "night": ((0.07, 0.09, 0.25), (0.14, 0.20, 0.24)),
         "beach": ((0.45, 0.80, 0.93), (0.94, 0.84, 0.58)),
-        "snow": ((0.78, 0.82, 0.90), (0.97, 0.98, 1.00)),
+        "snow": ((0.70, 0.76, 0.86), (0.97, 0.98, 1.00)),
         "room": ((0.87, 0.72, 0.60), (0.52, 0.35, 0.24)),
     }[kind]
     canvas = np.empty((SIZE, SIZE, 3), np.float32)
     canvas[:] = sky
-    horizon = 44 + rng.uniform(-2, 2)
+    x = _X - 32 - 22 * side
     if kind == "meadow":
-        _blend(canvas, _ellipse(_X - rng.uniform(8, 56), _Y - 9, 7, 3.2), _rgb(1, 1, 1))
+        _blend(canvas, _ellipse(x, _Y - 9, 8, 3.5), _rgb(1, 1, 1))
     elif kind == "night":
-        _blend(canvas, _ellipse(_X - rng.choice([9, 55]), _Y - 10, 5, 5), _rgb(0.98, 0.95, 0.75))
-        for _ in range(6):
-            _blend(canvas, _ellipse(_X - rng.uniform(2, 62), _Y - rng.uniform(2, 30), 0.8, 0.8), _rgb(1, 1, 0.9))
+        _blend(canvas, _ellipse(x, _Y - 10, 5, 5), _rgb(0.98, 0.95, 0.75))
+        for star_x, star_y in ((5, 24), (22, 5), (32, 14), (42, 5), (59, 24)):
+            _blend(canvas, _ellipse(_X - star_x, _Y - star_y, 1, 1), _rgb(1, 1, 0.9))
     elif kind == "beach":
-        _blend(canvas, _ellipse(_X - rng.choice([9, 55]), _Y - 10, 6, 6), _rgb(1.0, 0.86, 0.25))
+        _blend(canvas, _ellipse(x, _Y - 10, 6, 6), _rgb(1.0, 0.86, 0.25))
         _blend(canvas, 36 - _Y, _rgb(0.12, 0.45, 0.75))
     elif kind == "room":
-        x = rng.choice([10, 54])
-        _blend(canvas, _box(_X - x, _Y - 14, 6.5, 7.5, 1), _rgb(0.98, 0.97, 0.92))
-        _blend(canvas, _box(_X - x, _Y - 14, 5, 6, 0.5), _rgb(0.55, 0.78, 0.95))
-    _blend(canvas, horizon - _Y + (0.8 * np.sin(_X / 6 + rng.uniform(0, 6)) if kind != "room" else 0), _rgb(*ground))
+        _blend(canvas, _box(x, _Y - 14, 6.5, 7.5, 1), _rgb(0.98, 0.97, 0.92))
+        _blend(canvas, _box(x, _Y - 14, 5, 6, 0.5), _rgb(0.55, 0.78, 0.95))
+    _blend(canvas, 44 - _Y + (0.8 * np.sin(_X / 6) if kind != "room" else 0), _rgb(*ground))
     if kind == "snow":
-        for _ in range(9):
-            _blend(canvas, _ellipse(_X - rng.uniform(2, 62), _Y - rng.uniform(2, 40), 1.1, 1.1), _rgb(1, 1, 1))
+        _blend(canvas, _triangle(x, _Y, 7, 22, 46), _rgb(0.22, 0.42, 0.36))
+        for flake_x, flake_y in ((6, 8), (16, 20), (26, 6), (38, 12), (48, 5), (58, 18), (5, 34), (60, 36)):
+            _blend(canvas, _ellipse(_X - flake_x, _Y - flake_y, 1.2, 1.2), _rgb(1, 1, 1))
     return canvas
 
 
@@ -229,7 +231,7 @@ def _body(shape: str, x: Field, y: Field, r: float) -> tuple[Field, float, float
         case "tall":
             return _ellipse(x, y, 0.72 * r, 1.12 * r), 0.72 * r, -1.12 * r
         case "wide":
-            return _ellipse(x, y - 0.15 * r, 1.25 * r, 0.82 * r), 1.25 * r, -0.67 * r
+            return _ellipse(x, y - 0.15 * r, 1.2 * r, 0.82 * r), 1.2 * r, -0.67 * r
         case "pear":
             top = _ellipse(x, y + 0.42 * r, 0.62 * r, 0.62 * r)
             return np.minimum(top, _ellipse(x, y - 0.25 * r, 0.98 * r, 0.74 * r)), 0.8 * r, -1.04 * r
@@ -238,25 +240,24 @@ def _body(shape: str, x: Field, y: Field, r: float) -> tuple[Field, float, float
     raise ValueError(f"unknown shape {shape!r}")
 
 
-def _pattern(pattern: str, x: Field, y: Field, r: float, phase: float) -> Field:
+def _pattern(who: Identity, x: Field, y: Field, r: float) -> Field:
     """Distance to the pattern's figures, in pixels, before they are cut to the body."""
-    period = 0.56 * r
-    match pattern:
+    period = 0.7 * r
+    match who.pattern:
         case "stripes":
-            return (np.abs((x / period + phase) % 1 - 0.5) - 0.25) * period
+            return (np.abs((x / period) % 1 - 0.5) - 0.25) * period
         case "bands":
-            return (np.abs((y / period + phase) % 1 - 0.5) - 0.25) * period
+            return (np.abs((y / period + 0.25) % 1 - 0.5) - 0.25) * period
         case "spots":
-            period = 0.62 * r
-            column = np.floor(y / period + phase)
-            u, v = (x / period + 0.5 * (column % 2)) % 1 - 0.5, (y / period + phase) % 1 - 0.5
-            return (np.hypot(u, v) - 0.27) * period
+            row = np.floor(y / period + 0.5)
+            u, v = (x / period + 0.5 * (row % 2)) % 1 - 0.5, (y / period + 0.5) % 1 - 0.5
+            return (np.hypot(u, v) - 0.3) * period
         case "patches":
-            return _ellipse(x - (phase - 0.5) * r - 0.5 * r, y + 0.25 * r, 0.62 * r, 0.72 * r)
+            return _ellipse(x - 0.6 * who.patch_side * r, y + 0.3 * r, 0.62 * r, 0.72 * r)
         case "checkered":
-            u, v = np.floor(x / (0.5 * r) + phase), np.floor(y / (0.5 * r))
+            u, v = np.floor(x / (0.5 * r)), np.floor(y / (0.5 * r))
             return np.where((u + v) % 2 < 1, -1.0, 1.0).astype(np.float32)
-    raise ValueError(f"unknown pattern {pattern!r}")
+    raise ValueError(f"unknown pattern {who.pattern!r}")
 
 
 def _headgear(canvas: Field, who: Identity, x: Field, y: Field, r: float, half: float, top: float) -> None:
@@ -298,8 +299,8 @@ def _creature(canvas: Field, who: Identity, centre_x: float, centre_y: float, r:
     _blend(canvas, body - 0.6, outline)
     _blend(canvas, body + 0.6, colour)
     if who.pattern != "plain":
-        figures = _pattern(who.pattern, x, y, r, who.phase)
-        _blend(canvas, np.maximum(figures, body + 0.8), _colour(who.pattern_colour))
+        figures = _pattern(who, x, y, r)
+        _blend(canvas, np.maximum(figures, body + 0.8), _colour(who.pattern_colour, value=0.5))
     if who.belly:
         belly = np.maximum(_ellipse(x, y - 0.62 * r, 0.46 * r, 0.38 * r), body + 1.0)
         _blend(canvas, belly, _rgb(0.99, 0.94, 0.84))

@@ -9,7 +9,7 @@ import torch
 from helpers import FINISHED, metrics, run
 from torch import Tensor
 
-from trainer import qwen_image
+from trainer import cache, qwen_image
 from trainer.cache import Cache, key
 from trainer.files import write_tensors
 
@@ -39,13 +39,26 @@ def test_what_is_known_is_not_computed_again(tmp_path: Path) -> None:
     assert computer.asked == [[0], [1], [2], [1]]
 
 
-def test_batches_and_shards(tmp_path: Path) -> None:
+def test_batches_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SHARD_SIZE", 3)
     computer = Computer()
-    assert get(tmp_path, list("abcdefg"), computer, batch_size=2, shard_size=3) == [0, 1, 2, 3, 4, 5, 6]
-    assert computer.asked == [[0, 1], [2], [3, 4], [5], [6]]
-    assert len([*tmp_path.iterdir()]) == 3
+    assert get(tmp_path, list("abcdefg"), computer, batch_size=2) == [0, 1, 2, 3, 4, 5, 6]
+    assert computer.asked == [[0, 1], [2, 3], [4, 5], [6]]
+    assert len([*tmp_path.iterdir()]) == 2
     assert get(tmp_path, list("gfedcba"), computer) == [6, 5, 4, 3, 2, 1, 0]
-    assert len(computer.asked) == 5
+    assert len(computer.asked) == 4
+
+
+def test_slow_work_is_written_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SECONDS_BETWEEN_SHARDS", 0.0)
+    files: list[int] = []
+
+    def compute(positions: list[int]) -> list[Tensor]:
+        files.append(len([*tmp_path.iterdir()]))
+        return Computer()(positions)
+
+    get(tmp_path, ["a", "b", "c"], compute)
+    assert files == [0, 1, 2]
 
 
 def test_the_same_key_twice_is_computed_once(tmp_path: Path) -> None:
@@ -54,14 +67,15 @@ def test_the_same_key_twice_is_computed_once(tmp_path: Path) -> None:
     assert computer.asked == [[0], [1]]
 
 
-def test_a_failure_midway_keeps_the_shards_before_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_midway_keeps_what_was_computed(tmp_path: Path, error: type[BaseException]) -> None:
     def failing(positions: list[int]) -> list[Tensor]:
         if 4 in positions:
-            raise RuntimeError("no memory")
+            raise error("stopped")
         return Computer()(positions)
 
-    with pytest.raises(RuntimeError, match="no memory"):
-        get(tmp_path, list("abcdef"), failing, shard_size=2)
+    with pytest.raises(error, match="stopped"):
+        get(tmp_path, list("abcdef"), failing)
     computer = Computer()
     assert get(tmp_path, list("abcdef"), computer) == [0, 1, 2, 3, 4, 5]
     assert computer.asked == [[4], [5]]
@@ -71,15 +85,19 @@ def test_a_failure_midway_keeps_the_shards_before_it(tmp_path: Path) -> None:
 def test_nan_is_an_error_and_is_not_kept(tmp_path: Path, bad: float) -> None:
     with pytest.raises(ValueError, match="encode pictures: NaN or infinity in number 1"):
         Cache(tmp_path).get(
-            ["a", "b"], lambda p: [torch.tensor([1.0, bad if p == [1] else 0.0])], what="encode pictures", quiet=True
+            ["a", "b"], lambda p: [torch.full((2, 3), bad if p == [1] else 0.0)], what="encode pictures", quiet=True
         )
-    assert [*tmp_path.iterdir()] == []
+    computer = Computer()
+    assert get(tmp_path, ["a", "b"], computer)[1] == 1 and computer.asked == [[1]]  # the good one was kept
 
 
 @pytest.mark.parametrize("size", [0, 4, 60, -8])
-def test_a_truncated_shard_is_computed_again(tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_shard_is_computed_again(
+    tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "SHARD_SIZE", 1)
     computer = Computer()
-    get(tmp_path, ["a", "b"], computer, shard_size=1)
+    get(tmp_path, ["a", "b"], computer)
     shard = sorted(tmp_path.iterdir())[0]
     shard.write_bytes(shard.read_bytes()[:size])
     with caplog.at_level(logging.WARNING):

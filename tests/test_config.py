@@ -381,3 +381,11 @@ def test_docstrings_of_a_section_it_extends_are_found():
 def test_problems_survive_the_way_out_of_a_worker_process(kind: type[ConfigError | DataError]) -> None:
     arrived = pickle.loads(pickle.dumps(kind(["first", "second"])))
     assert type(arrived) is kind and arrived.problems == ["first", "second"] and str(arrived) == "first\nsecond"
+
+
+def test_a_path_in_the_users_home(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/zorp")
+    parsed = parse(Inner, {"name": "~/pictures", "size": 1.0}, "inner", problems := [])
+    assert parsed is not None and parsed.name == "/home/zorp/pictures" and not problems
+    parsed = parse(Inner, {"name": "a ~/b", "size": 1.0}, "inner", problems)
+    assert parsed is not None and parsed.name == "a ~/b"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from diffusers import QwenImagePipeline
 
 import initializers
 import train as program
-from demo import build, painter, tiers
+from demo import base, build, measure, painter, tiers, vision
 from demo.text_encoder import templates
 from initializers.i2l.expert import read_geometry
 from trainer import run
@@ -147,6 +148,51 @@ def test_the_shipped_pictures_are_the_painters(tmp_path: Path, monkeypatch: pyte
     assert len(shipped) == 16
     for file in shipped:
         assert file.read_bytes() == (tmp_path / "zorp" / file.name).read_bytes()
+
+
+def test_everything_can_be_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps, in order, with two updates each; what they ship fits together, and a second call does nothing."""
+    demo, work = tmp_path / "demo", tmp_path / "work"
+    for name, value in {"DEMO": demo, "MODEL": demo / "model", "IMAGES": demo / "images", "NUM_SUBJECTS": 8}.items():
+        monkeypatch.setattr(build, name, value)
+    for name in ("VAE_TRAIN", "BASE_TRAIN", "VISION_TRAIN"):
+        monkeypatch.setattr(build, name, replace(getattr(build, name), steps=2, batch_size=2, warmup_steps=0))
+    monkeypatch.setattr(base, "NUM_PICTURES", 264)
+    monkeypatch.setattr(vision, "NUM_PICTURES", 8)
+    monkeypatch.setattr(vision, "NUM_HELD_OUT", 8)
+    monkeypatch.setattr(measure, "TRAIN_STEPS", 2)
+    monkeypatch.setattr(measure, "NUM_INFERENCE_STEPS", 2)
+    monkeypatch.setattr(measure, "NUM_PROMPTS", 24)
+    text = Path("configs/i2l_creatures_style.toml").read_text()
+    for old, new in {
+        '"demo/model"': f'"{demo / "model"}"',
+        "steps = 6500": "steps = 2",
+        "batch_size = 48": "batch_size = 2",
+        "warmup_steps = 200": "warmup_steps = 0",
+        "held_out_subjects = 96": "held_out_subjects = 2",
+        "num_inference_steps = 20": "num_inference_steps = 2",
+    }.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (tmp_path / "style.toml").write_text(text)
+    monkeypatch.setattr(build, "STYLE_CONFIG", tmp_path / "style.toml")
+
+    assert build.main(["--work", str(work)]) == 0
+    manifest = json.loads((demo / "manifest.json").read_text())
+    shipped = json.loads((DEMO / "manifest.json").read_text())
+    assert set(manifest["files"]) == set(shipped["files"])
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+    assert sizes == {name: shipped["files"][name]["bytes"] for name in sizes}
+    assert manifest["figures"].keys() == shipped["figures"].keys()
+    text_files = [name for name in manifest["files"] if name.startswith(("model/tokenizer", "model/text_encoder"))]
+    assert len(text_files) > 4
+    for name in text_files:
+        assert manifest["files"][name]["sha256"] == shipped["files"][name]["sha256"], name
+    QwenImagePipeline.from_pretrained(demo / "model")
+
+    before = manifest["files"]
+    assert build.main(["base", "vision", "subjects", "style", "manifest", "--work", str(work)]) == 0
+    assert json.loads((demo / "manifest.json").read_text())["files"] == before
 
 
 def test_i2l_starts_below_the_base_and_wrong_pictures_do_not(tmp_path: Path) -> None:

@@ -155,3 +155,14 @@ def test_what_a_killed_process_left_is_not_mixed_in(tmp_path: Path) -> None:
     fill("second", lambda: None)
     assert [file.name for file in (tmp_path / "folder").iterdir()] == ["second"]
     assert [*tmp_path.iterdir()] == [tmp_path / "folder"]
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = [".hidden", "a.partial", ".a.partial", "sub/step-00000001/state.json", "sub/.git.old/x"]
+    gone = [".a.json.77.partial", "sub/.step-00000001.77.partial/state.json", "sub/.adapter.78.old/x"]
+    for name in kept + gone:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    files.remove_leftovers(tmp_path)
+    assert all((tmp_path / name).exists() for name in kept)
+    assert not any((tmp_path / name).exists() for name in gone)

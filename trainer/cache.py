@@ -8,6 +8,7 @@ model is a new key, and nothing stale is ever read. Tensors lie in shards of man
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tqdm import tqdm
 from trainer.files import write_tensors
 
 log = logging.getLogger("trainer")
+
+SHARD_SIZE, SECONDS_BETWEEN_SHARDS = 4096, 60.0
 
 
 def key(*parts: Any) -> str:
@@ -40,30 +43,38 @@ class Cache:
         *,
         what: str,
         batch_size: int = 1,
-        shard_size: int = 256,
         quiet: bool = False,
     ) -> list[Tensor]:
         """The tensor of each key, in order. `compute` gets positions that are missing, `batch_size` at a time.
 
-        Raises ValueError if a computed tensor holds NaN or infinity: it is not kept.
+        What is computed is on the disk within a minute, and at any error or Ctrl-C. Raises ValueError if a computed
+        tensor holds NaN or infinity: it is not kept.
         """
         found = self._read(set(keys))
         first_at = {k: i for i, k in reversed(list(enumerate(keys))) if k not in found}
         missing = sorted(first_at.values())
         with tqdm(total=len(missing), desc=what, unit="", disable=quiet or not missing, dynamic_ncols=True) as bar:
-            for start in range(0, len(missing), shard_size):
-                shard: dict[str, Tensor] = {}
-                part = missing[start : start + shard_size]
-                for first in range(0, len(part), batch_size):
-                    positions = part[first : first + batch_size]
+            shard: dict[str, Tensor] = {}
+            written = time.monotonic()
+            try:
+                for start in range(0, len(missing), batch_size):
+                    positions = missing[start : start + batch_size]
                     for position, tensor in zip(positions, compute(positions), strict=True):
                         if not torch.isfinite(tensor).all():
                             raise ValueError(f"{what}: NaN or infinity in number {position}; it was not cached")
                         shard[keys[position]] = tensor.contiguous()
                     bar.update(len(positions))
-                write_tensors(self._folder / f"{key(sorted(shard))[:32]}.safetensors", shard)
-                found.update(shard)
+                    if len(shard) >= SHARD_SIZE or time.monotonic() - written > SECONDS_BETWEEN_SHARDS:
+                        found.update(self._write(shard))
+                        shard, written = {}, time.monotonic()
+            finally:
+                found.update(self._write(shard))
         return [found[k] for k in keys]
+
+    def _write(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        if shard:
+            write_tensors(self._folder / f"{key(sorted(shard))[:32]}.safetensors", shard)
+        return shard
 
     def _read(self, wanted: set[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import re
 import textwrap
 import types
@@ -213,7 +214,9 @@ def _convert(hint: Any, value: Any, place: _Place, problems: list[str]) -> Any:
             return float(value)
         problems.append(place.message(f"must be a finite number, not {value}"))
         return _BAD
-    if hint in (int, bool, str) and type(value) is hint:
+    if hint is str and type(value) is str:
+        return os.path.expanduser(value) if value.startswith("~/") else value  # a path of the user's home
+    if hint in (int, bool) and type(value) is hint:
         return value
     if hint is Path and type(value) is str:
         return Path(value)

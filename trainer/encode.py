@@ -12,8 +12,6 @@ from trainer import qwen_image
 from trainer.cache import Cache, key
 from trainer.dataset import Example, load_picture
 
-SHARD_SIZE = 4096
-
 
 def encode_pictures(
     cache: Cache, base: str, examples: Sequence[Example], device: torch.device, *, quiet: bool
@@ -33,9 +31,7 @@ def encode_pictures(
         return [latents[i] for i in positions]
 
     keys = [key("latents", model, e.digest, e.bucket) for e in examples]
-    return cache.get(
-        keys, compute, what="encode pictures", batch_size=32 if small else 1, shard_size=SHARD_SIZE, quiet=quiet
-    )
+    return cache.get(keys, compute, what="encode pictures", batch_size=32 if small else 1, quiet=quiet)
 
 
 def encode_prompts(
@@ -61,5 +57,5 @@ def encode_prompts(
         return encoder([ordered[i] for i in positions])
 
     keys = [key("prompt_embeds", model, str(dtype), text) for text in ordered]
-    found = cache.get(keys, compute, what="encode captions", batch_size=batch_size, shard_size=SHARD_SIZE, quiet=quiet)
+    found = cache.get(keys, compute, what="encode captions", batch_size=batch_size, quiet=quiet)
     return dict(zip(ordered, found, strict=True))

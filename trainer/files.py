@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -95,6 +96,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _flush(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half written under `folder`. Not while another process writes there."""
+    for path in [*folder.rglob(".*")]:
+        if re.fullmatch(r"\..+\.\d+\.(partial|old)", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sample(path: Path, chunk: int = 1 << 20) -> str:

@@ -217,11 +217,10 @@ def predict_velocity(
     sigmas: Tensor,
     prompt_embeds: Tensor,
     mask: Tensor | None,
-    guidance: float | None = None,
 ) -> Tensor:
     """The transformer's velocity at noisy `latents` (B C 1 h w) and `sigmas` (B), shaped as latents.
 
-    prompt_embeds: B L D. `guidance` is for guidance-distilled variants only.
+    prompt_embeds: B L D. Guidance-distilled variants are not supported: diffusers' class has no such path.
     """
     height, width = latents.shape[-2:]
     tokens = transformer(
@@ -230,7 +229,6 @@ def predict_velocity(
         encoder_hidden_states=prompt_embeds.to(latents),
         encoder_hidden_states_mask=mask,
         img_shapes=[[(1, height // 2, width // 2)]] * len(latents),
-        guidance=None if guidance is None else latents.new_full((len(latents),), guidance),
         return_dict=False,
     )[0]
     return unpack(tokens, height, width)
@@ -283,7 +281,6 @@ class Sampler:
             height=height * 8,
             num_inference_steps=num_inference_steps,
             latents=pack(noise).to(device, dtype),
-            guidance_scale=1.0 if transformer.config.guidance_embeds else None,
             output_type="latent",
         ).images
         return unpack(tokens, height, width)

@@ -26,7 +26,7 @@ from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
 from trainer.dataset import DataConfig, Dataset, Example, batch, drops_caption, scan
 from trainer.encode import encode_pictures, encode_prompts
-from trainer.files import write_json
+from trainer.files import remove_leftovers, write_json
 from trainer.flow import FlowConfig
 from trainer.loop import Loss, TrainConfig
 from trainer.pictures import DataError
@@ -205,6 +205,9 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     accelerator = make_accelerator(run.model.dtype)
     device, seconds = accelerator.device, {}
     check_device(run, device)
+    if accelerator.is_main_process:
+        remove_leftovers(plan.output)
+    accelerator.wait_for_everyone()
     for note in plan.dataset.notes:
         log.info("note: %s", note)
     saved = checkpoint.latest(plan.output / "checkpoints", plan.fingerprint()) if resume else None
@@ -336,7 +339,6 @@ class LoraObjective:
         self.transformer = transformer
         self._plan, self._run, self._encoded, self._accelerator = plan, plan.config, encoded, accelerator
         self._device, self._dtype = accelerator.device, qwen_image.DTYPES[plan.config.model.dtype]
-        self._guidance = 1.0 if transformer.config.guidance_embeds else None
 
     def loss(self, step: int, micro_step: int) -> Loss:
         run, process = self._run, self._accelerator.process_index
@@ -357,7 +359,7 @@ class LoraObjective:
         embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
         embeds, mask = embeds.to(self._device), None if mask is None else mask.to(self._device)
         with flow.seeded(random, self._device):  # the adapter's dropout
-            predicted = qwen_image.predict_velocity(self.module, noisy, sigmas, embeds, mask, self._guidance)
+            predicted = qwen_image.predict_velocity(self.module, noisy, sigmas, embeds, mask)
         return Loss(flow.losses(predicted, latents, noise).mean(), ", ".join(str(e.path) for e in examples))
 
     def tensors(self) -> dict[str, Tensor]:

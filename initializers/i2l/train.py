@@ -30,7 +30,7 @@ from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
 from trainer.dataset import DataConfig, Example, load_picture, scan
 from trainer.encode import encode_pictures, encode_prompts
-from trainer.files import write_json
+from trainer.files import remove_leftovers, write_json
 from trainer.flow import FlowConfig
 from trainer.loop import Loss, TrainConfig
 from trainer.pictures import DataError, open_picture
@@ -136,6 +136,9 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     if resume:  # refused before run.json is written, which tells the settings to resume with
         checkpoint.latest(output / "checkpoints", fingerprint)
     accelerator = run.make_accelerator(settings.model.dtype)
+    if accelerator.is_main_process:
+        remove_leftovers(output)
+    accelerator.wait_for_everyone()
     data = PairData(settings, subjects, accelerator.device, quiet=quiet)
     objective = HypernetworkObjective(settings, data, accelerator)
     report: dict[str, Any] = {
@@ -264,7 +267,7 @@ class PairData:
             return [*encoders.encode_pictures(pictures, source, device, dtype)]
 
         keys = [key("image embedding", encoders.identity(source), str(dtype), e.digest) for e in self.examples]
-        found = cache.get(keys, embed, what="embed pictures", batch_size=512, shard_size=4096, quiet=quiet)
+        found = cache.get(keys, embed, what="embed pictures", batch_size=512, quiet=quiet)
         return torch.stack(found).cpu()
 
     def pairs(self, batch_size: int, random: torch.Generator) -> Pairs:
@@ -327,7 +330,6 @@ class HypernetworkObjective:
         self._network = Hypernetwork(settings.expert, self._transformer)
         self.module: nn.Module = self._network
         self._lora = BatchLora(self._transformer, layout.module_names(self._network.expert.geometry))
-        self._guidance = 1.0 if self._transformer.config.guidance_embeds else None
 
     def loss(self, step: int, micro_step: int) -> Loss:
         settings, process = self._settings, self._accelerator.process_index
@@ -349,7 +351,7 @@ class HypernetworkObjective:
         noisy = flow.interpolate(latents, noise, sigmas).to(dtype)
         embeds, mask = embeds.to(device), None if mask is None else mask.to(device)
         with self._lora.applied(factors):
-            predicted = qwen_image.predict_velocity(self._transformer, noisy, sigmas, embeds, mask, self._guidance)
+            predicted = qwen_image.predict_velocity(self._transformer, noisy, sigmas, embeds, mask)
         return flow.losses(predicted, latents, noise)
 
     def tensors(self) -> dict[str, Tensor]:
