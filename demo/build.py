@@ -163,7 +163,7 @@ def build_subjects(work: Path) -> None:
 def build_vision(work: Path) -> None:
     objective = vision.VisionObjective(VISION_TRAIN.batch_size)
     pretrain(objective, VISION_TRAIN, work / "vision", validate_every=250)
-    objective.save(work / "encoders")
+    vision.save_encoders(objective.siglip, objective.dinov3, work / "encoders")
 
 
 def build_style(work: Path) -> None:

@@ -46,6 +46,12 @@ def new_encoders() -> tuple[SiglipVisionModel, DINOv3ViTModel]:
     return siglip, dinov3.eval()  # train mode would jitter positions
 
 
+def save_encoders(siglip: SiglipVisionModel, dinov3: DINOv3ViTModel, folder: Path) -> None:
+    """In the published layout, in single precision."""
+    encoders.save_siglip(siglip, folder / encoders.SIGLIP_FOLDER)
+    encoders.save_dinov3(dinov3, folder / encoders.DINOV3_FOLDER)
+
+
 def classes(who: painter.Identity) -> list[int]:
     """The class of each of `TRAITS`."""
     shows = {
@@ -116,8 +122,3 @@ class VisionObjective:
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.module.load_state_dict(tensors)
-
-    def save(self, folder: Path) -> None:
-        """Both encoders in the published layout, in single precision."""
-        encoders.save_siglip(self.siglip, folder / encoders.SIGLIP_FOLDER)
-        encoders.save_dinov3(self.dinov3, folder / encoders.DINOV3_FOLDER)

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train as train_program
-from demo import build, painter
+from demo import painter, vision
 from initializers.i2l import layout, train
 from initializers.i2l.batch_lora import BatchLora
 from initializers.i2l.expert import Expert
@@ -38,7 +38,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoders")
-    build.new_encoders(folder)
+    vision.save_encoders(*vision.new_encoders(), folder)
     return folder
 
 
