@@ -166,9 +166,9 @@ def test_everything_can_be_built_anew(tmp_path: Path, monkeypatch: pytest.Monkey
     text = Path("configs/i2l_creatures_style.toml").read_text()
     for old, new in {
         '"demo/model"': f'"{demo / "model"}"',
-        "steps = 6500": "steps = 2",
+        "steps = 9000": "steps = 2",
         "batch_size = 48": "batch_size = 2",
-        "warmup_steps = 200": "warmup_steps = 0",
+        "warmup_steps = 500": "warmup_steps = 0",
         "held_out_subjects = 96": "held_out_subjects = 2",
         "num_inference_steps = 20": "num_inference_steps = 2",
     }.items():
