@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
@@ -205,14 +205,14 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     accelerator = make_accelerator(run.model.dtype)
     device, seconds = accelerator.device, {}
     check_device(run, device)
-    if accelerator.is_main_process:
-        remove_leftovers(plan.output)
-    accelerator.wait_for_everyone()
     for note in plan.dataset.notes:
         log.info("note: %s", note)
     saved = checkpoint.latest(plan.output / "checkpoints", plan.fingerprint()) if resume else None
     tick = time.monotonic()
-    encoded = encode(plan, device, quiet=quiet)
+    with accelerator.main_process_first():  # the others find it all in the cache
+        if accelerator.is_main_process:
+            remove_leftovers(plan.output)
+        encoded = encode(plan, device, quiet=quiet)
     seconds["encode"], tick = time.monotonic() - tick, time.monotonic()
 
     report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
@@ -241,7 +241,8 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         seconds["init"] = time.monotonic() - tick
         report["init"] = {"method": plan.start.method, **seed.report, "applied": applied, "seconds": seconds["init"]}
         log.info("start: %s", summary(plan.start.method, applied, seconds["init"]))
-    write_json(plan.output / "run.json", {"status": "running", **report})
+    if accelerator.is_main_process:
+        write_json(plan.output / "run.json", {"status": "running", **report})
     if run.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
 
@@ -283,7 +284,12 @@ def check_device(run: RunConfig, device: torch.device) -> None:
 def make_accelerator(dtype: str) -> Accelerator:
     """fp16 needs loss scaling; in bf16 the frozen base runs in bf16 and the adapter in fp32, without autocast."""
     mixed = "fp16" if dtype == "fp16" and torch.cuda.is_available() else "no"
-    return Accelerator(mixed_precision=mixed)
+    # the last block's text side meets no loss: it has parameters without a gradient, which DDP must be told to expect
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[unused])
+    if not accelerator.is_main_process:
+        log.setLevel(logging.WARNING)  # said once is enough
+    return accelerator
 
 
 def summary(method: str, applied: Mapping[str, Any], seconds: float) -> str:

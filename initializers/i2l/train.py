@@ -136,10 +136,10 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     if resume:  # refused before run.json is written, which tells the settings to resume with
         checkpoint.latest(output / "checkpoints", fingerprint)
     accelerator = run.make_accelerator(settings.model.dtype)
-    if accelerator.is_main_process:
-        remove_leftovers(output)
-    accelerator.wait_for_everyone()
-    data = PairData(settings, subjects, accelerator.device, quiet=quiet)
+    with accelerator.main_process_first():  # the others find it all in the cache
+        if accelerator.is_main_process:
+            remove_leftovers(output)
+        data = PairData(settings, subjects, accelerator.device, quiet=quiet)
     objective = HypernetworkObjective(settings, data, accelerator)
     report: dict[str, Any] = {
         "config": configuration.to_dict(settings),
@@ -148,7 +148,8 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
         "subjects": {"train": len(data.train), "held_out": len(data.held_out)},
         "parameters": sum(p.numel() for p in objective.module.parameters()),
     }
-    write_json(output / "run.json", {"status": "running", **report})
+    if accelerator.is_main_process:
+        write_json(output / "run.json", {"status": "running", **report})
     log.info(
         "%d subjects, %d held out; %s parameters", len(data.train), len(data.held_out), f"{report['parameters']:,}"
     )
