@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -231,6 +232,34 @@ def test_the_shape_on_meta_is_the_true_one(tiny_base: Path, transformer: QwenIma
     shapes = {name: (parameter.shape, parameter.device.type) for name, parameter in empty.named_parameters()}
     assert shapes == {name: (parameter.shape, "meta") for name, parameter in transformer.named_parameters()}
     assert not any(parameter.requires_grad for parameter in transformer.parameters())
+
+
+def test_without_a_network_a_plan_takes_the_published_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face is asked once, and not through the many retries of a download."""
+    asked = []
+
+    def unreachable(*_: object, **__: object) -> None:
+        asked.append(1)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(QwenImageTransformer2DModel, "load_config", lambda *_, **__: pytest.fail("a download"))
+    qwen_image._online.cache_clear()
+    shape = qwen_image.transformer_on_meta("some/where").config
+    assert (shape.num_layers, shape.num_attention_heads, shape.attention_head_dim) == (60, 24, 128)
+    assert qwen_image.picture_multiple("some/where") == 16 and asked == [1]
+
+
+def test_a_repository_that_does_not_exist_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = SimpleNamespace(headers={}, request=None)
+
+    def missing(*_: object, **__: object) -> None:
+        raise huggingface_hub.errors.RepositoryNotFoundError("404", response=request)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", missing)
+    qwen_image._online.cache_clear()
+    with pytest.raises(qwen_image.ModelError, match=r'\[model\] base: Hugging Face has no "some/were"'):
+        qwen_image.transformer_on_meta("some/were")
 
 
 def test_pictures_must_fit_vae_and_patches(tiny_base: Path) -> None:

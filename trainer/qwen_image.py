@@ -6,6 +6,7 @@ Each part is loaded alone and let go after use, so that text encoder and VAE nev
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,15 +111,34 @@ def transformer_on_meta(base: str) -> QwenImageTransformer2DModel:
 
     Where that file cannot be had, the class's own defaults stand in: they are Qwen-Image's.
     """
-    try:
-        config = QwenImageTransformer2DModel.load_config(base, subfolder="transformer")
-    except OSError:
-        if Path(base).is_dir():
-            raise
+    config = _config(QwenImageTransformer2DModel, base, "transformer")
+    if not config:
         log.warning("%s cannot be reached: planning with the published shape of Qwen-Image", base)
-        config = {}
     with torch.device("meta"):
         return QwenImageTransformer2DModel.from_config(config)
+
+
+def _config(kind: Any, base: str, part: str) -> dict[str, Any]:
+    """The part's config.json; empty if `base` is a Hugging Face id that is neither cached nor to be had now."""
+    if Path(base).is_dir():
+        return dict(kind.load_config(base, subfolder=part))
+    cached = isinstance(huggingface_hub.try_to_load_from_cache(base, f"{part}/config.json"), str)
+    if not cached and not _online(base):
+        return {}
+    return dict(kind.load_config(base, subfolder=part, local_files_only=cached))
+
+
+@cache
+def _online(base: str) -> bool:
+    """Whether Hugging Face answers; asked once, since a download would try for half a minute. ModelError if it has no
+    such repository."""
+    try:
+        huggingface_hub.HfApi().model_info(base, timeout=10)
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise ModelError(f'[model] base: Hugging Face has no "{base}" that you may read ({error})') from error
+    except Exception:  # whatever the network does, a plan can be made without it
+        return False
+    return True
 
 
 def load_vae(base: str, device: torch.device) -> AutoencoderKLQwenImage:
@@ -128,11 +148,8 @@ def load_vae(base: str, device: torch.device) -> AutoencoderKLQwenImage:
 
 def picture_multiple(base: str) -> int:
     """Width and height of a picture must be a multiple of this many pixels: the VAE's step times the 2x2 patch."""
-    try:
-        vae = AutoencoderKLQwenImage.load_config(base, subfolder="vae")
-    except OSError:
-        return 16
-    return 2 * 2 ** len(vae["temperal_downsample"])
+    vae = _config(AutoencoderKLQwenImage, base, "vae")
+    return 2 * 2 ** len(vae["temperal_downsample"]) if vae else 16
 
 
 class PromptEncoder:
