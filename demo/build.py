@@ -4,11 +4,11 @@ Every step resumes where it was stopped. What the repository ships lies in demo/
 lies in the work folder. Times are for 2 cores.
 
     text       tokenizer, random text encoder, scheduler        seconds
-    vae        pretrain the VAE                                 11 minutes
-    base       pretrain the transformer                         30 minutes
-    vision     pretrain the image encoders                      10 minutes
+    vae        pretrain the VAE                                 12 minutes
+    base       pretrain the transformer                         35 minutes
+    vision     pretrain the image encoders                      12 minutes
     subjects   paint the subjects of hypernetwork training      1 minute
-    style      train the Style expert, the encoders with it     35 minutes
+    style      train the Style expert, the encoders with it     45 minutes
     images     paint the held-out creature's folder             seconds
     measure    have a classifier read what the prompts drew     3 minutes
     manifest   sizes, hashes and figures of what is shipped     seconds
