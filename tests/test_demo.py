@@ -207,7 +207,7 @@ def test_i2l_starts_below_the_base_and_wrong_pictures_do_not(tmp_path: Path) -> 
             losses[start].append(curve[0]["val_loss"])
     own, wrong, base = losses["i2l"], losses["wrong pictures"], losses["random"]
     assert all(a < b for a, b in zip(own, base, strict=True)), losses
-    assert np.mean(own) < 0.9 * np.mean(base) and np.mean(wrong) > np.mean(base), losses
+    assert np.mean(own) < 0.75 * np.mean(base) and np.mean(wrong) > np.mean(base), losses
 
 
 def test_the_command_of_the_readme_on_a_shorter_run(tmp_path: Path) -> None:
