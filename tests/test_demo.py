@@ -218,3 +218,17 @@ def test_the_command_of_the_readme_on_a_shorter_run(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "contact_sheet.png").exists()
     loaded, _ = run.load_config(Path("configs/creatures.toml"), [], initializers)
     assert loaded.output == "outputs/creatures"
+
+
+@pytest.mark.slow
+def test_i2l_starts_where_a_random_start_never_arrives(tmp_path: Path) -> None:
+    """The README's claim on held-out creatures, with two of a tier."""
+    assert tiers.main(["--creatures", "2", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["summary"]
+    assert len([row for row in rows if row["tier"] == "new"]) == 2
+    for row in rows:
+        if row["tier"] == "new":
+            assert row["i2l"]["step_0"] < row["random"]["best"] and tiers.gain(row, "i2l") > 0.2
+            assert row["wrong pictures"]["step_0"] > row["random"]["best"] > row["i2l"]["best"]
+        else:
+            assert tiers.gain(row, "i2l") > -0.02
