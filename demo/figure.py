@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         losses = {entry["step"]: entry["val_loss"] for entry in report["validations"] if "val_loss" in entry}
         shown = f"held-out loss {losses[steps[0]]:.3f} at step 0, best {min(losses.values()):.3f}" if losses else ""
         titles.append(f"{report['init']['method']}: {prompt} ({shown})")
-    rows.append([Image.open(folder / entry["picture"]) for entry in reports[0]["data"]["train"]][: len(steps)])
+    training: list[Image.Image] = [Image.open(folder / entry["picture"]) for entry in reports[0]["data"]["train"]]
+    rows.append(training[: len(steps)])
     titles.append("the training pictures")
     write_png(options.output, grid(rows, [f"step {step}" for step in steps], titles))
     print(options.output)
