@@ -9,6 +9,11 @@ lies in the work folder. Times are for 2 cores.
     vision     pretrain the image encoders                      12 minutes
     subjects   paint the subjects of hypernetwork training      1 minute
     style      train the Style expert, the encoders with it     45 minutes
+    coarse     train the Coarse expert                          30 minutes
+    few_subjects  paint the subjects of Fine                    seconds
+    fine       train the Fine expert on top of Coarse           40 minutes
+    drawn      let the base draw pictures                       3 minutes
+    bias       train Bias on top of Coarse and Fine             10 minutes
     images     paint the held-out creature's folder             seconds
     measure    have a classifier read what the prompts drew     3 minutes
     manifest   sizes, hashes and figures of what is shipped     seconds
@@ -29,17 +34,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from demo import base, measure, painter, text_encoder, vae, vision
-from initializers.i2l import encoders, train
+from initializers.i2l import draw, encoders, train
 from initializers.i2l.expert import load_expert, save_expert
+from initializers.i2l.predict import FILES
 from trainer import checkpoint, loop
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import guarded
 from trainer.files import new_folder, write_json, write_text
+from trainer.formats import read_lora, write_lora
 from trainer.loop import Objective, TrainConfig
 
 DEMO = Path("demo")
 MODEL, IMAGES = DEMO / "model", DEMO / "images"
-STYLE_CONFIG = Path("configs/i2l_creatures_style.toml")
+CONFIGS = Path("configs")
 
 VAE_TRAIN = TrainConfig(
     steps=4200, batch_size=8, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100, weight_decay=0.0
@@ -47,6 +54,7 @@ VAE_TRAIN = TrainConfig(
 BASE_TRAIN = TrainConfig(steps=12_000, batch_size=64, learning_rate=2e-3, lr_schedule="cosine", warmup_steps=200)
 VISION_TRAIN = TrainConfig(steps=3000, batch_size=64, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100)
 NUM_SUBJECTS, PICTURES_EACH = 15_000, 3
+NUM_FEW_SUBJECTS, NUM_DRAWN = 1500, 600
 HELD_OUT_CREATURE, NUM_IMAGES = ("zorp", 4), 8  # its name, and its index in the tier "new"
 
 
@@ -58,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "vision": build_vision,
         "subjects": build_subjects,
         "style": build_style,
+        "coarse": build_coarse,
+        "few_subjects": build_few_subjects,
+        "fine": build_fine,
+        "drawn": build_drawn,
+        "bias": build_bias,
         "images": build_images,
         "measure": build_measurements,
         "manifest": build_manifest,
@@ -143,14 +156,18 @@ def write_model_index(model: Path) -> None:
 
 def build_subjects(work: Path) -> None:
     """Identities of the tier "hyper", each in several scenes; captions tell the scene, never the traits."""
-    folder = work / "subjects"
+    paint_subjects(work / "subjects", "hyper", 0, NUM_SUBJECTS, PICTURES_EACH)
+
+
+def paint_subjects(folder: Path, tier: painter.Tier, first: int, count: int, pictures_each: int) -> None:
+    """Nothing, if the folder is there."""
     if folder.exists():
         return
     lines = []
     with new_folder(folder) as partial:
-        for index in tqdm(range(NUM_SUBJECTS), desc="paint subjects", unit="subject"):
-            who, rng = painter.identity("hyper", index), np.random.default_rng([13, index])
-            for number in range(PICTURES_EACH):
+        for index in tqdm(range(first, first + count), desc="paint subjects", unit="subject"):
+            who, rng = painter.identity(tier, index), np.random.default_rng([13, index])
+            for number in range(pictures_each):
                 where = painter.scene(int(rng.integers(base.FIRST_SCENE, 2**31)))
                 name = f"{index:05d}-{number}.png"
                 Image.fromarray(painter.paint(who, where)).save(partial / name, compress_level=1)
@@ -166,22 +183,58 @@ def build_vision(work: Path) -> None:
     vision.save_encoders(objective.siglip, objective.dinov3, work / "encoders")
 
 
-def build_style(work: Path) -> None:
-    overrides = [f"output={work / 'style'}", f"data.images={work / 'subjects'}", f"expert.encoders={work / 'encoders'}"]
-    settings = train.load(STYLE_CONFIG, overrides)
+def train_expert(kind: str, work: Path, images: str, **options: Path) -> Path:
+    """Train, ship the result in half precision, and keep the last validation's figures. Returns the run's folder."""
+    overrides = [f"output={work / kind}", f"data.images={work / images}", f"model.base={MODEL}"]
+    overrides += [f"expert.{name}={value}" for name, value in options.items()]
+    settings = train.load(CONFIGS / f"i2l_creatures_{kind}.toml", overrides)
     output = Path(settings.output)
     train.execute(settings, resume=(output / "run.json").exists(), quiet=not sys.stderr.isatty())
     saved = checkpoint.latest(output / "checkpoints")
     assert saved is not None
     last = saved.state["validations"][-1]
-    write_json(work / "style.json", {name: round(value, 4) for name, value in last.items() if name != "seconds"})
-    name = "Qwen-Image-i2L-Style.safetensors"
-    save_expert(load_expert(output / name), DEMO / "i2l" / name, torch.float16)
+    write_json(work / f"{kind}.json", {name: round(value, 4) for name, value in last.items() if name != "seconds"})
+    file = DEMO / "i2l" / FILES[kind]
+    if kind == "bias":
+        write_lora(file, read_lora(output / FILES[kind])[0], {}, torch.float16)
+    else:
+        save_expert(load_expert(output / FILES[kind]), file, torch.float16)
+    return output
+
+
+def build_style(work: Path) -> None:
+    output = train_expert("style", work, "subjects", encoders=work / "encoders")
     for load, save, part in (
         (encoders.load_siglip, encoders.save_siglip, encoders.SIGLIP_FOLDER),
         (encoders.load_dinov3, encoders.save_dinov3, encoders.DINOV3_FOLDER),
     ):
         save(load(output / "encoders" / part), DEMO / "encoders" / part, torch.float16)
+
+
+def build_coarse(work: Path) -> None:
+    train_expert("coarse", work, "subjects", encoders=DEMO / "encoders")
+
+
+def build_few_subjects(work: Path) -> None:
+    """Fine looks at 1024 pixels, a second for each three pictures: fewer of them."""
+    paint_subjects(work / "few_subjects", "hyper", NUM_SUBJECTS, NUM_FEW_SUBJECTS, 2)
+
+
+def build_fine(work: Path) -> None:
+    train_expert("fine", work, "few_subjects", encoders=DEMO / "encoders", weights=DEMO / "i2l")
+
+
+def build_drawn(work: Path) -> None:
+    """What the base itself draws: of creatures in words, with all, some or none of their traits."""
+    prompts = []
+    for index in range(NUM_DRAWN):
+        where, who = painter.scene(base.FIRST_SCENE + index), painter.identity("hyper", 900_000 + index)
+        prompts.append(painter.caption(where, who if index % 2 else None))
+    draw.draw(str(MODEL), prompts, work / "drawn", size=(painter.SIZE, painter.SIZE), num_inference_steps=20)
+
+
+def build_bias(work: Path) -> None:
+    train_expert("bias", work, "drawn", encoders=DEMO / "encoders", weights=DEMO / "i2l")
 
 
 def build_images(work: Path) -> None:
@@ -216,7 +269,7 @@ def build_manifest(work: Path) -> None:
     }
     figures = {
         name: json.loads((work / f"{name}.json").read_text())
-        for name in ("vae", "prompts", "style")
+        for name in ("vae", "prompts", *FILES)
         if (work / f"{name}.json").exists()
     }
     total = sum(path.stat().st_size for path in files)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,7 @@ import train as program
 from demo import base, build, measure, painter, tiers, vision
 from demo.text_encoder import templates
 from initializers.i2l.expert import read_geometry
+from initializers.i2l.predict import FILES
 from trainer import run
 
 DEMO = Path("demo")
@@ -153,37 +155,36 @@ def test_the_shipped_pictures_are_the_painters(tmp_path: Path, monkeypatch: pyte
 def test_everything_can_be_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps, in order, with two updates each; what they ship fits together, and a second call does nothing."""
     demo, work = tmp_path / "demo", tmp_path / "work"
-    for name, value in {"DEMO": demo, "MODEL": demo / "model", "IMAGES": demo / "images", "NUM_SUBJECTS": 8}.items():
+    for name, value in {"DEMO": demo, "MODEL": demo / "model", "IMAGES": demo / "images"}.items():
         monkeypatch.setattr(build, name, value)
     for name in ("VAE_TRAIN", "BASE_TRAIN", "VISION_TRAIN"):
         monkeypatch.setattr(build, name, replace(getattr(build, name), steps=2, batch_size=2, warmup_steps=0))
+    for name in ("NUM_SUBJECTS", "NUM_FEW_SUBJECTS", "NUM_DRAWN"):
+        monkeypatch.setattr(build, name, 6)
     monkeypatch.setattr(base, "NUM_PICTURES", 264)
     monkeypatch.setattr(vision, "NUM_PICTURES", 8)
     monkeypatch.setattr(vision, "NUM_HELD_OUT", 8)
     monkeypatch.setattr(measure, "TRAIN_STEPS", 2)
     monkeypatch.setattr(measure, "NUM_INFERENCE_STEPS", 2)
     monkeypatch.setattr(measure, "NUM_PROMPTS", 24)
-    text = Path("configs/i2l_creatures_style.toml").read_text()
-    for old, new in {
-        '"demo/model"': f'"{demo / "model"}"',
-        "steps = 9000": "steps = 2",
-        "batch_size = 48": "batch_size = 2",
-        "warmup_steps = 500": "warmup_steps = 0",
-        "held_out_subjects = 96": "held_out_subjects = 2",
-        "num_inference_steps = 20": "num_inference_steps = 2",
-    }.items():
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    (tmp_path / "style.toml").write_text(text)
-    monkeypatch.setattr(build, "STYLE_CONFIG", tmp_path / "style.toml")
+    smaller = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "held_out_subjects": 2, "num_inference_steps": 2}
+    for kind in FILES:
+        name = f"i2l_creatures_{kind}.toml"
+        text = Path("configs", name).read_text()
+        for key, value in smaller.items():
+            text, count = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
+            assert count == 1, key
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(build, "CONFIGS", tmp_path)
 
     assert build.main(["--work", str(work)]) == 0
     manifest = json.loads((demo / "manifest.json").read_text())
     shipped = json.loads((DEMO / "manifest.json").read_text())
-    assert set(manifest["files"]) == set(shipped["files"])
-    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+    others = {f"i2l/{FILES[kind]}" for kind in ("coarse", "fine", "bias")}  # built, and not shipped yet
+    assert set(manifest["files"]) == set(shipped["files"]) | others
+    sizes = {name: manifest["files"][name]["bytes"] for name in shipped["files"] if name.endswith(".safetensors")}
     assert sizes == {name: shipped["files"][name]["bytes"] for name in sizes}
-    assert manifest["figures"].keys() == shipped["figures"].keys()
+    assert manifest["figures"].keys() == shipped["figures"].keys() | {"coarse", "fine", "bias"}
     text_files = [name for name in manifest["files"] if name.startswith(("model/tokenizer", "model/text_encoder"))]
     assert len(text_files) > 4
     for name in text_files:
@@ -191,7 +192,7 @@ def test_everything_can_be_built_anew(tmp_path: Path, monkeypatch: pytest.Monkey
     QwenImagePipeline.from_pretrained(demo / "model")
 
     before = manifest["files"]
-    assert build.main(["base", "vision", "subjects", "style", "manifest", "--work", str(work)]) == 0
+    assert build.main(["base", "vision", "subjects", *FILES, "drawn", "manifest", "--work", str(work)]) == 0
     assert json.loads((demo / "manifest.json").read_text())["files"] == before
 
 

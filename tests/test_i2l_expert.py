@@ -125,7 +125,8 @@ def test_streaming_is_the_module_and_the_reference(geometry: Geometry, tmp_path:
     expert = random_expert(geometry)
     save_expert(expert, tmp_path / "expert.safetensors")
     embeddings, residual = random_inputs(geometry, 3)
-    streamed = factors(tmp_path / "expert.safetensors", embeddings, residual)
+    predicted = factors(tmp_path / "expert.safetensors", embeddings, residual)
+    streamed = {name: merge_pictures(pair) for name, pair in predicted.items()}
     module = {name: merge_pictures(pair) for name, pair in expert(embeddings, residual).items()}
     expected = reference_delta(
         [
@@ -144,12 +145,22 @@ def test_streaming_computes_in_fp32_from_half_precision(tmp_path: Path) -> None:
     expert = random_expert(STYLE)
     save_expert(expert, tmp_path / "expert.safetensors", torch.bfloat16)
     embeddings, _ = random_inputs(STYLE, 2)
-    streamed = factors(tmp_path / "expert.safetensors", embeddings.bfloat16())
+    predicted = factors(tmp_path / "expert.safetensors", embeddings.bfloat16())
+    streamed = {name: merge_pictures(pair) for name, pair in predicted.items()}
     rounded = {name: weight.bfloat16() for name, weight in expert.state_dict().items()}
     expected = reference_delta([reference(rounded, 2, 8, x.bfloat16().float(), None) for x in embeddings])
     for name, pair in streamed.items():
         assert pair.a.dtype == torch.float32
         assert close(pair.b.double() @ pair.a.double(), expected[name])
+
+
+def test_some_pictures_merged_are_as_if_the_others_were_not_there() -> None:
+    expert = random_expert(STYLE)
+    embeddings, _ = random_inputs(STYLE, 3)
+    for name, pair in expert(embeddings[[2, 0]]).items():
+        some, alone = merge_pictures(expert(embeddings)[name], [2, 0]), merge_pictures(pair)
+        torch.testing.assert_close(some.a, alone.a)
+        torch.testing.assert_close(some.b, alone.b)
 
 
 @GEOMETRIES

@@ -1,6 +1,7 @@
 """From pictures to a seed: order, scale and rank of what the experts predict, against float64 matrix products."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from initializers.i2l import Config, check, encoders, initialize, predict
 from initializers.i2l.__main__ import main
 from initializers.i2l.expert import save_expert
 from initializers.i2l.layout import Geometry, Residual, module_shapes
-from trainer.adapter import InitContext
+from trainer.adapter import AdapterWeights, InitContext
 
 HIDDEN = text_encoder.HIDDEN_SIZE
 STYLE = Geometry(num_blocks=2, hidden_size=8, embedding_size=24, compress=5)
@@ -137,7 +138,11 @@ def test_the_seed_is_the_sum_of_the_experts(
         difference = np.abs((pair.b.double() @ pair.a.double()).numpy() - delta).max()
         assert difference <= 2e-4 * np.abs(delta).max()  # the text encoder's batches differ by as much
     report = seed.report
-    assert report["num_pictures"] == 3 and report["incoming_rank"] == rank and report["modules"] == 24
+    assert (
+        report["pictures"] == ["0.png", "1.png", "2.png"]
+        and report["incoming_rank"] == rank
+        and report["modules"] == 24
+    )
     assert [entry["expert"] for entry in report["experts"]] == sorted(experts, key=list(predict.FILES).index)
     assert all(len(entry["md5"]) == len(entry["layout_md5"]) == 32 for entry in report["experts"])
     assert all(math.isfinite(value) for value in report["seconds"].values())
@@ -172,12 +177,122 @@ def test_experts_by_path(world: Path, tmp_path: Path) -> None:
         assert torch.equal(pair.a, by_name.weights.factors[module].a)
 
 
+def test_the_recommended_experts_are_the_default_where_all_are_there(world: Path, tmp_path: Path) -> None:
+    seed = initialize(context(world), config(world))
+    assert [entry["expert"] for entry in seed.report["experts"]] == ["coarse", "fine", "bias"]
+    (tmp_path / predict.FILES["style"]).write_bytes((world / "i2l" / predict.FILES["style"]).read_bytes())
+    seed = initialize(context(world), Config(weights=str(tmp_path), encoders=str(world / "encoders")))
+    assert [entry["expert"] for entry in seed.report["experts"]] == ["style"]
+
+
+def test_weights_of_the_experts(world: Path, expected: dict[str, dict[str, NDArray[np.float64]]]) -> None:
+    options = replace(config(world, "style", "coarse", "bias"), expert_weights={"coarse": 0.5, "bias": -2.0})
+    for module, pair in initialize(context(world), options).weights.factors.items():
+        delta = expected["style"][module] + 0.5 * expected["coarse"][module] - 2 * expected["bias"][module]
+        assert np.abs((pair.b.double() @ pair.a.double()).numpy() - delta).max() <= 2e-4 * np.abs(delta).max()
+
+
+def test_pictures_are_limited_or_named(world: Path) -> None:
+    images = context(world).images
+    whole = initialize(context(world), config(world, "style"))
+    for wanted, names in ((2, ["0.png", "1.png"]), (("2.png",), ["2.png"]), (9, ["0.png", "1.png", "2.png"])):
+        seed = initialize(context(world), replace(config(world, "style"), pictures=wanted))
+        assert seed.report["pictures"] == names and seed.report["incoming_rank"] == 4 * len(names)
+        chosen = tuple(path for path in images if path.name in names)
+        alone = initialize(replace(context(world), images=chosen), config(world, "style"))
+        for module, pair in seed.weights.factors.items():
+            torch.testing.assert_close(pair.a, alone.weights.factors[module].a)
+    assert len(whole.weights.factors) == 24
+    with pytest.raises(ValueError, match=r"pictures: 7\.png: not among"):
+        initialize(context(world), replace(config(world, "style"), pictures=("7.png",)))
+
+
+def test_what_was_predicted_is_kept_and_nothing_stale_is_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = replace(context(world), cache=tmp_path / "cache")
+    first = initialize(kept, config(world, "style", "coarse", "bias"))
+    assert len([*(tmp_path / "cache").rglob("*.safetensors")]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(encoders, "encode_pictures", lambda *_: pytest.fail("encoded again"))
+        patch.setattr(encoders, "qwen_vl_residuals", lambda *_: pytest.fail("looked again"))
+        second = initialize(kept, replace(config(world, "style", "coarse", "bias"), strength=0.5))
+    for module, pair in second.weights.factors.items():
+        assert torch.equal(pair.a, first.weights.factors[module].a)
+        assert torch.equal(pair.b, first.weights.factors[module].b * 0.5)
+    fewer = initialize(replace(kept, images=kept.images[:2]), config(world, "style"))
+    assert fewer.report["incoming_rank"] == 8
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])  # cut short: predicted again
+    again = initialize(kept, config(world, "style", "coarse", "bias"))
+    for module, pair in again.weights.factors.items():
+        torch.testing.assert_close(pair.a, first.weights.factors[module].a)
+
+
+def test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture(world: Path) -> None:
+    """The loss stands in for the base's: smallest at 0.5 of the seed that the other pictures give."""
+    single = [
+        initialize(replace(context(world), images=(path,)), config(world, "style")).weights.factors
+        for path in context(world).images
+    ]
+    module = next(iter(single[0]))
+    tried: list[int] = []
+
+    def loss(weights: AdapterWeights, index: int) -> float:
+        tried.append(index)
+        others = [i for i in range(NUM_PICTURES) if i != index]
+        mean = sum(single[i][module].b @ single[i][module].a for i in others) / len(others)
+        if not weights.factors:
+            return 0.25
+        delta = weights.factors[module].b @ weights.factors[module].a
+        return float((delta - 0.5 * mean).norm() / mean.norm()) ** 2
+
+    options = replace(config(world, "style"), strength="auto")
+    seed = initialize(replace(context(world), try_seed=loss), options)
+    assert sorted(set(tried)) == [0, 1, 2] and len(tried) == 18
+    assert seed.report["strength"] == 0.5
+    expected_losses = [(s - 0.5) ** 2 for s in predict.STRENGTHS]
+    assert seed.report["tried"]["losses"] == pytest.approx(expected_losses, abs=1e-3)
+    whole = initialize(context(world), config(world, "style"))
+    for name, pair in seed.weights.factors.items():
+        torch.testing.assert_close(pair.b, 0.5 * whole.weights.factors[name].b)
+    nothing = initialize(replace(context(world), try_seed=lambda weights, _: float(len(weights.factors))), options)
+    assert nothing.report["strength"] == 0 and nothing.weights.factors == {}
+    with pytest.raises(ValueError, match="at least two pictures"):
+        initialize(replace(context(world), images=context(world).images[:1], try_seed=loss), options)
+    with pytest.raises(ValueError, match="give a number"):
+        initialize(context(world), options)
+
+
+def test_a_rank_for_the_energy_that_is_to_be_kept(world: Path) -> None:
+    options = replace(config(world, "style", "coarse"), energy=0.9)
+    seed = initialize(context(world), options)
+    squares = {
+        name: torch.linalg.svdvals((pair.b @ pair.a).double()).square() for name, pair in seed.weights.factors.items()
+    }
+    kept = [sum(float(s[:r].sum()) for s in squares.values()) for r in (seed.rank - 1, seed.rank)]
+    assert kept[0] < 0.9 * sum(float(s.sum()) for s in squares.values()) <= kept[1]
+    single = initialize(context(world), replace(options, rank_per_module=True))
+    assert single.rank is None and single.rank_pattern.keys() == squares.keys()
+    for name, rank in single.rank_pattern.items():
+        share = squares[name].cumsum(0) / squares[name].sum()
+        assert share[rank - 1] >= 0.9 - 1e-9 and (rank == 1 or share[rank - 2] < 0.9)
+
+
 def test_problems_of_the_configuration() -> None:
     assert Config().problems() == []
-    assert Config(experts=()).problems()[0].startswith("experts must name at least one")
-    assert Config(experts=("style", "style")).problems()[0].startswith("experts must not name an expert twice")
-    for strength in (0.0, -1.0, math.nan, math.inf):
-        assert Config(strength=strength).problems()[0].startswith("strength must be above 0")
+    for options, start in [
+        ({"experts": ("style", "style")}, "experts must not name an expert twice"),
+        *(({"strength": strength}, "strength must be at least 0") for strength in (-1.0, math.nan, math.inf)),
+        ({"expert_weights": {"coars": 1.0}}, 'expert_weights: "coars"'),
+        ({"expert_weights": {"coarse": math.nan}}, "expert_weights: coarse must be"),
+        ({"pictures": -1}, "pictures must"),
+        ({"energy": 0.0}, "energy must"),
+        ({"energy": 1.5}, "energy must"),
+        ({"energy": 0.9, "mode": "merge"}, "energy has no effect"),
+        ({"rank_per_module": True}, "rank_per_module has no effect"),
+    ]:
+        assert [problem.startswith(start) for problem in Config(**options).problems()] == [True], options
 
 
 def test_problems_found_before_any_model_loads(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by th
 import difflib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from trainer.files import new_folder, write_json, write_tensors
 from trainer.flow import generator
@@ -52,17 +53,26 @@ class AdapterConfig:
     target_modules: str | tuple[str, ...] = "i2l"
     """"i2l" (the 12 module types that i2L covers), "all" (14), "attention" (8), "diffusers" (4: its default), or a list
     of module types or names, such as ["attn.to_q", "transformer_blocks.0.img_mod.1"]."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Modules with another rank, by name: "transformer_blocks.0.attn.to_q" = 4. If alpha is not set, it follows."""
     use_rslora: bool = False
     """dW = alpha / sqrt(rank) * b a (arXiv:2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction of the weights apart (arXiv:2402.09353)."""
+    export_rank: int | None = None
+    """Truncate the saved LoRA to this rank, exactly; the log tells how much energy that costs. Default: all of it."""
 
     def problems(self) -> list[str]:
         found = []
         if self.rank < 1:
             found.append(f"rank must be at least 1, not {self.rank}")
+        if self.export_rank is not None and self.export_rank < 1:
+            found.append(f"export_rank must be at least 1, not {self.export_rank}")
+        if self.export_rank is not None and self.use_dora:
+            found.append("export_rank: with use_dora the effect is no low-rank change, and cannot be truncated")
         if self.alpha is not None and not self.alpha > 0:
             found.append(f"alpha must be above 0, not {self.alpha}: at 0 the adapter would have no effect")
+        found += [f"rank_pattern: {name} must be at least 1" for name, rank in self.rank_pattern.items() if rank < 1]
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if isinstance(self.target_modules, str):
@@ -78,6 +88,9 @@ class AdapterConfig:
     @property
     def module_types(self) -> tuple[str, ...]:
         return TARGETS[self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+
+    def rank_of(self, module: str) -> int:
+        return self.rank_pattern.get(module, self.rank)
 
     @property
     def effective_alpha(self) -> float:
@@ -97,6 +110,11 @@ class Seed:
     weights: AdapterWeights
     report: dict[str, Any]
     """Of the initializer, for run.json."""
+    constant: AdapterWeights | None = None
+    """Held on the frozen base, under the adapter; not trained, and part of the exported LoRA."""
+    rank: int | None = None
+    """Of the adapter, instead of the configuration's, with `rank_pattern`."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +132,10 @@ class InitContext:
     """Folder or Hugging Face id of the pipeline."""
     say: Callable[[str], None]
     """Prints a line."""
+    cache: Path | None = None
+    """Folder for what is dear to compute; None: nothing is kept."""
+    try_seed: Callable[[AdapterWeights, int], float] | None = None
+    """The stable loss of training picture `index` with these weights on the base; None where that cannot be had."""
 
 
 class Initializer(Protocol):
@@ -131,6 +153,9 @@ def target_modules(transformer: nn.Module, config: AdapterConfig) -> dict[str, t
     linears, others = _linears(transformer), _other_names(transformer)
     found: set[str] = set()
     problems = []
+    for name in config.rank_pattern:
+        if name not in linears:
+            problems.append(f'rank_pattern: there is no module "{name}"; {_nearest(name, linears)}')
     for wanted in config.module_types:
         matching = {name for name in linears if _matches(name, wanted)}
         if wrong := sorted(name for name in others if _matches(name, wanted)):
@@ -172,12 +197,13 @@ def apply_seed(transformer: nn.Module, seed: Seed, config: AdapterConfig, *, ran
     requested: dict[str, LowRank] = {}
     padded, kept = [], {}
     for name, (in_features, out_features) in modules.items():
-        factors, energy = _at_most(seed.weights.factors.get(name, zeros(in_features, out_features)), config.rank)
+        wanted = config.rank_of(name)
+        factors, energy = _at_most(seed.weights.factors.get(name, zeros(in_features, out_features)), wanted)
         if energies.get(name):
             kept[name] = energy
-            if rank(factors) < config.rank:
+            if rank(factors) < wanted:
                 padded.append(name)
-        requested[name] = pad(factors, config.rank, generator(random_seed, "adapter", name))
+        requested[name] = pad(factors, wanted, generator(random_seed, "adapter", name))
     _write(transformer, requested)
     error = prove(transformer, AdapterWeights(requested))
     dropped = {name: energy for name, energy in energies.items() if name not in modules and energy}
@@ -219,6 +245,41 @@ def read(transformer: nn.Module) -> AdapterWeights:
     return AdapterWeights(factors)
 
 
+def hold(transformer: nn.Module, weights: AdapterWeights) -> list[RemovableHandle]:
+    """Add dW of `weights` to the layers' outputs, not trained, until the handles are removed. In fp32.
+
+    AdapterError if a module is missing or of another size.
+    """
+    sizes = _linears(transformer)
+    problems = []
+    for name, (a, b) in weights.factors.items():
+        if name not in sizes:
+            problems.append(f"this model has no {name}")
+        elif (a.shape[1], b.shape[0]) != sizes[name]:
+            problems.append(
+                "{} is {} -> {} in the seed and {} -> {} in the model".format(
+                    name, a.shape[1], b.shape[0], *sizes[name]
+                )
+            )
+    if problems or not weights.factors:
+        raise AdapterError(f"nothing to hold: {_first(problems, '; ') or 'the seed is empty'}")
+    return [
+        transformer.get_submodule(name).register_forward_hook(_Constant(factors))
+        for name, factors in weights.factors.items()
+    ]
+
+
+class _Constant:
+    """A hook: output + x a^T b^T"""
+
+    def __init__(self, factors: LowRank):
+        self._a, self._b = factors.a.float(), factors.b.float()
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self._a, self._b = self._a.to(output.device), self._b.to(output.device)
+        return output + (inputs[0].float() @ self._a.T @ self._b.T).to(output.dtype)
+
+
 def tensors(transformer: nn.Module) -> dict[str, Tensor]:
     """The trained tensors under their own names, for checkpoints. They are not copies."""
     return {name: parameter.detach() for name, parameter in _parameters(transformer).items()}
@@ -243,6 +304,25 @@ def load_tensors(transformer: nn.Module, saved: Mapping[str, Tensor]) -> None:
         parameter.copy_(saved[name])
 
 
+def save_whole(folder: Path, weights: AdapterWeights, base: str) -> None:
+    """Write any effective factors as `save` does; modules may differ in rank."""
+    factors = weights.factors
+    ranks = {name: rank(x) for name, x in factors.items()}
+    most = max(set(ranks.values()), key=[*ranks.values()].count)
+    others = {name: value for name, value in ranks.items() if value != most}
+    description = LoraConfig(
+        r=most,
+        lora_alpha=most,
+        target_modules=sorted(factors),
+        rank_pattern=others,
+        alpha_pattern=others,
+    ).to_dict() | {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(factors)}
+    halves = {
+        f"{name}.lora_{half}.weight": tensor for name, x in factors.items() for half, tensor in (("A", x.a), ("B", x.b))
+    }
+    _write_files(folder, halves, halves, description)
+
+
 def save(transformer: nn.Module, folder: Path, config: AdapterConfig, base: str) -> None:
     """Write the adapter for PEFT and for diffusers into one folder, whole or not at all.
 
@@ -253,15 +333,23 @@ def save(transformer: nn.Module, folder: Path, config: AdapterConfig, base: str)
     peft, diffusers = {}, {}
     for name, tensor in tensors(transformer).items():
         module, part = _split(name)
-        peft[f"base_model.model.{module}.{part}"] = tensor
+        peft[f"{module}.{part}"] = tensor
         scaled = tensor * _layer(transformer, module).scaling[NAME] if part == "lora_B.weight" else tensor
-        diffusers[f"transformer.{module}.{part}"] = scaled
+        diffusers[f"{module}.{part}"] = scaled
     description = _peft_config(config).to_dict()
     description |= {"base_model_name_or_path": base, "inference_mode": True}
     description["target_modules"] = sorted(config.module_types)
+    _write_files(folder, peft, diffusers, description)
+
+
+def _write_files(
+    folder: Path, peft: Mapping[str, Tensor], diffusers: Mapping[str, Tensor], description: dict[str, Any]
+) -> None:
+    named = {f"base_model.model.{name}": tensor for name, tensor in peft.items()}
     with new_folder(folder) as partial:
-        write_tensors(partial / "adapter_model.safetensors", peft, {"format": "pt"})
-        write_tensors(partial / "pytorch_lora_weights.safetensors", diffusers, {"format": "pt"})
+        write_tensors(partial / "adapter_model.safetensors", named, {"format": "pt"})
+        named = {f"transformer.{name}": tensor for name, tensor in diffusers.items()}
+        write_tensors(partial / "pytorch_lora_weights.safetensors", named, {"format": "pt"})
         write_json(partial / "adapter_config.json", _plain(description))
 
 
@@ -271,6 +359,8 @@ def _peft_config(config: AdapterConfig) -> LoraConfig:
         lora_alpha=config.effective_alpha,  # PEFT says int and takes any number
         lora_dropout=config.dropout,
         target_modules=list(config.module_types),
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.rank_pattern) if config.alpha is None else {},
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.adapter import TARGETS, AdapterWeights
@@ -107,7 +108,9 @@ def check_lora(path: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def write_lora(path: Path, weights: AdapterWeights, metadata: Mapping[str, str]) -> None:
+def write_lora(
+    path: Path, weights: AdapterWeights, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32
+) -> None:
     """`{module}.lora_{A,B}.default.weight` at scale 1, as i2L writes it. `read_lora` gives the same factors again.
 
     A module of rank 0 changes nothing and is left out.
@@ -116,8 +119,8 @@ def write_lora(path: Path, weights: AdapterWeights, metadata: Mapping[str, str])
     for name, (a, b) in weights.factors.items():
         if len(a) == 0:
             continue
-        tensors[f"{name}.lora_A.default.weight"] = a
-        tensors[f"{name}.lora_B.default.weight"] = b
+        tensors[f"{name}.lora_A.default.weight"] = a.to(dtype)
+        tensors[f"{name}.lora_B.default.weight"] = b.to(dtype)
     write_tensors(path, tensors, {"format": "pt", **metadata})
 
 

@@ -5,7 +5,7 @@ Everything is computed in float64 and returned in fp32, on the device of the fac
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,29 @@ def truncate(x: LowRank, rank: int) -> tuple[LowRank, float]:
     a = root[:, None] * (vh[:keep] @ q_a.T)
     b = (q_b @ u[:, :keep]) * root
     return LowRank(a.float(), b.float()), float(s[:keep].square().sum()) / total
+
+
+@torch.no_grad()
+def singular_values(x: LowRank) -> Tensor:
+    """Of dW, largest first, float64; as many as the rank."""
+    r_a, r_b = (torch.linalg.qr(factor.double(), mode="r").R for factor in (x.a.T, x.b))
+    return torch.linalg.svdvals(r_b @ r_a.T)
+
+
+def ranks_for_energy(parts: Mapping[str, LowRank], energy: float) -> tuple[int, dict[str, int]]:
+    """The smallest rank, the same for all, at which they together keep this share of their energy; and for each the
+    smallest at which it alone does. At least 1."""
+    squares = {name: singular_values(x).square() for name, x in parts.items()}
+    longest = max(len(values) for values in squares.values())
+    together = torch.zeros(longest, dtype=torch.float64)
+    for values in squares.values():
+        together[: len(values)] += values.cpu()
+    return _smallest(together, energy), {name: _smallest(values.cpu(), energy) for name, values in squares.items()}
+
+
+def _smallest(squares: Tensor, energy: float) -> int:
+    kept = squares.cumsum(0)
+    return max(1, int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1) if len(kept) and kept[-1] > 0 else 1
 
 
 def pad(x: LowRank, rank: int, generator: torch.Generator) -> LowRank:

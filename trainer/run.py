@@ -11,7 +11,9 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,14 +23,16 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from trainer import adapter, checkpoint, config, flow, loop, qwen_image, validation
-from trainer.adapter import AdapterConfig, InitContext, Initializer
+from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Initializer
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
 from trainer.dataset import DataConfig, Dataset, Example, batch, drops_caption, scan
 from trainer.encode import encode_pictures, encode_prompts
 from trainer.files import remove_leftovers, write_json
 from trainer.flow import FlowConfig
+from trainer.formats import read_lora, write_lora
 from trainer.loop import Loss, TrainConfig
+from trainer.lowrank import concatenate, norm, truncate
 from trainer.pictures import DataError
 from trainer.qwen_image import ModelConfig
 from trainer.tracking import Tracker, duration
@@ -36,6 +40,7 @@ from trainer.validation import ValidationConfig
 
 log = logging.getLogger("trainer")
 
+CONSTANT_FILE = "constant.safetensors"  # in the output: what is held on the base, to resume and to export
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -155,7 +160,7 @@ def describe(plan: Plan) -> str:
     sizes: dict[tuple[int, int], int] = {}
     for example in data.train:
         sizes[example.bucket] = sizes.get(example.bucket, 0) + 1
-    trainable = sum(run.adapter.rank * (inputs + outputs) for inputs, outputs in plan.modules.values())
+    trainable = _trainable(plan)
     base_parameters = sum(p.numel() for p in plan.transformer.parameters())
     lines = [
         f"pictures     {len(data.train)} for training, {len(data.held_out)} held out",
@@ -172,12 +177,16 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _trainable(plan: Plan) -> int:
+    return sum(plan.config.adapter.rank_of(name) * (i + o) for name, (i, o) in plan.modules.items())
+
+
 def memory_estimate(plan: Plan) -> list[str]:
     """Bytes of weights, adapter with optimizer, and activations, as parameter arithmetic; activations are rough."""
     run, parts = plan.config, plan.transformer.config
     weight_bytes = {"none": 4 if run.model.dtype == "fp32" else 2, "int8": 1.05, "nf4": 0.55}[run.model.quantization]
     weights = sum(p.numel() for p in plan.transformer.parameters()) * weight_bytes
-    trainable = sum(run.adapter.rank * (i + o) for i, o in plan.modules.values())
+    trainable = _trainable(plan)
     adapter_bytes = trainable * (4 + 4 + (2 if run.train.optimizer == "adamw8bit" else 8))
     step = qwen_image.picture_multiple(run.model.base)
     tokens = max(e.bucket[0] * e.bucket[1] for e in plan.dataset.train) // step**2 + 128
@@ -217,11 +226,15 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
 
     report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
     report |= {"versions": versions(), "hardware": hardware(device), "data": _data_report(plan.dataset)}
+    settings, constant = run.adapter, None
     if saved:
         log.info("resuming after step %d", saved.step)
-        report["init"] = json.loads((plan.output / "run.json").read_text(encoding="utf-8")).get("init")
+        report["init"] = json.loads((plan.output / "run.json").read_text(encoding="utf-8"))["init"]
+        settings = replace(settings, **report["init"]["adapter"])
         transformer = qwen_image.load_transformer(run.model, device)
-        adapter.inject(transformer, run.adapter)
+        adapter.inject(transformer, settings)
+        if (plan.output / CONSTANT_FILE).exists():
+            constant = read_lora(plan.output / CONSTANT_FILE)[0]
     else:
         if resume:
             log.info("no checkpoint yet: starting from the beginning")
@@ -233,14 +246,27 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
             device=device,
             base=run.model.base,
             say=log.info,
+            cache=Path(run.data.cache or plan.output / "cache"),
+            try_seed=(trials := Trials(plan, encoded, device)),
         )
         seed = plan.start.initialize(context, plan.start.options)
-        transformer = qwen_image.load_transformer(run.model, device)
-        adapter.inject(transformer, run.adapter)
-        applied = adapter.apply_seed(transformer, seed, run.adapter, random_seed=run.seed)
+        transformer = trials.transformer
+        chosen: dict[str, Any] = {
+            "rank": seed.rank or settings.rank,
+            "rank_pattern": {**settings.rank_pattern, **seed.rank_pattern},
+        }
+        settings, constant = replace(settings, **chosen), seed.constant
+        adapter.inject(transformer, settings)
+        applied = adapter.apply_seed(transformer, seed, settings, random_seed=run.seed)
+        if constant is not None and accelerator.is_main_process:
+            write_lora(plan.output / CONSTANT_FILE, constant, {})
         seconds["init"] = time.monotonic() - tick
-        report["init"] = {"method": plan.start.method, **seed.report, "applied": applied, "seconds": seconds["init"]}
+        report["init"] = {"method": plan.start.method, **seed.report, "applied": applied, "adapter": chosen}
+        report["init"]["seconds"] = seconds["init"]
         log.info("start: %s", summary(plan.start.method, applied, seconds["init"]))
+    if constant is not None:
+        adapter.hold(transformer, constant)
+        log.info("held on the base, not trained: %d modules", len(constant.factors))
     if accelerator.is_main_process:
         write_json(plan.output / "run.json", {"status": "running", **report})
     if run.train.gradient_checkpointing:
@@ -260,7 +286,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     )
     folder = plan.output / "adapter"
     if accelerator.is_main_process:
-        adapter.save(objective.transformer, folder, run.adapter, run.model.base)
+        export(objective.transformer, folder, settings, run.model.base, constant)
         report |= {"status": "finished", "steps": result.step, "validations": result.validations}
         report["seconds"] = {**seconds, "train": result.seconds, "total": time.monotonic() - began}
         report["peak_memory_bytes"] = peak_memory(device)
@@ -268,6 +294,54 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         log.info("done in %s: %s", duration(time.monotonic() - began), folder)
     accelerator.end_training()
     return folder
+
+
+def export(
+    transformer: QwenImageTransformer2DModel,
+    folder: Path,
+    settings: AdapterConfig,
+    base: str,
+    constant: AdapterWeights | None,
+) -> None:
+    """The result: the adapter, with a constant term concatenated on rank, truncated if that is asked for."""
+    if constant is None and settings.export_rank is None:
+        adapter.save(transformer, folder, settings, base)
+        return
+    parts = [weights.factors for weights in (constant, adapter.read(transformer)) if weights is not None]
+    whole = {name: concatenate([part[name] for part in parts if name in part]) for name in sorted({*chain(*parts)})}
+    if settings.export_rank is not None:
+        kept = {name: truncate(factors, settings.export_rank) for name, factors in whole.items()}
+        energies = {name: norm(factors) ** 2 for name, factors in whole.items()}
+        lost = sum(energies[name] * (1 - share) for name, (_, share) in kept.items()) / (sum(energies.values()) or 1)
+        log.info("exported at rank %d, with %.2f%% of the energy lost", settings.export_rank, 100 * lost)
+        whole = {name: factors for name, (factors, _) in kept.items()}
+    adapter.save_whole(folder, AdapterWeights({name: x for name, x in whole.items() if len(x.a)}), base)
+
+
+class Trials:
+    """What a seed is worth before it is chosen: stable losses of training pictures. Loads the transformer when asked
+    for, so that an initializer's own models are gone by then."""
+
+    def __init__(self, plan: Plan, encoded: "Encoded", device: torch.device):
+        self._plan, self._encoded, self._device = plan, encoded, device
+
+    @cached_property
+    def transformer(self) -> QwenImageTransformer2DModel:
+        return qwen_image.load_transformer(self._plan.config.model, self._device)
+
+    def __call__(self, weights: AdapterWeights, index: int) -> float:
+        """Of training picture `index` with `weights` on the base; of the base itself if they are empty."""
+        run = self._plan.config
+        item = self._encoded.item(self._plan.dataset.train[index])
+        handles = adapter.hold(self.transformer, weights) if weights.factors else []
+        try:
+            dtype = qwen_image.DTYPES[run.model.dtype]
+            return validation.stable_loss(
+                self.transformer, [item], self._device, dtype, batch_size=run.train.batch_size
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def check_device(run: RunConfig, device: torch.device) -> None:

@@ -56,15 +56,16 @@ def stable_loss(
     dtype: torch.dtype,
     *,
     batch_size: int = NUM_SIGMAS,
+    seed: int = 0,
 ) -> float:
     """Mean velocity error over all items at sigmas (i + 0.5) / 8, each item with noise of its own, always the same.
 
     Most of the noise of a training loss is the draw of sigmas and noise; here both are fixed, so that two values
-    differ only by the model. `batch_size` sigmas are looked at together.
+    differ only by the model. `batch_size` sigmas are looked at together; another `seed` is another draw of the noise.
     """
     losses = []
     for item in items:
-        random = flow.generator("stable loss", item.digest)
+        random = flow.generator("stable loss", item.digest, *([seed] if seed else []))
         all_noise = torch.randn(NUM_SIGMAS, *item.latents.shape, generator=random)
         for rows in torch.arange(NUM_SIGMAS).split(batch_size):
             sigmas, noise = flow.stratified_sigmas(NUM_SIGMAS)[rows].to(device), all_noise[rows].to(device)

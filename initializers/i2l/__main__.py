@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from initializers.i2l import encoders
+from initializers.i2l import draw, encoders
 from initializers.i2l.layout import (
     PUBLISHED,
     Header,
@@ -50,15 +50,52 @@ def main(arguments: list[str] | None = None) -> int:
     predict.add_argument("--images", type=Path, required=True, help="folder of pictures; all of them are used")
     predict.add_argument("--rank", type=int, required=True, help="rank of the LoRA, by exact truncation")
     predict.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    draws = commands.add_parser("draw", help="let the base draw pictures of prompts, to train Bias on")
+    draws.add_argument("--base", required=True, help="folder or Hugging Face id of the pipeline")
+    draws.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
+    draws.add_argument("--output", type=Path, required=True, help="new folder for the pictures")
+    draws.add_argument("--resolution", type=int, default=1024, help="side of the square (default: 1024)")
+    draws.add_argument("--dtype", choices=[*qwen_image.DTYPES], default="bf16", help="default: bf16")
+    draws.add_argument("--num-inference-steps", type=int, default=30, help="default: 30")
+    draws.add_argument("--true-cfg-scale", type=float, default=4.0, help="guidance; default: 4, as Qwen-Image's")
     commands.add_parser("train", help="train an expert; see train --help")
     options = parser.parse_args(arguments)
     if options.command == "inspect":
         return inspect_file(options.file)
     try:
+        if options.command == "draw":
+            return draw_prompts(options)
         return predict_file(options.config, options.images, options.rank, options.output)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def draw_prompts(options: argparse.Namespace) -> int:
+    """ValueError lists what is wrong with the arguments."""
+    problems = [f"--{problem}" for problem in qwen_image.check_base(options.base)]
+    prompts = []
+    if options.prompts.is_file():
+        prompts = [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        problems.append(f"--prompts: {options.prompts} is no file with a prompt a line")
+    if options.output.exists():
+        problems.append(f"--output: {options.output} is there already; choose another")
+    if options.resolution < 16 or options.resolution % 16:
+        problems.append("--resolution must be a multiple of 16")
+    if problems:
+        raise config.ConfigError(problems)
+    draw.draw(
+        options.base,
+        prompts,
+        options.output,
+        size=(options.resolution, options.resolution),
+        num_inference_steps=options.num_inference_steps,
+        true_cfg_scale=options.true_cfg_scale,
+        dtype=options.dtype,
+    )
+    print(f"{options.output}: {len(prompts)} pictures, their prompts beside them")
+    return 0
 
 
 def inspect_file(path: Path) -> int:
@@ -144,10 +181,11 @@ def predict_file(config_path: Path, images: Path, rank: int, output: Path) -> in
     seed = initialize(context, own)
     kept, factors = {}, {}
     for module, whole in tqdm(
-        seed.weights.factors.items(), desc="truncating", unit="module", leave=False, disable=None
+        (seed.constant or seed.weights).factors.items(), desc="truncating", unit="module", leave=False, disable=None
     ):
         factors[module], kept[module] = truncate(whole, rank)
-    write_lora(output, AdapterWeights(factors), {"made_by": "i2l", "experts": ", ".join(own.experts)})
+    experts = ", ".join(entry["expert"] for entry in seed.report["experts"])
+    write_lora(output, AdapterWeights(factors), {"made_by": "i2l", "experts": experts})
     incoming = seed.report["incoming_rank"]
     print(f"{output}: {len(factors)} modules, rank {min(rank, incoming)} of {incoming}, from {len(pictures)} pictures")
     print(f"energy kept: {min(kept.values()):.1%} at least, {sum(kept.values()) / len(kept):.1%} on average")

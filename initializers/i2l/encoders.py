@@ -339,22 +339,23 @@ def qwen_vl_residuals(
     result = {}
     for resolution, group in pictures.items():
         states = []
-        for picture in group:
-            patches = processor(images=[cover_crop(picture, resolution)], return_tensors="pt").to(device)
-            num_image_tokens = int(patches["image_grid_thw"].prod()) // processor.merge_size**2
-            image_ids = [model.config.image_token_id] * num_image_tokens
-            token_types = (
-                [0] * len(before) + [1] * num_image_tokens + [0] * len(after)
-            )  # without: positions of plain text
+        chunk = max(1, CHUNK * COARSE_RESOLUTION**2 // resolution**2)
+        for start in range(0, len(group), chunk):
+            squares = [cover_crop(picture, resolution) for picture in group[start : start + chunk]]
+            patches = processor(images=squares, return_tensors="pt").to(device)
+            num_image_tokens = int(patches["image_grid_thw"][0].prod()) // processor.merge_size**2  # squares of a size
+            ids = before + [model.config.image_token_id] * num_image_tokens + after
+            # without token types, the picture would get positions of plain text
+            token_types = [0] * len(before) + [1] * num_image_tokens + [0] * len(after)
             output = model(
-                input_ids=torch.tensor([before + image_ids + after], device=device),
-                mm_token_type_ids=torch.tensor([token_types], device=device),
+                input_ids=torch.tensor([ids] * len(squares), device=device),
+                mm_token_type_ids=torch.tensor([token_types] * len(squares), device=device),
                 pixel_values=patches["pixel_values"].to(dtype),
                 image_grid_thw=patches["image_grid_thw"],
                 use_cache=False,
             )
-            states.append(output.last_hidden_state[0, drop:].float())
-        result[resolution] = torch.stack(states) * RESIDUAL_SCALE
+            states.append(output.last_hidden_state[:, drop:].float())
+        result[resolution] = torch.cat(states) * RESIDUAL_SCALE
     del loaded, model
     free_memory()
     return result

@@ -5,7 +5,7 @@ b = B_out (B_in x + r)    (out_features, rank)         dW = b a, at scale 1
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -144,17 +144,16 @@ def factors(
     residual: Tensor | None = None,
     *,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> dict[str, LowRank]:
-    """What the expert in `path` predicts from all pictures together: the mean of their dW, exactly, as one LoRA.
+) -> dict[str, Factors]:
+    """What the expert in `path` predicts from each picture; fp32, on the CPU. Computed where `embeddings` are.
 
-    Concatenated on rank, picture after picture, `a` divided by their number; fp32 on the device of `embeddings`.
     Each weight is read once, for all pictures, and one block is in memory at a time. `progress` wraps the loop.
     """
     geometry = read_geometry(path)
     embeddings = embeddings.float()
     residual = None if residual is None else residual.float().to(embeddings.device)
     _check_inputs(geometry, embeddings, residual)
-    result: dict[str, LowRank] = {}
+    result: dict[str, Factors] = {}
     with safe_open(path, framework="pt") as file, torch.no_grad():
         for index in progress(range(len(GROUPS) * geometry.num_blocks)):
             with torch.device("meta"):
@@ -165,15 +164,16 @@ def factors(
             }
             block.load_state_dict(weights, assign=True)
             for module, pair in block(embeddings, residual).items():
-                result[module] = merge_pictures(pair)
-                if not all(bool(factor.isfinite().all()) for factor in result[module]):
+                result[module] = (pair[0].cpu(), pair[1].cpu())
+                if not all(bool(factor.isfinite().all()) for factor in pair):
                     raise ValueError(f"{path}: NaN or infinity in what it predicts for {module}")
     return result
 
 
-def merge_pictures(pair: Factors) -> LowRank:
-    """The mean of the pictures' dW, as one LoRA of rank B * rank. a: B rank in, b: B out rank."""
-    a, b = pair
+def merge_pictures(pair: Factors, pictures: Sequence[int] | None = None) -> LowRank:
+    """The mean of the pictures' dW, as one LoRA: concatenated on rank, picture after picture, `a` divided by their
+    number. a: B rank in, b: B out rank; `pictures`: which of the B, default all."""
+    a, b = pair if pictures is None else (pair[0][list(pictures)], pair[1][list(pictures)])
     return LowRank(a.flatten(0, 1) / len(a), b.transpose(0, 1).flatten(1))
 
 

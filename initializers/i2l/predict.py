@@ -4,18 +4,21 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from initializers.i2l import encoders, expert, sources
+from initializers.i2l.expert import Factors, merge_pictures
 from initializers.i2l.layout import (
     COARSE_TOKENS,
     FINE_TOKENS,
@@ -32,9 +35,12 @@ from initializers.i2l.layout import (
     module_shapes,
     read_header,
 )
+from trainer import qwen_image
 from trainer.adapter import AdapterWeights, InitContext, Seed
+from trainer.cache import key
+from trainer.files import sample, write_tensors
 from trainer.formats import check_lora, read_lora
-from trainer.lowrank import LowRank, concatenate, rank
+from trainer.lowrank import LowRank, concatenate, rank, ranks_for_energy, scale
 from trainer.pictures import open_picture
 
 FILES = {
@@ -42,6 +48,8 @@ FILES = {
     "bias": "Qwen-Image-i2L-Bias.safetensors",
 }
 ORDER = tuple(FILES)  # style, coarse, fine, bias: the order of the ranks in the result
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+MAX_TRIALS = 8  # pictures on which strengths are tried
 _RESOLUTIONS = {"coarse": encoders.COARSE_RESOLUTION, "fine": encoders.FINE_RESOLUTION}
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
@@ -50,23 +58,47 @@ _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 class Config:
     """`[init.i2l]`"""
 
-    experts: tuple[str, ...] = ("style",)
-    """"style", "coarse", "fine" (only with coarse), "bias" (with coarse and fine), or files in these layouts."""
+    experts: tuple[str, ...] = ()
+    """"style", "coarse", "fine" (only with coarse), "bias" (with coarse and fine), or files in these layouts. Default:
+    coarse, fine and bias where `weights` has all three, else style."""
+    expert_weights: dict[str, float] = field(default_factory=dict)
+    """Of the experts by kind, such as bias = 0.5; 1 for those not named."""
     weights: str = "DiffSynth-Studio/Qwen-Image-i2L"
     """Folder or Hugging Face id that holds the experts that are given by name: Qwen-Image-i2L-Style.safetensors, ..."""
     encoders: str = "DiffSynth-Studio/General-Image-Encoders"
     """Folder or Hugging Face id that holds SigLIP2-G384/model.safetensors and DINOv3-7B/model.safetensors."""
-    strength: float = 1.0
-    """The seed is multiplied by this: 1 is what the experts predict."""
+    pictures: int | tuple[str, ...] = 0
+    """How many of the training pictures are looked at, spread evenly over them, or which, by file name. 0: all."""
+    strength: float | Literal["auto"] = 1.0
+    """The seed is multiplied by this: 1 is what the experts predict, 0 is `random`. "auto" compares 0, 0.25, 0.5, 0.75,
+    1 and 1.25 by the stable loss of training pictures, each with the seed that the other pictures give."""
+    mode: Literal["seed", "merge"] = "seed"
+    """seed: truncated to the adapter's rank, the prediction is where the adapter starts. merge: the whole prediction is
+    held on the frozen base, and a fresh adapter is trained on top; the saved LoRA holds both."""
+    energy: float | None = None
+    """Instead of `[adapter] rank`: the smallest rank at which the seed keeps this share of its energy, such as 0.95."""
+    rank_per_module: bool = False
+    """With `energy`: a rank for each module, the smallest that keeps the share there."""
 
     def problems(self) -> list[str]:
         found = []
-        if not self.experts:
-            found.append(f"experts must name at least one of {', '.join(ORDER)}, or a file")
         if len(set(self.experts)) < len(self.experts):
             found.append("experts must not name an expert twice")
-        if not (self.strength > 0 and math.isfinite(self.strength)):
-            found.append('strength must be above 0; to start without i2L, choose method = "random"')
+        if self.strength != "auto" and not (self.strength >= 0 and math.isfinite(self.strength)):
+            found.append('strength must be at least 0, or "auto"')
+        for name, value in self.expert_weights.items():
+            if name not in ORDER:
+                found.append(f'expert_weights: "{name}" is none of {", ".join(ORDER)}')
+            elif not math.isfinite(value):
+                found.append(f"expert_weights: {name} must be a finite number")
+        if isinstance(self.pictures, int) and self.pictures < 0:
+            found.append("pictures must not be negative")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            found.append("energy must be above 0 and at most 1")
+        if self.energy is not None and self.mode == "merge":
+            found.append('energy has no effect with mode = "merge": the prediction is held whole')
+        if self.rank_per_module and self.energy is None:
+            found.append("rank_per_module has no effect without energy")
         return found
 
 
@@ -97,7 +129,7 @@ def check(config: Config) -> list[str]:
     found = list(config.problems())
     kinds: list[str] = []
     geometries: dict[str, Geometry] = {}
-    for name in config.experts:
+    for name in _experts(config):
         try:
             folder, file = _place(config, name)
             if (why := sources.problem(folder, file)) is not None:
@@ -113,6 +145,7 @@ def check(config: Config) -> list[str]:
             found.append(f"experts: {error}")
     if not found:
         found += [f"experts: {problem}" for problem in _combination_problems(kinds)]
+    found += [f"expert_weights: {kind} is not among the experts" for kind in config.expert_weights if kind not in kinds]
     if any(kind != "bias" for kind in kinds):
         problems = [sources.problem(config.encoders, file) for file in encoders.ENCODER_FILES]
         found += [f"encoders: {problem}" for problem in problems if problem] or _encoder_problems(config, geometries)
@@ -121,8 +154,9 @@ def check(config: Config) -> list[str]:
 
 def downloads(config: Config) -> list[tuple[str, str]]:
     """(Hugging Face id, file) of what `initialize` would download."""
-    wanted = [_place(config, name) for name in config.experts]
-    if set(config.experts) != {"bias"}:
+    experts = _experts(config)
+    wanted = [_place(config, name) for name in experts]
+    if set(experts) != {"bias"}:
         wanted += [(config.encoders, file) for file in encoders.ENCODER_FILES]
     return [(source, file) for source, file in wanted if sources.cached(source, file) is None]
 
@@ -133,11 +167,11 @@ def initialize(context: InitContext, config: Config) -> Seed:
     Rank 4 for each picture and expert in the order style, coarse, fine, with `a` divided by the number of pictures;
     then Bias as it is.
     """
-    if not context.images:
-        raise ValueError("i2L needs at least one picture")
+    indices = _choose_pictures(context.images, config.pictures)
+    pictures = [context.images[i] for i in indices]
     seconds: dict[str, float] = {}
     with _timed(seconds, "locate"):
-        found = [_recognise(name, sources.locate(*_place(config, name))) for name in config.experts]
+        found = [_recognise(name, sources.locate(*_place(config, name))) for name in _experts(config)]
         if problems := [*config.problems(), *_combination_problems([source.kind for source in found])]:
             raise ValueError("; ".join(problems))
         found.sort(key=lambda source: ORDER.index(source.kind))
@@ -145,27 +179,165 @@ def initialize(context: InitContext, config: Config) -> Seed:
     if "coarse" in (kinds := [source.kind for source in found]) and "fine" not in kinds:
         context.say("i2L: coarse without fine, with few pictures, drags their content into every picture")
 
-    embeddings, residuals = _look(context, config, found, seconds)
-    merged: dict[str, list[LowRank]] = {}
-    reports = []
-    for source in found:
-        context.say(f"i2L: {source.kind} ({source.path})")
-        with _timed(seconds, source.kind):
-            reports.append({"expert": source.kind, "file": str(source.path), **_fingerprint(source)})
-            for module, factors in _predict(source, embeddings, residuals, context.device).items():
-                merged.setdefault(module, []).append(factors)
+    predictions = _predictions(context, config, found, pictures, seconds)
+    strength, tried = config.strength, None
+    if strength == "auto":
+        with _timed(seconds, "strength"):
+            strength, tried = _choose_strength(context, config, predictions, indices)
     with _timed(seconds, "merge"):
-        factors_of = {module: _scaled(concatenate(parts), config.strength) for module, parts in merged.items()}
-    report = {
+        whole = predictions.combine(config.expert_weights, range(len(pictures)))
+        factors = {module: scale(x, strength) for module, x in whole.items()} if strength else {}
+    report: dict[str, Any] = {
         "method": "i2l",
-        "experts": reports,
-        "num_pictures": len(context.images),
-        "strength": config.strength,
-        "modules": len(factors_of),
-        "incoming_rank": max(rank(factors) for factors in factors_of.values()),
+        "mode": config.mode,
+        "experts": [{"expert": source.kind, "file": str(source.path), **_fingerprint(source)} for source in found],
+        "expert_weights": config.expert_weights,
+        "pictures": [path.name for path in pictures],
+        "strength": strength,
+        "modules": len(whole),
+        "incoming_rank": max(rank(x) for x in whole.values()),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
     }
-    return Seed(AdapterWeights(factors_of), report)
+    if tried is not None:
+        report["tried"] = tried
+    weights = AdapterWeights(factors)
+    if config.mode == "merge":
+        return Seed(AdapterWeights({}), report, constant=weights if factors else None)
+    if config.energy is None or not factors:
+        return Seed(weights, report)
+    trained = {name: x for name, x in factors.items() if name in context.modules}
+    uniform, pattern = ranks_for_energy(trained, config.energy)
+    if not config.rank_per_module:
+        context.say(f"i2L: rank {uniform} keeps {config.energy:.0%} of the energy")
+        return Seed(weights, report, rank=uniform)
+    context.say(
+        f"i2L: ranks {min(pattern.values())} to {max(pattern.values())} keep {config.energy:.0%} of the energy of each "
+        f"module, {sum(pattern.values()) / len(pattern):.1f} on average"
+    )
+    return Seed(weights, report, rank_pattern=pattern)
+
+
+def _experts(config: Config) -> tuple[str, ...]:
+    """Those that were asked for; else the recommended ones where they can be had, else style."""
+    if config.experts:
+        return config.experts
+    best = ORDER[1:]
+    return best if all(sources.problem(config.weights, FILES[name]) is None for name in best) else ORDER[:1]
+
+
+def _choose_pictures(images: Sequence[Path], wanted: int | tuple[str, ...]) -> list[int]:
+    """Positions in `images`. ValueError if a named picture is not among them."""
+    if not images:
+        raise ValueError("i2L needs at least one picture")
+    if isinstance(wanted, int):
+        count = min(wanted or len(images), len(images))
+        return [index * len(images) // count for index in range(count)]
+    names = [path.name for path in images]
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(f"[init.i2l] pictures: {', '.join(missing)}: not among the training pictures")
+    return [names.index(name) for name in wanted]
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """What each expert says to each picture, before anything is chosen."""
+
+    by_picture: dict[str, dict[str, Factors]]
+    """kind -> module -> (a: B rank in, b: B out rank)"""
+    static: dict[str, LowRank]
+    """Bias"""
+
+    def combine(self, weights: Mapping[str, float], pictures: Sequence[int]) -> dict[str, LowRank]:
+        """One LoRA: the mean over `pictures` of every expert, then Bias."""
+        parts: dict[str, list[LowRank]] = {}
+        for kind, predicted in self.by_picture.items():
+            for module, pair in predicted.items():
+                parts.setdefault(module, []).append(scale(merge_pictures(pair, pictures), weights.get(kind, 1.0)))
+        for module, factors in self.static.items():
+            parts.setdefault(module, []).append(scale(factors, weights.get("bias", 1.0)))
+        return {module: concatenate(group) for module, group in parts.items()}
+
+
+def _choose_strength(
+    context: InitContext, config: Config, predictions: _Predictions, indices: Sequence[int]
+) -> tuple[float, dict[str, Any]]:
+    """The strength at which the others' seed helps a picture most, and the mean losses of all candidates.
+
+    The seed that is tried on a picture never saw it: else it would be praised for copying. Not truncated.
+    """
+    if context.try_seed is None:
+        raise ValueError('strength = "auto" needs the base and captions; give a number here')
+    if len(indices) < 2:
+        raise ValueError('strength = "auto" needs at least two pictures: each is tried with the seed of the others')
+    places = _choose_pictures([Path(str(i)) for i in indices], MAX_TRIALS)
+    losses = torch.zeros(len(places), len(STRENGTHS))
+    for row, place in enumerate(tqdm(places, "i2L strength", unit="picture", leave=False, disable=None)):
+        others = [other for other in range(len(indices)) if other != place]
+        whole = predictions.combine(config.expert_weights, others)
+        for column, strength in enumerate(STRENGTHS):
+            seed = {module: scale(x, strength) for module, x in whole.items()} if strength else {}
+            losses[row, column] = context.try_seed(AdapterWeights(seed), indices[place])
+    means = losses.mean(0)
+    best = STRENGTHS[int(means.argmin())]
+    shown = ", ".join(f"{strength:g}: {float(loss):.4f}" for strength, loss in zip(STRENGTHS, means, strict=True))
+    context.say(f"i2L: strength {best:g} is best for pictures that the seed has not seen ({shown})")
+    return best, {"strengths": STRENGTHS, "losses": means.tolist(), "pictures": len(places)}
+
+
+def _predictions(
+    context: InitContext,
+    config: Config,
+    found: Sequence[_Source],
+    pictures: Sequence[Path],
+    seconds: dict[str, float],
+) -> _Predictions:
+    """From the cache, or predicted now and kept there."""
+    by_picture, static, missing = dict[str, dict[str, Factors]](), dict[str, LowRank](), list[_Source]()
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
+    files = {source.kind: _cache_file(context, config, source, digests) for source in found}
+    for source in found:
+        if source.geometry is None:
+            static = dict(read_lora(source.path)[0].factors)
+        elif (file := files[source.kind]) is not None and (cached := _read_predictions(file)) is not None:
+            context.say(f"i2L: {source.kind}, as predicted before")
+            by_picture[source.kind] = cached
+        else:
+            missing.append(source)
+    embeddings, residuals = _look(context, config, missing, pictures, seconds)
+    for source in missing:
+        context.say(f"i2L: {source.kind} ({source.path})")
+        with _timed(seconds, source.kind):
+            residual = residuals[source.resolution] if source.resolution is not None else None
+            progress = _progress(f"i2L {source.kind}", "block")
+            predicted = expert.factors(source.path, embeddings.to(context.device), residual, progress=progress)
+        by_picture[source.kind] = predicted
+        if (file := files[source.kind]) is not None:
+            halves = {
+                f"{name}.{half}": x for name, pair in predicted.items() for half, x in zip("ab", pair, strict=True)
+            }
+            write_tensors(file, halves)
+    return _Predictions({kind: by_picture[kind] for kind in ORDER if kind in by_picture}, static)
+
+
+def _cache_file(context: InitContext, config: Config, source: _Source, digests: Sequence[str]) -> Path | None:
+    """Named by all that the prediction depends on."""
+    if context.cache is None or source.geometry is None:
+        return None
+    looked = encoders.identity(config.encoders)
+    if source.resolution is not None:
+        looked += qwen_image.identity(context.base)
+    name = key("i2l", sample(source.path), looked, context.device.type, list(digests))
+    return context.cache / "i2l" / f"{source.kind}-{name[:32]}.safetensors"
+
+
+def _read_predictions(file: Path) -> dict[str, Factors] | None:
+    if not file.is_file():
+        return None
+    try:
+        tensors = load_file(file)
+    except SafetensorError:
+        return None  # cut short: predicted again
+    return {name[:-2]: (tensors[name], tensors[f"{name[:-2]}.b"]) for name in tensors if name.endswith(".a")}
 
 
 def _place(config: Config, name: str) -> tuple[str, str]:
@@ -246,7 +418,11 @@ def _check_fit(found: Sequence[_Source], context: InitContext) -> None:
 
 
 def _look(
-    context: InitContext, config: Config, found: Sequence[_Source], seconds: dict[str, float]
+    context: InitContext,
+    config: Config,
+    found: Sequence[_Source],
+    pictures: Sequence[Path],
+    seconds: dict[str, float],
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Image embeddings, B embedding_size, and residuals by resolution, as far as the experts need them."""
     if all(source.geometry is None for source in found):
@@ -255,11 +431,11 @@ def _look(
     dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
     with _timed(seconds, "pictures"):
         squares: dict[int, list[Image.Image]] = {size: [] for size in {encoders.CROP_SIZE, *resolutions}}
-        for path in context.images:  # only the squares are kept: a hundred photographs would not fit into memory
+        for path in pictures:  # only the squares are kept: a hundred photographs would not fit into memory
             picture = open_picture(path)
             for size, crops in squares.items():
                 crops.append(encoders.cover_crop(picture, size))
-    context.say(f"i2L: encoding {len(context.images)} pictures")
+    context.say(f"i2L: encoding {len(pictures)} pictures")
     with _timed(seconds, "encoders"):
         embeddings = encoders.encode_pictures(squares[encoders.CROP_SIZE], config.encoders, context.device, dtype)
     residuals = {}
@@ -269,33 +445,15 @@ def _look(
             wanted = {size: squares[size] for size in resolutions}
             residuals = encoders.qwen_vl_residuals(wanted, context.base, context.device, dtype)
     for name, tensor in (("image embeddings", embeddings), *(("hidden states", t) for t in residuals.values())):
-        for path, row in zip(context.images, tensor, strict=True):
+        for path, row in zip(pictures, tensor, strict=True):
             if not bool(row.isfinite().all()):
                 raise ValueError(f"{path}: NaN or infinity in its {name}, computed in {dtype}")
     return embeddings, residuals
 
 
-def _predict(
-    source: _Source, embeddings: Tensor, residuals: dict[int, Tensor], device: torch.device
-) -> dict[str, LowRank]:
-    if source.geometry is None:
-        weights, _ = read_lora(source.path)
-        return dict(weights.factors)
-    residual = residuals[source.resolution] if source.resolution is not None else None
-    found = expert.factors(
-        source.path, embeddings.to(device), residual, progress=_progress(f"i2L {source.kind}", "block")
-    )
-    return {module: LowRank(factors.a.cpu(), factors.b.cpu()) for module, factors in found.items()}
-
-
 def _progress(title: str, unit: str) -> Callable[[Iterable[int]], Iterable[int]]:
     """A bar on a terminal, nothing in a log."""
     return lambda items: tqdm(items, desc=title, unit=unit, leave=False, disable=None)
-
-
-def _scaled(factors: LowRank, strength: float) -> LowRank:
-    """dW times `strength`, all of it in b."""
-    return LowRank(factors.a, factors.b * strength)
 
 
 def _fingerprint(source: _Source) -> dict[str, Any]:
