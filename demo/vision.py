@@ -1,4 +1,7 @@
-"""Pretrain the miniature SigLIP2 and DINOv3 to name a creature's traits, as the web did for the published ones."""
+"""Pretrain the miniature SigLIP2 and DINOv3 to name a creature's traits, as the web did for the published ones.
+
+On creatures of the tier "pretrain", so with every trait of the world: hypernetwork training then shows fewer.
+"""
 
 from pathlib import Path
 from typing import Any
