@@ -109,6 +109,16 @@ def test_a_batch_of_small_squares_is_preprocessed_alike() -> None:
         assert np.abs(dinov3[index].numpy() - encoders.dinov3_pixels(one, 32)).max() < 1.0 * step / 0.22
 
 
+def test_many_small_squares_are_embedded_alike() -> None:
+    source = "demo/encoders"
+    pictures = [Image.open(path).convert("RGB") for path in sorted(Path("demo/images/zorp").glob("*.png"))]
+    stacked = torch.from_numpy(np.stack([np.asarray(one) for one in pictures])).permute(0, 3, 1, 2)
+    quick, slow = encoders.encode_squares(stacked, source), encoders.encode_pictures(pictures, source)
+    assert quick.shape == slow.shape == (8, 192)
+    spread = (slow - slow.mean(0)).norm(dim=1).min()
+    assert (quick - slow).norm(dim=1).max() < 0.1 * spread  # rounding to 8 bits
+
+
 def test_encoders_survive_saving(siglip: SiglipVisionModel, dinov3: DINOv3ViTModel, tmp_path: Path) -> None:
     encoders.save_siglip(siglip, tmp_path / "siglip")
     encoders.save_dinov3(dinov3, tmp_path / "dinov3")

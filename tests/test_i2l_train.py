@@ -309,7 +309,7 @@ def test_a_frozen_expert_that_is_not_there_is_told_before_anything_loads(toml: P
 def test_frozen_encoders_embed_each_picture_once(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = run(toml, "expert.train_encoders=false", "train.steps=2")
     assert not (output / "encoders").exists()
-    monkeypatch.setattr(train.encoders, "encode_pictures", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(train.encoders, "encode_squares", lambda *_: pytest.fail("embedded again"))
     again = run(toml, "expert.train_encoders=false", "train.steps=2", f"output={tmp_path / 'again'}")
     name = "Qwen-Image-i2L-Style.safetensors"
     assert (output / name).read_bytes() == (again / name).read_bytes()

@@ -263,10 +263,9 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         seconds["init"] = time.monotonic() - tick
         report["init"] = {"method": plan.start.method, **seed.report, "applied": applied, "adapter": chosen}
         report["init"]["seconds"] = seconds["init"]
-        log.info("start: %s", summary(plan.start.method, applied, seconds["init"]))
+        log.info("start: %s", summary(plan.start.method, applied, seconds["init"], held=constant))
     if constant is not None:
         adapter.hold(transformer, constant)
-        log.info("held on the base, not trained: %d modules", len(constant.factors))
     if accelerator.is_main_process:
         write_json(plan.output / "run.json", {"status": "running", **report})
     if run.train.gradient_checkpointing:
@@ -366,8 +365,11 @@ def make_accelerator(dtype: str) -> Accelerator:
     return accelerator
 
 
-def summary(method: str, applied: Mapping[str, Any], seconds: float) -> str:
+def summary(method: str, applied: Mapping[str, Any], seconds: float, *, held: AdapterWeights | None = None) -> str:
     """One line on what the adapter starts from."""
+    if held is not None:
+        line = f"{method}, {len(held.factors)} modules held on the base; on top of them "
+        return f"{line}{applied['random']} modules to be trained, random; {seconds:.1f} s"
     line = f"{method}, {applied['seeded']} modules seeded, {applied['random']} random"
     if applied["padded"]:
         line += f", {applied['padded']} padded to the rank"

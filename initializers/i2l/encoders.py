@@ -222,6 +222,28 @@ def encode_pictures(
     return torch.cat(parts, dim=1)
 
 
+@torch.no_grad()
+def encode_squares(
+    pictures: Tensor, encoders: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`encode_pictures` of many small squares, some 17 times as fast on a CPU; pictures: N 3 S S in uint8."""
+    siglip_folder, dinov3_folder = (sources.locate(str(encoders), file).parent for file in ENCODER_FILES)
+    parts = []
+    for number, (load, folder, embed) in enumerate(
+        ((load_siglip, siglip_folder, embed_siglip), (load_dinov3, dinov3_folder, embed_dinov3))
+    ):
+        model = load(folder, dtype, device)
+        size = model.config.image_size
+        rows = []
+        for batch in pictures.split(64):
+            pixels = square_pixels(batch.to(device).float() / 255, size, size)[number]
+            rows.append(embed(model, pixels.to(dtype)).float())
+        parts.append(torch.cat(rows))
+        del model
+        free_memory()
+    return torch.cat(parts, dim=1)
+
+
 def _encode(
     model: Any,
     embed: Callable[[Any, Tensor], Tensor],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from initializers.i2l import encoders
@@ -17,6 +18,7 @@ from trainer.encode import encode_pictures, encode_prompts
 from trainer.pictures import DataError, open_picture
 from trainer.qwen_image import ModelConfig
 
+SMALL = 128  # pixels: squares up to this side need not be brought to the encoders one by one
 COLUMNS = ("subject", "style")  # of metadata.jsonl: pictures that agree in it belong together
 
 
@@ -140,17 +142,21 @@ class SubjectData:
 
     def _pixels(self) -> Tensor:
         """N 3 S S in uint8"""
-        pixels = np.stack([np.asarray(open_picture(e.path)) for e in self.examples])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return _stacked([open_picture(example.path) for example in self.examples])
 
     def _embeddings(self, cache: Cache, source: str, device: torch.device, dtype: torch.dtype, quiet: bool) -> Tensor:
         """N D"""
 
+        sizes = {example.size for example in self.examples}
+        small = len(sizes) == 1 and all(width == height <= SMALL for width, height in sizes)
+
         def embed(part: list[int]) -> list[Tensor]:
             pictures = [open_picture(self.examples[i].path) for i in part]
+            if small:
+                return [*encoders.encode_squares(_stacked(pictures), source, device, dtype)]
             return [*encoders.encode_pictures(pictures, source, device, dtype)]
 
-        name = ("image embedding", encoders.identity(source), str(dtype))
+        name = ("image embedding", encoders.identity(source), str(dtype), small)
         return self._cached(cache, name, embed, "embed pictures", quiet)
 
     def _residuals(
@@ -201,6 +207,12 @@ class SubjectData:
         """latents B C 1 h w, prompt_embeds B L D, mask B L or None"""
         embeds, mask = qwen_image.stack_prompts([self.prompts[self.examples[row].caption] for row in rows.tolist()])
         return self.latents[rows], embeds, mask
+
+
+def _stacked(pictures: Sequence[Image.Image]) -> Tensor:
+    """N 3 H W in uint8"""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _shuffled(rows: Sequence[int], random: torch.Generator) -> list[int]:
