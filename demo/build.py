@@ -9,11 +9,11 @@ lies in the work folder. Times are for 2 cores.
     vision     pretrain the image encoders                      12 minutes
     subjects   paint the subjects of hypernetwork training      1 minute
     style      train the Style expert, the encoders with it     45 minutes
-    coarse     train the Coarse expert                          30 minutes
-    few_subjects  paint the subjects of Fine                    seconds
-    fine       train the Fine expert on top of Coarse           40 minutes
-    drawn      let the base draw pictures                       3 minutes
-    bias       train Bias on top of Coarse and Fine             10 minutes
+    coarse     train the Coarse expert                          not timed yet
+    few_subjects  paint the subjects of Fine                    not timed yet
+    fine       train the Fine expert on top of Coarse           not timed yet
+    drawn      let the base draw pictures                       not timed yet
+    bias       train Bias on top of Coarse and Fine             not timed yet
     images     paint the held-out creature's folder             seconds
     measure    have a classifier read what the prompts drew     3 minutes
     manifest   sizes, hashes and figures of what is shipped     seconds
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from demo import base, measure, painter, text_encoder, vae, vision
 from initializers.i2l import draw, encoders, train
 from initializers.i2l.expert import load_expert, save_expert
-from initializers.i2l.predict import FILES
+from initializers.i2l.layout import FILES
 from trainer import checkpoint, loop
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import guarded
@@ -216,7 +216,7 @@ def build_coarse(work: Path) -> None:
 
 
 def build_few_subjects(work: Path) -> None:
-    """Fine looks at 1024 pixels, a second for each three pictures: fewer of them."""
+    """Fine looks at 1024 pixels, which takes long: fewer of them."""
     paint_subjects(work / "few_subjects", "hyper", NUM_SUBJECTS, NUM_FEW_SUBJECTS, 2)
 
 

@@ -14,10 +14,10 @@ from diffusers import QwenImagePipeline
 
 import initializers
 import train as program
-from demo import base, build, measure, painter, tiers, vision
+from demo import base, build, experts, measure, painter, tiers, vision
 from demo.text_encoder import templates
 from initializers.i2l.expert import read_geometry
-from initializers.i2l.predict import FILES
+from initializers.i2l.layout import FILES
 from trainer import run
 
 DEMO = Path("demo")
@@ -190,6 +190,20 @@ def test_everything_can_be_built_anew(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in text_files:
         assert manifest["files"][name]["sha256"] == shipped["files"][name]["sha256"], name
     QwenImagePipeline.from_pretrained(demo / "model")
+
+    text = tiers.CONFIG.read_text()
+    for part in ("model", "i2l", "encoders"):
+        assert f'"demo/{part}"' in text
+        text = text.replace(f'"demo/{part}"', f'"{demo / part}"')
+    (tmp_path / "creatures.toml").write_text(text)
+    monkeypatch.setattr(tiers, "CONFIG", tmp_path / "creatures.toml")
+    assert experts.main(["--creatures", "2", "--output", str(tmp_path / "experts")]) == 0
+    report = json.loads((tmp_path / "experts" / "report.json").read_text())
+    assert len(report["rows"]) == 2 * (1 + 2 * len(experts.SETS)) and len(report["summary"]) == 1 + 2 * len(
+        experts.SETS
+    )
+    loss = {(row["set"], row["pictures"]): row["loss"] for row in report["summary"]}
+    assert len(set(loss.values())) == len(loss)  # each set, and each picture, has an effect of its own
 
     before = manifest["files"]
     assert build.main(["base", "vision", "subjects", *FILES, "drawn", "manifest", "--work", str(work)]) == 0

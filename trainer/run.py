@@ -183,22 +183,38 @@ def _trainable(plan: Plan) -> int:
 
 def memory_estimate(plan: Plan) -> list[str]:
     """Bytes of weights, adapter with optimizer, and activations, as parameter arithmetic; activations are rough."""
-    run, parts = plan.config, plan.transformer.config
-    weight_bytes = {"none": 4 if run.model.dtype == "fp32" else 2, "int8": 1.05, "nf4": 0.55}[run.model.quantization]
-    weights = sum(p.numel() for p in plan.transformer.parameters()) * weight_bytes
+    run = plan.config
+    weights = base_bytes(plan.transformer, run.model)
     trainable = _trainable(plan)
     adapter_bytes = trainable * (4 + 4 + (2 if run.train.optimizer == "adamw8bit" else 8))
-    step = qwen_image.picture_multiple(run.model.base)
-    tokens = max(e.bucket[0] * e.bucket[1] for e in plan.dataset.train) // step**2 + 128
-    hidden = parts.num_attention_heads * parts.attention_head_dim
-    element = 4 if run.model.dtype == "fp32" else 2
-    kept = 2 if run.train.gradient_checkpointing else 34  # tensors of tokens x hidden that a block keeps for backward
-    activations = run.train.batch_size * tokens * hidden * parts.num_layers * kept * element
+    pixels = max(e.bucket[0] * e.bucket[1] for e in plan.dataset.train)
+    activations = activation_bytes(plan.transformer, run.model, run.train, pixels)
     total = weights + adapter_bytes + activations
     return [
         f"weights {size(weights)}, adapter with gradients and optimizer {size(adapter_bytes)}, "
         f"activations about {size(activations)}: about {size(total)} while training",
     ]
+
+
+def base_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig) -> float:
+    """Of the frozen weights."""
+    each = {"none": _element(model), "int8": 1.05, "nf4": 0.55}[model.quantization]
+    return sum(p.numel() for p in transformer.parameters()) * each
+
+
+def activation_bytes(
+    transformer: QwenImageTransformer2DModel, model: ModelConfig, train: TrainConfig, pixels: int
+) -> float:
+    """Roughly what the backward pass needs, for a batch of pictures of so many pixels with captions of 128 tokens."""
+    parts: Any = transformer.config
+    tokens = pixels // qwen_image.picture_multiple(model.base) ** 2 + 128
+    hidden = parts.num_attention_heads * parts.attention_head_dim
+    kept = 2 if train.gradient_checkpointing else 34  # tensors of tokens x hidden that a block keeps for backward
+    return float(train.batch_size * tokens * hidden * parts.num_layers * kept * _element(model))
+
+
+def _element(model: ModelConfig) -> int:
+    return 4 if model.dtype == "fp32" else 2
 
 
 def size(num_bytes: float) -> str:
@@ -219,7 +235,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     saved = checkpoint.latest(plan.output / "checkpoints", plan.fingerprint()) if resume else None
     tick = time.monotonic()
     with accelerator.main_process_first():  # the others find it all in the cache
-        if accelerator.is_main_process:
+        if resume and accelerator.is_main_process:  # else the folder may hold what is not ours
             remove_leftovers(plan.output)
         encoded = encode(plan, device, quiet=quiet)
     seconds["encode"], tick = time.monotonic() - tick, time.monotonic()

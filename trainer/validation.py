@@ -1,6 +1,6 @@
 """See whether training helps: the stable loss, and sample pictures with fixed seeds on one contact sheet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def draw_samples(
     transformer: QwenImageTransformer2DModel,
     config: ValidationConfig,
     base: str,
-    prompts: Sequence[Tensor],
+    prompts: Iterable[Tensor],
     negative_prompt: Tensor | None,
     size: tuple[int, int],
 ) -> list[Image.Image]:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from trainer import qwen_image, validation
 from trainer.files import new_folder, write_text
 from trainer.qwen_image import ModelConfig
+from trainer.validation import ValidationConfig
 
 
 def draw(
@@ -23,7 +24,7 @@ def draw(
 ) -> None:
     """A PNG for each prompt, with the prompt beside it in a .txt; picture i from noise i.
 
-    Nothing, if `output` is there. Each part of the pipeline is loaded alone: text encoder, transformer, VAE.
+    Nothing, if `output` is there. The text encoder is gone before the transformer is loaded.
     """
     if output.exists():
         return
@@ -33,22 +34,10 @@ def draw(
     embeds = [encoder([text])[0] for text in tqdm(texts, "encode prompts", unit="prompt", disable=None)]
     del encoder
     transformer = qwen_image.load_transformer(ModelConfig(base=base, dtype=dtype), device)
-    sampler = qwen_image.Sampler(base)
-    latents = [
-        sampler.latents(
-            transformer,
-            prompt,
-            size=size,
-            seed=number,
-            num_inference_steps=num_inference_steps,
-            true_cfg_scale=true_cfg_scale,
-            negative_prompt=embeds[0],
-        ).cpu()
-        for number, prompt in enumerate(tqdm(embeds[1:], "draw", unit="picture", disable=None))
-    ]
-    del transformer
-    vae = qwen_image.load_vae(base, device)
+    settings = ValidationConfig(num_inference_steps=num_inference_steps, true_cfg_scale=true_cfg_scale)
+    bar = tqdm(embeds[1:], "draw", unit="picture", disable=None)
+    pictures = validation.draw_samples(transformer, settings, base, bar, embeds[0], size)
     with new_folder(output) as folder:
-        for number, (text, one) in enumerate(zip(prompts, latents, strict=True)):
-            validation.write_png(folder / f"{number:05d}.png", qwen_image.decode_latents(vae, one)[0])
+        for number, (text, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            validation.write_png(folder / f"{number:05d}.png", picture)
             write_text(folder / f"{number:05d}.txt", text + "\n")

@@ -36,7 +36,7 @@ SIGLIP_MD5, DINOV3_MD5 = "469c78b61e3e31bc9eec0d0af3d3f2f8", "5722b5c873720009de
 CROP_SIZE = 1024  # pixels; every picture is brought to this square before an encoder's own size
 CHUNK = 8  # pictures encoded together
 RESIDUAL_SCALE = 0.05
-COARSE_RESOLUTION, FINE_RESOLUTION = 224, 1024
+RESOLUTIONS = {"coarse": 224, "fine": 1024}  # of the pictures that an expert's residual is made from
 QWEN_PIXELS: dict[str, Any] = {
     "min_pixels": 3136,
     "max_pixels": 12_845_056,
@@ -361,7 +361,7 @@ def qwen_vl_residuals(
     result = {}
     for resolution, group in pictures.items():
         states = []
-        chunk = max(1, CHUNK * COARSE_RESOLUTION**2 // resolution**2)
+        chunk = max(1, CHUNK * RESOLUTIONS["coarse"] ** 2 // resolution**2)
         for start in range(0, len(group), chunk):
             squares = [cover_crop(picture, resolution) for picture in group[start : start + chunk]]
             patches = processor(images=squares, return_tensors="pt").to(device)

@@ -15,8 +15,6 @@ from trainer.adapter import AdapterWeights
 from trainer.formats import write_lora
 from trainer.lowrank import LowRank
 
-BIAS_FILE = "Qwen-Image-i2L-Bias.safetensors"
-RESOLUTIONS = {"coarse": encoders.COARSE_RESOLUTION, "fine": encoders.FINE_RESOLUTION}
 _NUM_TOKENS = {"coarse": layout.COARSE_TOKENS, "fine": layout.FINE_TOKENS}
 _FROZEN = {"style": (), "coarse": (), "fine": ("coarse",), "bias": ("coarse", "fine")}
 
@@ -62,12 +60,14 @@ class ExpertConfig:
     @property
     def frozen_files(self) -> tuple[str, ...]:
         """Of the experts that are active and do not learn, in `weights`."""
-        return tuple(layout.PUBLISHED[kind].file for kind in _FROZEN[self.kind])
+        return tuple(layout.FILES[kind] for kind in _FROZEN[self.kind])
 
     @property
     def resolutions(self) -> tuple[int, ...]:
         """Of the pictures that the residuals are made from."""
-        return tuple(RESOLUTIONS[kind] for kind in (*_FROZEN[self.kind], self.kind) if kind in RESOLUTIONS)
+        return tuple(
+            encoders.RESOLUTIONS[kind] for kind in (*_FROZEN[self.kind], self.kind) if kind in encoders.RESOLUTIONS
+        )
 
 
 def geometry(config: ExpertConfig, transformer: Any, embedding_size: int) -> layout.Geometry:
@@ -139,7 +139,9 @@ class Hypernetwork(nn.Module):
         parts = []
         experts = [*self.frozen, *([self.expert] if self.expert is not None and learning else [])]
         for kind, expert in zip(self._kinds, experts, strict=False):
-            residual = residuals[RESOLUTIONS[kind]].flatten(0, 1).float() if kind in RESOLUTIONS else None
+            residual = (
+                residuals[encoders.RESOLUTIONS[kind]].flatten(0, 1).float() if kind in encoders.RESOLUTIONS else None
+            )
             parts.append(averaged(expert(embeddings, residual), count))
         if self.bias is not None and learning:
             parts.append(self.bias(batch_size))
@@ -164,10 +166,10 @@ class Hypernetwork(nn.Module):
                 name: LowRank(a.detach(), b.detach())
                 for name, a, b in zip(self.bias.names, self.bias.a, self.bias.b, strict=True)
             }
-            write_lora(output / BIAS_FILE, AdapterWeights(factors), {})
-            return output / BIAS_FILE
+            write_lora(output / layout.FILES["bias"], AdapterWeights(factors), {})
+            return output / layout.FILES["bias"]
         assert self.expert is not None
-        path = output / layout.PUBLISHED[self.expert.geometry.kind.lower()].file
+        path = output / layout.FILES[self.expert.geometry.kind.lower()]
         save_expert(self.expert, path)
         return path
 

@@ -109,6 +109,10 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
+FILES = {**{name: published.file for name, published in PUBLISHED.items()}, "bias": "Qwen-Image-i2L-Bias.safetensors"}
+"""All four, in the order in which their ranks are concatenated."""
+
+
 def block_layers(geometry: Geometry, block: int) -> list[Layer]:
     """The layers of `blocks.{block}`."""
     group, index = divmod(block, geometry.num_blocks)

@@ -21,6 +21,7 @@ from initializers.i2l import encoders, expert, sources
 from initializers.i2l.expert import Factors, merge_pictures
 from initializers.i2l.layout import (
     COARSE_TOKENS,
+    FILES,
     FINE_TOKENS,
     PUBLISHED,
     Geometry,
@@ -43,14 +44,9 @@ from trainer.formats import check_lora, read_lora
 from trainer.lowrank import LowRank, concatenate, rank, ranks_for_energy, scale
 from trainer.pictures import open_picture
 
-FILES = {
-    **{name: published.file for name, published in PUBLISHED.items()},
-    "bias": "Qwen-Image-i2L-Bias.safetensors",
-}
 ORDER = tuple(FILES)  # style, coarse, fine, bias: the order of the ranks in the result
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 MAX_TRIALS = 8  # pictures on which strengths are tried
-_RESOLUTIONS = {"coarse": encoders.COARSE_RESOLUTION, "fine": encoders.FINE_RESOLUTION}
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
@@ -114,7 +110,7 @@ class _Source:
     @property
     def resolution(self) -> int | None:
         """Of the pictures that its residual is made from, if it has one."""
-        return _RESOLUTIONS.get(self.kind)
+        return encoders.RESOLUTIONS.get(self.kind)
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
@@ -230,12 +226,17 @@ def _choose_pictures(images: Sequence[Path], wanted: int | tuple[str, ...]) -> l
     if not images:
         raise ValueError("i2L needs at least one picture")
     if isinstance(wanted, int):
-        count = min(wanted or len(images), len(images))
-        return [index * len(images) // count for index in range(count)]
+        return _spread(len(images), wanted or len(images))
     names = [path.name for path in images]
     if missing := [name for name in wanted if name not in names]:
         raise ValueError(f"[init.i2l] pictures: {', '.join(missing)}: not among the training pictures")
     return [names.index(name) for name in wanted]
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of 0 .. count - 1, evenly."""
+    chosen = min(count, limit)
+    return [index * count // chosen for index in range(chosen)]
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def _choose_strength(
         raise ValueError('strength = "auto" needs the base and captions; give a number here')
     if len(indices) < 2:
         raise ValueError('strength = "auto" needs at least two pictures: each is tried with the seed of the others')
-    places = _choose_pictures([Path(str(i)) for i in indices], MAX_TRIALS)
+    places = _spread(len(indices), MAX_TRIALS)
     losses = torch.zeros(len(places), len(STRENGTHS))
     for row, place in enumerate(tqdm(places, "i2L strength", unit="picture", leave=False, disable=None)):
         others = [other for other in range(len(indices)) if other != place]

@@ -123,14 +123,11 @@ def describe(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]
         )
     parameters = sum(p.numel() for p in learning.parameters())
     base = sum(p.numel() for p in transformer.parameters())
-    batch, width = settings.train.batch_size, geometry.hidden_size
-    kept = 2 if settings.train.gradient_checkpointing else 34  # tensors of tokens x width that a block keeps
-    element = 4 if settings.model.dtype == "fp32" else 2
-    tokens = (settings.data.resolution // qwen_image.picture_multiple(settings.model.base)) ** 2 + 128
-    activations = batch * tokens * width * geometry.num_blocks * kept * element
+    batch, pixels = settings.train.batch_size, settings.data.resolution**2
+    weights = run.base_bytes(transformer, settings.model)
+    activations = run.activation_bytes(transformer, settings.model, settings.train, pixels)
     factors = batch * settings.data.max_references * settings.expert.rank * 4 * 2
     factors *= sum(inside + out for inside, out in layout.module_shapes(geometry).values())
-    weights = base * {"none": element, "int8": 1.05, "nf4": 0.55}[settings.model.quantization]
     states = {"AdamW": 4 + 4 + 8, "8-bit AdamW": 4 + 4 + 2}
     pictures = sum(len(group) for group in subjects)
     lines = [
@@ -168,7 +165,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
         checkpoint.latest(output / "checkpoints", fingerprint)
     accelerator = run.make_accelerator(settings.model.dtype)
     with accelerator.main_process_first():  # the others find everything in the cache
-        if accelerator.is_main_process:
+        if resume and accelerator.is_main_process:  # else the folder may hold what is not ours
             remove_leftovers(output)
         data = SubjectData(
             settings.data,
