@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.cli import add_run_arguments, guarded
 
@@ -22,6 +23,38 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_run_arguments(parser, "configs/creatures.toml")
     parser.add_argument("--init", metavar="NAME_OR_FILE", help="random, gaussian, i2l, or a LoRA file to start from")
+    group = parser.add_argument_group(
+        "comparison",
+        "the same training from several starts; given again, it goes on where it was stopped, also without --resume",
+    )
+    group.add_argument(
+        "--compare", nargs="+", default=[], metavar="NAME_OR_FILE", help="the starts, such as random i2l"
+    )
+    group.add_argument("--seeds", type=int, default=3, help="runs of each start with other noise (default: 3)")
+    group.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        default=[3e-4, 1e-3, 3e-3],
+        metavar="RATE",
+        help="each start is taken at its own best of them (default: 3e-4 1e-3 3e-3)",
+    )
+    group.add_argument(
+        "--controls",
+        nargs="*",
+        metavar="CONTROL",
+        help="norm-matched, wrong-pictures, bias-only, no-training: what i2l must beat (default: all)",
+    )
+    group.add_argument(
+        "--subjects", type=Path, metavar="DIR", help="a folder of folders of pictures, instead of the configuration's"
+    )
+    group.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="do the I-th of N parts of the runs; the parts may run side by side, on machines that share the folder "
+        "(under `accelerate launch` each process takes its own)",
+    )
     parser.add_argument("--plan", action="store_true", help="check everything, say what the run would do, and stop")
     parser.add_argument("--help-config", action="store_true", help="explain every key of the configuration, and stop")
     options = parser.parse_args(arguments)
@@ -30,12 +63,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _part(text: str) -> tuple[int, int]:
+    number, count = text.split("/")
+    return int(number), int(count)
+
+
 def run(options: argparse.Namespace) -> None:
     import initializers  # here, so that --help answers at once
-    from trainer import config, run
+    from trainer import config, plan, run
 
     if options.help_config:
-        print(config.describe(run.RunConfig))
+        print(config.describe(plan.RunConfig))
         for name in initializers.names():
             print(f"\n[init.{name}]\n{config.describe(initializers.config_class(name))}")
         return
@@ -43,12 +81,35 @@ def run(options: argparse.Namespace) -> None:
     for key, text in (("init.method", options.init), ("output", options.output)):
         if text:  # quoted, or --output 2026-01-01 would be a date
             overrides.append(f"{key}={json.dumps(text, ensure_ascii=False)}")
-    run_config, start = run.load_config(options.config, overrides, initializers)
-    plan = run.prepare(run_config, start, resume=options.resume)
+    if options.compare:
+        compare(options, overrides)
+        return
+    run_config, start = plan.load_config(options.config, overrides, initializers)
+    prepared = plan.prepare(run_config, start, resume=options.resume)
     if options.plan:
-        print(run.describe(plan))
+        print(plan.describe(prepared))
     else:
-        run.execute(plan, resume=options.resume, quiet=options.quiet)
+        run.execute(prepared, resume=options.resume, quiet=options.quiet)
+
+
+def compare(options: argparse.Namespace, overrides: list[str]) -> None:
+    import initializers
+    from trainer import compare, comparison
+
+    controls = tuple(comparison.CONTROLS) if options.controls == [] else tuple(options.controls or ())
+    request = comparison.Request(
+        initializers=tuple(options.compare),
+        seeds=options.seeds,
+        learning_rates=tuple(options.learning_rates),
+        controls=controls,
+        subjects=options.subjects,
+        part=options.part or compare.own_part(),
+    )
+    prepared = comparison.prepare(options.config, overrides, request, initializers)
+    if options.plan:
+        print(comparison.describe(prepared))
+    else:
+        compare.execute(prepared, quiet=options.quiet)
 
 
 if __name__ == "__main__":

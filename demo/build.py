@@ -3,20 +3,20 @@
 Every step resumes where it was stopped. What the repository ships lies in demo/; what is only needed on the way
 lies in the work folder. Times are for 2 cores.
 
-    text       tokenizer, random text encoder, scheduler        seconds
-    vae        pretrain the VAE                                 12 minutes
-    base       pretrain the transformer                         35 minutes
-    vision     pretrain the image encoders                      12 minutes
-    subjects   paint the subjects of hypernetwork training      1 minute
-    style      train the Style expert, the encoders with it     45 minutes
-    coarse     train the Coarse expert                          not timed yet
-    few_subjects  paint the subjects of Fine                    not timed yet
-    fine       train the Fine expert on top of Coarse           not timed yet
-    drawn      let the base draw pictures                       not timed yet
-    bias       train Bias on top of Coarse and Fine             not timed yet
-    images     paint the held-out creature's folder             seconds
-    measure    have a classifier read what the prompts drew     3 minutes
-    manifest   sizes, hashes and figures of what is shipped     seconds
+    text             tokenizer, random text encoder, scheduler        seconds
+    vae              pretrain the VAE                                 12 minutes
+    base             pretrain the transformer                         35 minutes
+    vision           pretrain the image encoders                      12 minutes
+    subjects         paint the subjects of hypernetwork training      1 minute
+    style            train the Style expert, the encoders with it     45 minutes
+    coarse           train the Coarse expert                          40 minutes
+    detail_subjects  paint the subjects of Fine                       1 minute
+    fine             train the Fine expert on top of Coarse           35 minutes
+    drawn            let the base draw pictures                       2 minutes
+    bias             train Bias on top of Coarse and Fine             7 minutes
+    images           paint the held-out creature's folder             seconds
+    measure          have a classifier read what the prompts drew     3 minutes
+    manifest         sizes, hashes and figures of what is shipped     seconds
 """
 
 import argparse
@@ -54,7 +54,7 @@ VAE_TRAIN = TrainConfig(
 BASE_TRAIN = TrainConfig(steps=12_000, batch_size=64, learning_rate=2e-3, lr_schedule="cosine", warmup_steps=200)
 VISION_TRAIN = TrainConfig(steps=3000, batch_size=64, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100)
 NUM_SUBJECTS, PICTURES_EACH = 15_000, 3
-NUM_FEW_SUBJECTS, NUM_DRAWN = 1500, 600
+NUM_DETAIL_SUBJECTS, NUM_DRAWN = 7500, 600
 HELD_OUT_CREATURE, NUM_IMAGES = ("zorp", 4), 8  # its name, and its index in the tier "new"
 
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "subjects": build_subjects,
         "style": build_style,
         "coarse": build_coarse,
-        "few_subjects": build_few_subjects,
+        "detail_subjects": build_detail_subjects,
         "fine": build_fine,
         "drawn": build_drawn,
         "bias": build_bias,
@@ -215,13 +215,14 @@ def build_coarse(work: Path) -> None:
     train_expert("coarse", work, "subjects", encoders=DEMO / "encoders")
 
 
-def build_few_subjects(work: Path) -> None:
-    """Fine looks at 1024 pixels, which takes long: fewer of them."""
-    paint_subjects(work / "few_subjects", "hyper", NUM_SUBJECTS, NUM_FEW_SUBJECTS, 2)
+def build_detail_subjects(work: Path) -> None:
+    """Others than Coarse has learned: what it got wrong of its own says less. Fine looks at 1024 pixels, which takes
+    long: there are fewer of them, and it looks at one picture of each."""
+    paint_subjects(work / "detail_subjects", "hyper", NUM_SUBJECTS, NUM_DETAIL_SUBJECTS, PICTURES_EACH)
 
 
 def build_fine(work: Path) -> None:
-    train_expert("fine", work, "few_subjects", encoders=DEMO / "encoders", weights=DEMO / "i2l")
+    train_expert("fine", work, "detail_subjects", encoders=DEMO / "encoders", weights=DEMO / "i2l")
 
 
 def build_drawn(work: Path) -> None:

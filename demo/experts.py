@@ -3,13 +3,16 @@
 For creatures of the tier new: six reference pictures, six held-out ones of other scenes. For each set of experts the
 held-out stable loss, over three draws of its noise, with the creature's own pictures and with the next creature's, and
 the drift on prompts that have nothing to do with it: the mean squared distance of the samples' latents from the base's
-own at equal seeds. Results go to OUTPUT/report.json and OUTPUT/report.md.
+own at equal seeds. Then the same with strength = "auto", which tries on the training pictures the seed of its
+own pictures, or of the next creature's. Results go to OUTPUT/report.json and OUTPUT/report.md.
 """
 
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,10 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import initializers
-from demo import painter, tiers
+from demo import creatures, painter
 from initializers.i2l import predict
-from trainer import adapter, qwen_image, run, validation
+from trainer import adapter, plan, qwen_image, run, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, target_modules
+from trainer.cli import guarded
 from trainer.files import write_json, write_text
 from trainer.lowrank import truncate
 
@@ -35,9 +39,6 @@ SETS: dict[str, tuple[str, ...]] = {
 NOISE_SEEDS = (0, 1, 2)
 FIRST_CREATURE = 200  # of the tier new
 RANK = 8  # of the adapter that the seed is truncated to, as in configs/creatures.toml
-UNRELATED = tuple(
-    painter.caption(painter.scene(40 + i), painter.identity("new", 5000 + i)) for i in range(4)
-)  # creatures described in words
 DEVICE = torch.device("cpu")
 
 
@@ -48,53 +49,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--creatures", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--output", type=Path, default=Path("outputs/experts"))
     options = parser.parse_args(arguments)
-    began, rows = time.monotonic(), []
+    return guarded(lambda: measure_all(options.output, options.creatures))
+
+
+def measure_all(output: Path, count: int) -> None:
+    began, rows, strengths = time.monotonic(), [], []
     world = _World()
-    for index in range(FIRST_CREATURE, FIRST_CREATURE + options.creatures):
-        tiers.paint(options.output, "new", index)
-    for index in tqdm(range(FIRST_CREATURE, FIRST_CREATURE + options.creatures), "creatures", unit="creature"):
-        other = FIRST_CREATURE + (index + 1 - FIRST_CREATURE) % options.creatures
-        rows += world.measure(options.output, index, other)
+    for index in tqdm(range(FIRST_CREATURE, FIRST_CREATURE + count), "creatures", unit="creature"):
+        other = FIRST_CREATURE + (index + 1 - FIRST_CREATURE) % count
+        creature = world.creature(output, index)
+        rows += world.measure(creature, output, other)
+        strengths += world.choose(creature, output, other)
     summary = summarise(rows)
-    report = {"seconds": time.monotonic() - began, "summary": summary, "rows": rows}
-    write_json(options.output / "report.json", report)
-    text = table(summary, options.creatures)
-    write_text(options.output / "report.md", text)
+    report = {"seconds": time.monotonic() - began, "summary": summary, "rows": rows, "strengths": strengths}
+    write_json(output / "report.json", report)
+    text = table(summary, count) + "\n" + strength_table(rows, strengths)
+    write_text(output / "report.md", text)
     print(text)
-    return 0
+
+
+@dataclass(frozen=True)
+class _Creature:
+    index: int
+    held_out: list[validation.Item]
+    trials: run.Trials
 
 
 class _World:
     """The demo's base with whatever seed is held on it."""
 
     def __init__(self) -> None:
-        self._config, start = run.load_config(tiers.CONFIG, ["init.method=i2l"], initializers)
+        self._config, start = plan.load_config(creatures.CONFIG, ["init.method=i2l"], initializers)
         self._options: predict.Config = start.options
         base = self._config.model.base
         self._transformer = qwen_image.load_transformer(self._config.model, DEVICE)
         self._modules = target_modules(self._transformer, AdapterConfig())
         self._sampler = qwen_image.Sampler(base)
-        self._prompts = qwen_image.PromptEncoder(base, DEVICE, torch.float32)(UNRELATED)
+        self._prompts = qwen_image.PromptEncoder(base, DEVICE, torch.float32)(self._config.validation.unrelated_prompts)
         self._plain = self._samples()
 
-    def measure(self, output: Path, index: int, other: int) -> list[dict[str, Any]]:
-        items = self._held_out(output, index)
-        rows: list[dict[str, Any]] = [
-            {"creature": index, "set": "none", "pictures": "none", "loss": self._losses(items), "drift": 0.0}
-        ]
+    def creature(self, output: Path, index: int) -> _Creature:
+        folder = creatures.paint(output, "new", index)
+        overrides = [f"output={output / 'plan'}", f"data.images={folder}", "data.trigger="]
+        overrides += [f"data.held_out={folder / 'held_out'}", f"data.cache={output / 'cache'}"]
+        settings, start = plan.load_config(creatures.CONFIG, overrides, initializers)
+        prepared = plan.prepare(settings, start, resume=False)
+        encoded = run.encode(prepared, DEVICE, quiet=True)
+        items = [encoded.item(example) for example in prepared.dataset.held_out]
+        return _Creature(index, items, run.Trials(prepared, encoded, lambda: self._transformer))
+
+    def measure(self, creature: _Creature, output: Path, other: int) -> list[dict[str, Any]]:
+        """A row for each set of experts, with the creature's own pictures and with those of `other`."""
+        rows: list[dict[str, Any]] = [self._row(creature, "none", "none", AdapterWeights({}))]
         for name, experts in SETS.items():
-            for pictures, shown in (("right", index), ("wrong", other)):
-                weights = self._seed(output, shown, experts)
-                handles = adapter.hold(self._transformer, weights)
-                drift = float((self._samples() - self._plain).square().mean())
-                row = {"creature": index, "set": name, "pictures": pictures, "loss": self._losses(items)}
-                rows.append({**row, "drift": drift})
-                for handle in handles:
-                    handle.remove()
+            for pictures, shown in (("right", creature.index), ("wrong", other)):
+                weights, _ = self._seed(output, shown, predict.Config(experts=experts))
+                rows.append(self._row(creature, name, pictures, weights))
         return rows
 
-    def _seed(self, output: Path, index: int, experts: tuple[str, ...]) -> AdapterWeights:
-        folder = tiers.creature_folder(output, "new", index) / "pictures"
+    def choose(self, creature: _Creature, output: Path, other: int) -> list[dict[str, Any]]:
+        """The same for strength = "auto", with the experts of the configuration, and the strength that it takes."""
+        rows = []
+        for pictures, shown in (("right", creature.index), ("wrong", other)):
+            weights, report = self._seed(
+                output, shown, predict.Config(experts=self._options.experts, strength="auto"), creature.trials
+            )
+            row = self._row(creature, "auto", pictures, weights)
+            rows.append({**row, "strength": report["strength"], "tried": report["tried"]})
+        return rows
+
+    def _row(self, creature: _Creature, name: str, pictures: str, weights: AdapterWeights) -> dict[str, Any]:
+        handles = adapter.hold(self._transformer, weights) if weights.factors else []
+        drift = float((self._samples() - self._plain).square().mean())
+        loss = self._losses(creature.held_out)
+        for handle in handles:
+            handle.remove()
+        return {"creature": creature.index, "set": name, "pictures": pictures, "loss": loss, "drift": drift}
+
+    def _seed(
+        self, output: Path, index: int, options: predict.Config, trials: run.Trials | None = None
+    ) -> tuple[AdapterWeights, dict[str, Any]]:
+        folder = creatures.paint(output, "new", index)
         context = InitContext(
             images=tuple(sorted(folder.glob("*.png"))),
             modules=self._modules,
@@ -104,19 +139,12 @@ class _World:
             base=self._config.model.base,
             say=lambda message: None,
             cache=output / "cache",
+            try_seed=trials,
         )
-        options = predict.Config(experts=experts, weights=self._options.weights, encoders=self._options.encoders)
-        factors = predict.initialize(context, options).weights.factors
-        return AdapterWeights({name: truncate(x, RANK)[0] for name, x in factors.items()})
-
-    def _held_out(self, output: Path, index: int) -> list[validation.Item]:
-        folder = tiers.creature_folder(output, "new", index)
-        overrides = [f"output={folder / 'plan'}", f"data.images={folder / 'pictures'}", "data.trigger="]
-        overrides += [f"data.held_out={folder / 'held_out'}", f"data.cache={output / 'cache'}"]
-        settings, start = run.load_config(tiers.CONFIG, overrides, initializers)
-        plan = run.prepare(settings, start, resume=False)
-        encoded = run.encode(plan, DEVICE, quiet=True)
-        return [encoded.item(example) for example in plan.dataset.held_out]
+        options = replace(options, weights=self._options.weights, encoders=self._options.encoders)
+        seed = predict.initialize(context, options)
+        factors = {name: truncate(x, RANK)[0] for name, x in seed.weights.factors.items()}
+        return AdapterWeights(factors), seed.report
 
     def _losses(self, items: Sequence[validation.Item]) -> list[float]:
         return [
@@ -160,19 +188,38 @@ def table(summary: Sequence[Mapping[str, Any]], creatures: int) -> str:
         f"Held-out stable loss at step 0 over {creatures} creatures of the tier new, seeds of rank {RANK}, "
         f"mean (spread over {len(NOISE_SEEDS)} noise seeds).",
         "",
-        "| experts | right pictures | below the base | wrong pictures | below the base | drift, right | drift, wrong |",
-        "|---|---|---|---|---|---|---|",
+        "| experts | right pictures | below the base | wrong pictures | below the base | drift |",
+        "|---|---|---|---|---|---|",
     ]
     cells = {(row["set"], row["pictures"]): row for row in summary}
     none = cells["none", "none"]
-    lines.append(f"| none | {none['loss']:.4f} ({none['spread']:.4f}) | | | | 0 | |")
+    lines.append(f"| none | {none['loss']:.4f} ({none['spread']:.4f}) | | | | 0 |")
     for name in SETS:
         right, wrong = cells[name, "right"], cells[name, "wrong"]
         lines.append(
             f"| {name} | {right['loss']:.4f} ({right['spread']:.4f}) | {right['below_base']} of {creatures} "
             f"| {wrong['loss']:.4f} ({wrong['spread']:.4f}) | {wrong['below_base']} of {creatures} "
-            f"| {right['drift']:.3f} | {wrong['drift']:.3f} |"
+            f"| {right['drift']:.3f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def strength_table(rows: Sequence[Mapping[str, Any]], strengths: Sequence[Mapping[str, Any]]) -> str:
+    """What strength = "auto" takes, as Markdown."""
+    base = {row["creature"]: mean(row["loss"]) for row in rows if row["set"] == "none"}
+    lines = [
+        'strength = "auto", with the experts of configs/creatures.toml:',
+        "",
+        "| pictures | strengths taken (creatures) | loss | at or below the base |",
+        "|---|---|---|---|",
+    ]
+    for pictures in ("right", "wrong"):
+        own = {row["creature"]: row for row in strengths if row["pictures"] == pictures}
+        taken = Counter(row["strength"] for row in own.values())
+        losses = {index: mean(row["loss"]) for index, row in own.items()}
+        good = sum(loss <= base[index] for index, loss in losses.items())
+        counted = ", ".join(f"{strength:g} ({count})" for strength, count in sorted(taken.items()))
+        lines.append(f"| {pictures} | {counted} | {mean(losses.values()):.4f} | {good} of {len(own)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,12 +5,17 @@ module and add a line to `_MODULES`. A path to a LoRA, where a name is expected,
 """
 
 import difflib
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
     from trainer.adapter import Initializer
 
 _MODULES = {
@@ -61,6 +66,18 @@ def downloads(method: str, config: Any) -> list[str]:
     if not hasattr(module, "downloads"):
         return []
     return [f"{source}: {file}" for source, file in module.downloads(config)]
+
+
+def identity(method: str, config: Any) -> list[str]:
+    """Hashes of the files that a method reads, as far as they are on this machine; the time they take is short."""
+    module = _module(method)
+    return list(module.identity(config)) if hasattr(module, "identity") else []
+
+
+def embed(method: str, config: Any, pictures: "Sequence[Image]", device: "torch.device") -> dict[str, "Tensor"]:
+    """Embeddings of pictures by the encoders of an initializer that has any: name -> N D."""
+    module = _module(method)
+    return dict(module.embed(pictures, config, device)) if hasattr(module, "embed") else {}
 
 
 def get(method: str) -> "Initializer":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.adapter import AdapterWeights, InitContext, Seed
+from trainer.files import sample
 from trainer.formats import FormatError, check_lora, read_lora
 from trainer.lowrank import rank, scale
 
@@ -34,6 +35,11 @@ def check(config: Config) -> list[str]:
     except FormatError as error:
         found.append(f"path: {error}")
     return found
+
+
+def identity(config: Config) -> list[str]:
+    path = Path(config.path).expanduser()
+    return [sample(file) for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
 
 
 def initialize(context: InitContext, config: Config) -> Seed:

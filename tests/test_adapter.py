@@ -424,3 +424,16 @@ def test_truncation_of_a_larger_seed_is_the_module_s_own() -> None:
     report = adapter.apply_seed(model, seed, config, random_seed=0)
     kept = [truncate(x, 3)[1] for x in seed.weights.factors.values()]
     assert report["energy_kept"] == {"min": min(kept), "mean": pytest.approx(sum(kept) / 2)}
+
+
+def test_the_adapter_comes_off_without_a_trace() -> None:
+    transformer = tiny()
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    names = [name for name, _ in transformer.named_modules()]
+    for _ in range(2):
+        adapter.inject(transformer, AdapterConfig(rank=2))
+        adapter.apply_seed(transformer, Seed(AdapterWeights({}), {}), AdapterConfig(rank=2), random_seed=0)
+        adapter.remove(transformer)
+        assert [name for name, _ in transformer.named_modules()] == names
+        after = transformer.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)

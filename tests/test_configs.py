@@ -8,7 +8,7 @@ import tomli
 import initializers
 from initializers.i2l import train as i2l_train
 from trainer import config
-from trainer.run import RunConfig, load_config
+from trainer.plan import RunConfig, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = sorted(CONFIGS.rglob("*.toml"))

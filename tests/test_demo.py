@@ -14,11 +14,12 @@ from diffusers import QwenImagePipeline
 
 import initializers
 import train as program
-from demo import base, build, experts, measure, painter, tiers, vision
+from demo import base, build, creatures, experts, measure, painter, vision
 from demo.text_encoder import templates
 from initializers.i2l.expert import read_geometry
-from initializers.i2l.layout import FILES
-from trainer import run
+from initializers.i2l.layout import FILES, module_shapes
+from trainer import plan
+from trainer.formats import check_lora
 
 DEMO = Path("demo")
 
@@ -135,12 +136,17 @@ def test_the_manifest_tells_the_truth() -> None:
         data = (DEMO / name).read_bytes()
         assert len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"], name
     assert manifest["total_bytes"] == sum(e["bytes"] for e in manifest["files"].values()) < 30e6
-    assert manifest["figures"]["style"]["val_loss"] < manifest["figures"]["style"]["val_loss_no_lora"]
+    for kind in ("style", "coarse", "fine"):
+        figures = manifest["figures"][kind]
+        assert figures["val_loss"] < figures["val_loss_no_lora"] < figures["val_loss_wrong_picture"]
 
 
-def test_the_shipped_style_expert_has_the_published_layout_at_this_worlds_size() -> None:
-    geometry = read_geometry(DEMO / "i2l" / "Qwen-Image-i2L-Style.safetensors")
-    assert (geometry.kind, geometry.num_blocks, geometry.hidden_size, geometry.rank) == ("Style", 4, 128, 4)
+def test_the_shipped_experts_have_the_published_layout_at_this_worlds_size() -> None:
+    for kind in ("style", "coarse", "fine"):
+        geometry = read_geometry(DEMO / "i2l" / FILES[kind])
+        assert (geometry.kind.lower(), geometry.num_blocks, geometry.hidden_size, geometry.rank) == (kind, 4, 128, 4)
+    sizes = check_lora(DEMO / "i2l" / FILES["bias"])
+    assert {name: (inside, out) for name, (inside, out, _) in sizes.items()} == module_shapes(geometry)
 
 
 def test_the_shipped_pictures_are_the_painters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +165,7 @@ def test_everything_can_be_built_anew(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(build, name, value)
     for name in ("VAE_TRAIN", "BASE_TRAIN", "VISION_TRAIN"):
         monkeypatch.setattr(build, name, replace(getattr(build, name), steps=2, batch_size=2, warmup_steps=0))
-    for name in ("NUM_SUBJECTS", "NUM_FEW_SUBJECTS", "NUM_DRAWN"):
+    for name in ("NUM_SUBJECTS", "NUM_DETAIL_SUBJECTS", "NUM_DRAWN"):
         monkeypatch.setattr(build, name, 6)
     monkeypatch.setattr(base, "NUM_PICTURES", 264)
     monkeypatch.setattr(vision, "NUM_PICTURES", 8)
@@ -180,28 +186,29 @@ def test_everything_can_be_built_anew(tmp_path: Path, monkeypatch: pytest.Monkey
     assert build.main(["--work", str(work)]) == 0
     manifest = json.loads((demo / "manifest.json").read_text())
     shipped = json.loads((DEMO / "manifest.json").read_text())
-    others = {f"i2l/{FILES[kind]}" for kind in ("coarse", "fine", "bias")}  # built, and not shipped yet
-    assert set(manifest["files"]) == set(shipped["files"]) | others
+    assert set(manifest["files"]) == set(shipped["files"])
     sizes = {name: manifest["files"][name]["bytes"] for name in shipped["files"] if name.endswith(".safetensors")}
     assert sizes == {name: shipped["files"][name]["bytes"] for name in sizes}
-    assert manifest["figures"].keys() == shipped["figures"].keys() | {"coarse", "fine", "bias"}
+    assert manifest["figures"].keys() == shipped["figures"].keys()
     text_files = [name for name in manifest["files"] if name.startswith(("model/tokenizer", "model/text_encoder"))]
     assert len(text_files) > 4
     for name in text_files:
         assert manifest["files"][name]["sha256"] == shipped["files"][name]["sha256"], name
     QwenImagePipeline.from_pretrained(demo / "model")
 
-    text = tiers.CONFIG.read_text()
+    text = creatures.CONFIG.read_text()
     for part in ("model", "i2l", "encoders"):
         assert f'"demo/{part}"' in text
         text = text.replace(f'"demo/{part}"', f'"{demo / part}"')
     (tmp_path / "creatures.toml").write_text(text)
-    monkeypatch.setattr(tiers, "CONFIG", tmp_path / "creatures.toml")
+    monkeypatch.setattr(creatures, "CONFIG", tmp_path / "creatures.toml")
     assert experts.main(["--creatures", "2", "--output", str(tmp_path / "experts")]) == 0
     report = json.loads((tmp_path / "experts" / "report.json").read_text())
     assert len(report["rows"]) == 2 * (1 + 2 * len(experts.SETS)) and len(report["summary"]) == 1 + 2 * len(
         experts.SETS
     )
+    assert [row["creature"] for row in report["strengths"]] == [200, 200, 201, 201]
+    assert "auto" in (tmp_path / "experts" / "report.md").read_text()
     loss = {(row["set"], row["pictures"]): row["loss"] for row in report["summary"]}
     assert len(set(loss.values())) == len(loss)  # each set, and each picture, has an effect of its own
 
@@ -210,40 +217,37 @@ def test_everything_can_be_built_anew(tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.loads((demo / "manifest.json").read_text())["files"] == before
 
 
-def test_i2l_starts_below_the_base_and_wrong_pictures_do_not(tmp_path: Path) -> None:
-    """Three creatures never seen, held-out pictures: the seed of their own pictures lowers the loss at step 0."""
-    for index in (300, 301, 302):
-        tiers.paint(tmp_path, "new", index)
-        tiers.predict((tmp_path, "new", index))
-    losses: dict[str, list[float]] = {start: [] for start in tiers.STARTS["new"]}
-    for index in (300, 301, 302):
-        for start in tiers.STARTS["new"]:
-            curve = tiers.run_job(tiers.Job("new", index, start, 3e-4, 1, tmp_path))
-            losses[start].append(curve[0]["val_loss"])
-    own, wrong, base = losses["i2l"], losses["wrong pictures"], losses["random"]
-    assert all(a < b for a, b in zip(own, base, strict=True)), losses
-    assert np.mean(own) < 0.75 * np.mean(base) and np.mean(wrong) > np.mean(base), losses
-
-
 def test_the_command_of_the_readme_on_a_shorter_run(tmp_path: Path) -> None:
     arguments = ["--config", "configs/creatures.toml", "--init", "i2l", "--output", str(tmp_path / "out"), "--quiet"]
     assert program.main([*arguments, "--set", "train.steps=2", "--set", "validation.num_inference_steps=2"]) == 0
     report = json.loads((tmp_path / "out" / "run.json").read_text())
     assert report["status"] == "finished" and report["init"]["applied"]["seeded"] > 40
     assert (tmp_path / "out" / "contact_sheet.png").exists()
-    loaded, _ = run.load_config(Path("configs/creatures.toml"), [], initializers)
+    loaded, _ = plan.load_config(Path("configs/creatures.toml"), [], initializers)
     assert loaded.output == "outputs/creatures"
 
 
 @pytest.mark.slow
 def test_i2l_starts_where_a_random_start_never_arrives(tmp_path: Path) -> None:
-    """The README's claim on held-out creatures, with two of a tier."""
-    assert tiers.main(["--creatures", "2", "--output", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "report.json").read_text())["summary"]
-    assert len([row for row in rows if row["tier"] == "new"]) == 2
-    for row in rows:
-        if row["tier"] == "new":
-            assert row["i2l"]["step_0"] < row["random"]["best"] and tiers.gain(row, "i2l") > 0.2
-            assert row["wrong pictures"]["step_0"] > row["random"]["best"] > row["i2l"]["best"]
-        else:
-            assert tiers.gain(row, "i2l") > -0.02
+    """The README's claims on held-out creatures, with two of a tier and one seed."""
+    assert creatures.main([str(tmp_path / "subjects"), "--creatures", "2"]) == 0
+    arguments = ["--config", "configs/creatures.toml", "--output", str(tmp_path / "out"), "--quiet", "--seeds", "1"]
+    arguments += [
+        "--compare",
+        "random",
+        "i2l",
+        "--controls",
+        "norm-matched",
+        "wrong-pictures",
+        "--set",
+        "train.steps=100",
+    ]
+    assert program.main([*arguments, "--subjects", str(tmp_path / "subjects"), "--set", "validation.every=10"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = {(row["group"], row["arm"]): row for row in report["summary"]}
+    new = rows["new", "i2l"]
+    assert new["runs"] == 2 and new["steps"]["value"] <= 1 / 25 and new["best_lower_by"]["value"] > 0.2
+    for control in ("norm-matched", "wrong-pictures"):
+        assert rows["new", control]["steps"]["value"] > 1 / 2 and rows["new", control]["best_lower_by"]["value"] < 0.05
+    assert rows["trait", "i2l"]["best_lower_by"]["value"] > 0.05
+    assert rows["foreign", "i2l"]["best_lower_by"]["value"] > -0.03

@@ -1,6 +1,7 @@
 """Pictures that the base draws by itself: the pipeline's own, whole folders, bad arguments said."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from diffusers import QwenImagePipeline
 from PIL import Image
 
+from initializers.i2l import draw
 from initializers.i2l.__main__ import main
 from trainer import qwen_image
 from trainer.dataset import DataConfig, scan
@@ -46,6 +48,32 @@ def test_the_pictures_are_the_pipelines(tiny_base: Path, tmp_path: Path) -> None
         ).images[0]
         difference = np.asarray(drawn, float) - np.asarray(Image.open(example.path), float)
         assert np.abs(difference).max() <= 1
+
+
+def test_killed_it_goes_on_with_what_it_has_drawn(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"size": (64, 64), "num_inference_steps": 2}
+    prompts = ["a big creature", "at night", "in a meadow"]
+    draw.draw(str(tiny_base), prompts, tmp_path / "whole", **settings)
+    plain, calls = qwen_image.Sampler.latents, list[int]()
+
+    def sampled(self: qwen_image.Sampler, *given: Any, **options: Any) -> Any:
+        calls.append(options["seed"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(self, *given, **options)
+
+    monkeypatch.setattr(qwen_image.Sampler, "latents", sampled)
+    with pytest.raises(KeyboardInterrupt):
+        draw.draw(str(tiny_base), prompts, tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut").exists()
+    draw.draw(str(tiny_base), prompts, tmp_path / "cut", **settings)
+    assert calls == [0, 1, 2, 2]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+    assert not [*tmp_path.glob(".*")]
 
 
 def test_bad_arguments_are_all_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

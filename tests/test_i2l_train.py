@@ -187,6 +187,24 @@ def test_pairs_are_different_pictures_of_one_training_subject(toml: Path, max_re
     assert seen == set(range(len(data.train))) and counts == set(range(1, max_references + 1))
 
 
+def test_only_the_first_pictures_of_a_subject_are_references_where_that_is_asked(toml: Path) -> None:
+    """And they are all that is looked at."""
+    data = subject_data(toml, "data.references_each=1")
+    first = {row: {*rows} for rows in data.train for row in rows[:1]}
+    targets = set()
+    for step in range(60):
+        pairs = data.pairs(4, flow.generator(step))
+        for (reference,), target in zip(pairs.references.tolist(), pairs.targets.tolist(), strict=True):
+            assert target in first[reference] and target != reference
+            targets.add(target)
+        references, residuals = data.look(pairs.references)
+        expected = [np.asarray(Image.open(data.examples[row].path)) for (row,) in pairs.references.tolist()]
+        assert np.array_equal(references[:, 0].permute(0, 2, 3, 1).numpy(), np.stack(expected)) and not residuals
+    assert len(targets) == 2 * len(data.train)
+    with pytest.raises(KeyError):
+        data.look(torch.tensor([[data.train[0][1]]]))
+
+
 def test_some_references_are_of_other_subjects_where_that_is_asked(toml: Path) -> None:
     data = subject_data(toml)
     subject = {row: number for number, rows in enumerate(data.train) for row in rows}

@@ -6,16 +6,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ("trainer.config", "trainer.files", "trainer.flow", "trainer.lowrank", "trainer.pictures"),
+    0: ("trainer.config", "trainer.files", "trainer.flow", "trainer.lowrank", "trainer.pictures", "trainer.statistics"),
     1: ("trainer.adapter", "trainer.cache", "trainer.checkpoint", "trainer.dataset", "trainer.tracking"),
     2: ("trainer.formats", "trainer.qwen_image"),
     3: ("trainer.encode", "trainer.validation"),
-    4: ("trainer.loop",),
-    5: ("trainer.run",),
-    6: ("trainer.cli",),
-    7: ("initializers",),
-    8: ("demo",),
-    9: ("train",),
+    4: ("trainer.loop", "trainer.report"),
+    5: ("trainer.cli", "trainer.plan"),
+    6: ("trainer.run",),
+    7: ("trainer.comparison",),
+    8: ("trainer.samples",),
+    9: ("trainer.bench",),
+    10: ("trainer.compare",),
+    11: ("initializers",),
+    12: ("demo",),
+    13: ("train",),
 }
 """Modules of `trainer` one by one; a package counts as a whole, and its files may import one another."""
 

@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from trainer.flow import generator
-from trainer.lowrank import LowRank, concatenate, norm, pad, rank, relative_difference, scale, truncate, zeros
+from trainer.lowrank import (
+    LowRank,
+    concatenate,
+    norm,
+    pad,
+    rank,
+    relative_difference,
+    scale,
+    singular_values,
+    truncate,
+    with_random_directions,
+    zeros,
+)
 
 FULL_SIZE = [(3072, 3072), (12288, 3072), (3072, 18432)]
 
@@ -139,3 +151,14 @@ def test_a_difference_from_zero_is_none_or_infinite() -> None:
     assert relative_difference(zero, LowRank(torch.ones(2, 40), torch.zeros(60, 2))) == 0
     assert relative_difference(zero, x) == math.inf
     assert relative_difference(x, zero) == pytest.approx(1)
+
+
+def test_random_directions_keep_the_singular_values_and_nothing_else() -> None:
+    random = torch.Generator().manual_seed(0)
+    x = LowRank(torch.randn(5, 40, generator=random), torch.randn(30, 5, generator=random))
+    y = with_random_directions(x, torch.Generator().manual_seed(1))
+    assert torch.allclose(singular_values(y), singular_values(x), rtol=1e-5)
+    dx, dy = (z.b.double() @ z.a.double() for z in (x, y))
+    assert abs(float((dx * dy).sum())) < 0.2 * norm(x) * norm(y)
+    again = with_random_directions(x, torch.Generator().manual_seed(1))
+    assert torch.equal(again.a, y.a) and torch.equal(again.b, y.b)

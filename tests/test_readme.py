@@ -1,6 +1,7 @@
 """The README's commands and files are those of the project."""
 
 import argparse
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,11 +9,14 @@ from pathlib import Path
 import pytest
 
 import train as program
-from demo import build, figure, tiers
+from demo import build, creatures, experts, figure
 from initializers.i2l import __main__ as i2l
+from initializers.i2l.layout import FILES
+from trainer import compare
 
 README = Path("README.md").read_text(encoding="utf-8")
-SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
+SHELL = [line for block in BLOCKS for line in block.splitlines() if line]
 
 
 def test_ci_runs_the_two_commands_word_for_word() -> None:
@@ -39,7 +43,8 @@ def test_every_other_command_is_accepted_by_its_program(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     mains = {"train.py": program.main, "initializers.i2l": i2l.main, "demo.build": build.main}
-    mains |= {"demo.tiers": tiers.main, "demo.figure": figure.main}
+    mains |= {"demo.creatures": creatures.main, "demo.experts": experts.main, "demo.figure": figure.main}
+    mains |= {"trainer.compare": compare.main}
     seen = set()
     for line in SHELL:
         words = shlex.split(line, comments=True)
@@ -64,3 +69,13 @@ def test_every_file_it_names_is_there() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or Path(link).exists(), link
     assert "@" not in re.sub(r"\S+@\S+\.\S+", "", README), "a number is missing"
+
+
+def test_it_tells_the_figures_of_the_manifest() -> None:
+    figures = json.loads(Path("demo/manifest.json").read_text(encoding="utf-8"))["figures"]
+    for kind in FILES:
+        row = next(line for line in README.splitlines() if line.startswith(f"| {kind.capitalize()}") and "96" in line)
+        for name, value in figures[kind].items():
+            if name != "val_loss_frozen_only_wrong_picture":
+                assert (f"{value:.4f}" if isinstance(value, float) else f"{value}") in row, (kind, name)
+    assert f"{figures['vae']['psnr_db']} dB" in README

@@ -35,7 +35,8 @@ import trainer.files
 from trainer import adapter, checkpoint, qwen_image, tracking, validation
 from trainer import run as program
 from trainer.adapter import InitContext, Seed
-from trainer.run import LoraObjective, Plan
+from trainer.plan import Plan, describe, load_config, prepare
+from trainer.run import LoraObjective
 
 PLAIN = ("validation.prompts=[]",)  # without sample pictures, where they do not matter
 
@@ -59,8 +60,8 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[],
 
 def make_plan(config: Path, *overrides: str) -> Plan:
     overrides = (f"output={config.parent / 'never made'}", *overrides)
-    settings, start = program.load_config(config, [*overrides], initializers)
-    return program.prepare(settings, start, resume=False)
+    settings, start = load_config(config, [*overrides], initializers)
+    return prepare(settings, start, resume=False)
 
 
 # --- the same bytes ---------------------------------------------------------------------------------------
@@ -545,7 +546,7 @@ def test_the_plan_counts_what_will_be_trained(run_toml: Path, tiny_base: Path) -
     base_parameters = sum(parameter.numel() for parameter in transformer.parameters())
     adapter.inject(transformer, plan.config.adapter)
     trainable = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    text = program.describe(plan)
+    text = describe(plan)
     assert f"rank 3 on {len(plan.modules)} modules, {trainable:,} trainable parameters" in text
     assert f"{base_parameters / 1e6:,.1f} M parameters in fp32" in text
     assert "4 for training, 2 held out" in text and "64x64: 4" in text

@@ -20,6 +20,7 @@ from trainer import run as program
 from trainer.adapter import AdapterConfig, AdapterError, AdapterWeights, InitContext, Seed
 from trainer.formats import read_lora
 from trainer.lowrank import LowRank, relative_difference, truncate
+from trainer.plan import load_config, prepare
 
 CPU = torch.device("cpu")
 PLAIN = ("validation.prompts=[]", "train.learning_rate=0.02")
@@ -50,8 +51,8 @@ def holding(context: InitContext) -> Seed:
 def losses_with(folder: Path, run_toml: Path, base: Path, *settings: str) -> dict[str, float]:
     """The held-out stable loss of the plain base with the exported files, as PEFT and as diffusers loads them."""
     overrides = [f"output={folder.parent / 'never made'}", *settings]
-    settings_read, start = program.load_config(run_toml, overrides, initializers)
-    plan = program.prepare(settings_read, start, resume=False)
+    settings_read, start = load_config(run_toml, overrides, initializers)
+    plan = prepare(settings_read, start, resume=False)
     encoded = program.encode(plan, CPU, quiet=True)
     items = [encoded.item(example) for example in plan.dataset.held_out]
     pipeline = QwenImagePipeline.from_pretrained(base, torch_dtype=torch.float32)

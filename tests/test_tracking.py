@@ -103,5 +103,13 @@ def test_quiet_is_lines_and_loud_is_a_bar(
     assert messages.count("a word on the way") == 2 and len(messages) == 4
 
 
+def test_a_short_run_among_many_says_nothing_when_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with Tracker(tmp_path, steps=2, quiet=True, nested=True) as tracker:
+        for step in (1, 2):
+            tracker.progress(step, 0.5)
+    assert not caplog.records
+
+
 def test_duration() -> None:
     assert (duration(3723), duration(123)) == ("1:02:03", "02:03")

@@ -17,7 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import initializers
 import train
 from trainer import checkpoint
-from trainer.run import RunConfig
+from trainer.plan import RunConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,7 +136,7 @@ def test_folders_may_have_any_name(word: str, run_toml: Path, tmp_path: Path, mo
     """--output is text, and no TOML value."""
     monkeypatch.chdir(tmp_path)
     seen: list[RunConfig] = []
-    monkeypatch.setattr("trainer.run.describe", lambda plan: seen.append(plan.config) or "")
+    monkeypatch.setattr("trainer.plan.describe", lambda plan: seen.append(plan.config) or "")
     assert train.main(["--config", str(run_toml), "--output", word, "--plan"]) == FINISHED
     assert seen[0].output == word
 

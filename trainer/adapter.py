@@ -280,6 +280,11 @@ class _Constant:
         return output + (inputs[0].float() @ self._a.T @ self._b.T).to(output.dtype)
 
 
+def remove(transformer: Any) -> None:
+    """Take the adapter off again; the base is as it was before `inject`."""
+    transformer.unload_lora()
+
+
 def tensors(transformer: nn.Module) -> dict[str, Tensor]:
     """The trained tensors under their own names, for checkpoints. They are not copies."""
     return {name: parameter.detach() for name, parameter in _parameters(transformer).items()}

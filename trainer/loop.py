@@ -109,6 +109,7 @@ def train(
     validate_every: int,
     resume: bool = False,
     quiet: bool = False,
+    nested: bool = False,
     fingerprint: str = "",
 ) -> Result:
     """Train to `config.steps`; with `resume`, on from the newest checkpoint under `output`.
@@ -149,8 +150,9 @@ def train(
             result.validations.append({"step": step, **values})
             tracker.scalars(step, values)
 
+    main = accelerator.is_main_process
     with (
-        Tracker(output, start_step=start, steps=config.steps, quiet=quiet, main=accelerator.is_main_process) as tracker,
+        Tracker(output, start_step=start, steps=config.steps, quiet=quiet, main=main, nested=nested) as tracker,
         _stop_signals() as stop,
     ):
         if start == 0:

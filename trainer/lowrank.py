@@ -72,6 +72,17 @@ def singular_values(x: LowRank) -> Tensor:
     return torch.linalg.svdvals(r_b @ r_a.T)
 
 
+@torch.no_grad()
+def with_random_directions(x: LowRank, generator: torch.Generator) -> LowRank:
+    """Another dW with the same singular values, its singular vectors drawn uniformly from all orthonormal ones."""
+    values = singular_values(x).cpu()
+    a, b = (
+        torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64)).Q * values.sqrt()
+        for size in (x.a.shape[1], x.b.shape[0])
+    )
+    return LowRank(a.T.float().to(x.a), b.float().to(x.b))
+
+
 def ranks_for_energy(parts: Mapping[str, LowRank], energy: float) -> tuple[int, dict[str, int]]:
     """The smallest rank, the same for all, at which they together keep this share of their energy; and for each the
     smallest at which it alone does. At least 1."""

@@ -10,12 +10,12 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -23,205 +23,21 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from trainer import adapter, checkpoint, config, flow, loop, qwen_image, validation
-from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Initializer
-from trainer.cache import Cache, key
-from trainer.checkpoint import CheckpointConfig
-from trainer.dataset import DataConfig, Dataset, Example, batch, drops_caption, scan
+from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
+from trainer.cache import Cache
+from trainer.dataset import Dataset, Example, batch, drops_caption
 from trainer.encode import encode_pictures, encode_prompts
 from trainer.files import remove_leftovers, write_json
-from trainer.flow import FlowConfig
 from trainer.formats import read_lora, write_lora
-from trainer.loop import Loss, TrainConfig
+from trainer.loop import Loss
 from trainer.lowrank import concatenate, norm, truncate
-from trainer.pictures import DataError
-from trainer.qwen_image import ModelConfig
+from trainer.plan import Plan, RunConfig
 from trainer.tracking import Tracker, duration
-from trainer.validation import ValidationConfig
 
 log = logging.getLogger("trainer")
 
 CONSTANT_FILE = "constant.safetensors"  # in the output: what is held on the base, to resume and to export
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitConfig:
-    """`[init]`"""
-
-    method: str = "random"
-    """How the adapter starts: random, gaussian, i2l, or a LoRA file. Each may have a table, such as `[init.i2l]`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A training run."""
-
-    output: str
-    """The run's folder; everything it makes is written there."""
-    seed: int = 0
-    """Of the adapter's random parts, the batches, the noise and the sigmas."""
-    model: ModelConfig
-    data: DataConfig
-    adapter: AdapterConfig = AdapterConfig()
-    init: InitConfig = InitConfig()
-    train: TrainConfig = TrainConfig()
-    flow: FlowConfig = FlowConfig()
-    validation: ValidationConfig = ValidationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-
-
-class Initializers(Protocol):
-    """What a run asks of the package `initializers`, which is handed in, since it lies on a floor above."""
-
-    def resolve(self, method: str) -> tuple[str, dict[str, Any]]: ...
-
-    def config_class(self, method: str) -> type[Any]: ...
-
-    def check(self, method: str, config: Any) -> list[str]: ...
-
-    def downloads(self, method: str, config: Any) -> list[str]: ...
-
-    def get(self, method: str) -> Initializer: ...
-
-
-@dataclass(frozen=True)
-class Start:
-    """The chosen initializer with its own table, what its check says before any model loads, and what it will fetch."""
-
-    method: str
-    initialize: Initializer
-    options: Any
-    problems: list[str]
-    downloads: list[str]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that has passed every check that needs no weights."""
-
-    config: RunConfig
-    start: Start
-    dataset: Dataset
-    transformer: QwenImageTransformer2DModel
-    """On the meta device: shapes only."""
-    modules: dict[str, tuple[int, int]]
-
-    @property
-    def output(self) -> Path:
-        return Path(self.config.output)
-
-    def fingerprint(self) -> str:
-        """Of all that decides the course of training, except its length: a checkpoint belongs to one such course."""
-        values = config.to_dict(self.config)
-        for name in ("output", "validation", "checkpoint"):
-            del values[name]
-        del values["train"]["steps"], values["data"]["cache"]
-        if self.config.train.lr_schedule != "constant":
-            values["train"]["steps"] = self.config.train.steps
-        return key(values, config.to_dict(self.start.options), [(e.digest, e.caption) for e in self.dataset.train])
-
-
-def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
-    """Check data, output, targets and initializer; ConfigError lists every problem at once."""
-    problems = [f"[init.{start.method}] {problem}" for problem in start.problems]
-    output = Path(run.output)
-    used = (output / "run.json").exists() or (output / "checkpoints").exists()
-    if used and not resume:
-        problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
-    if resume and not used:
-        problems.append(f"output: {output} holds no run to resume; start it without --resume")
-    if run.model.quantization != "none" and run.adapter.use_dora:
-        problems.append(
-            '[adapter] use_dora: DoRA needs the base\'s weights unquantised; set [model] quantization = "none"'
-        )
-    transformer = qwen_image.transformer_on_meta(run.model.base)
-    dataset, modules = None, {}
-    try:
-        modules = adapter.target_modules(transformer, run.adapter)
-    except adapter.AdapterError as error:
-        problems.append(f"[adapter] {error}")
-    try:
-        dataset = scan(run.data, multiple=qwen_image.picture_multiple(run.model.base), seed=run.seed)
-    except DataError as error:
-        problems += [f"[data] {problem}" for problem in error.problems]
-    if problems:
-        raise config.ConfigError(problems)
-    assert dataset is not None
-    return Plan(run, start, dataset, transformer, modules)
-
-
-# --- what a run would do ----------------------------------------------------------------------------------
-
-
-def describe(plan: Plan) -> str:
-    """The plan in words: data, modules, parameters, steps, memory, downloads."""
-    run, data = plan.config, plan.dataset
-    images_per_step = run.train.batch_size * run.train.gradient_accumulation_steps
-    sizes: dict[tuple[int, int], int] = {}
-    for example in data.train:
-        sizes[example.bucket] = sizes.get(example.bucket, 0) + 1
-    trainable = _trainable(plan)
-    base_parameters = sum(p.numel() for p in plan.transformer.parameters())
-    lines = [
-        f"pictures     {len(data.train)} for training, {len(data.held_out)} held out",
-        f"buckets      {', '.join(f'{w}x{h}: {n}' for (w, h), n in sorted(sizes.items()))}",
-        f"base         {run.model.base}: {base_parameters / 1e6:,.1f} M parameters in {run.model.dtype}",
-        f"adapter      rank {run.adapter.rank} on {len(plan.modules)} modules, {trainable:,} trainable parameters",
-        f"start        {plan.start.method}",
-        f"training     {run.train.steps} steps of {images_per_step} pictures: "
-        f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
-        *(f"memory       {line}" for line in memory_estimate(plan)),
-        *(f"download     {line}" for line in [*qwen_image.downloads(run.model.base), *plan.start.downloads]),
-        *(f"note         {note}" for note in data.notes),
-    ]
-    return "\n".join(lines)
-
-
-def _trainable(plan: Plan) -> int:
-    return sum(plan.config.adapter.rank_of(name) * (i + o) for name, (i, o) in plan.modules.items())
-
-
-def memory_estimate(plan: Plan) -> list[str]:
-    """Bytes of weights, adapter with optimizer, and activations, as parameter arithmetic; activations are rough."""
-    run = plan.config
-    weights = base_bytes(plan.transformer, run.model)
-    trainable = _trainable(plan)
-    adapter_bytes = trainable * (4 + 4 + (2 if run.train.optimizer == "adamw8bit" else 8))
-    pixels = max(e.bucket[0] * e.bucket[1] for e in plan.dataset.train)
-    activations = activation_bytes(plan.transformer, run.model, run.train, pixels)
-    total = weights + adapter_bytes + activations
-    return [
-        f"weights {size(weights)}, adapter with gradients and optimizer {size(adapter_bytes)}, "
-        f"activations about {size(activations)}: about {size(total)} while training",
-    ]
-
-
-def base_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig) -> float:
-    """Of the frozen weights."""
-    each = {"none": _element(model), "int8": 1.05, "nf4": 0.55}[model.quantization]
-    return sum(p.numel() for p in transformer.parameters()) * each
-
-
-def activation_bytes(
-    transformer: QwenImageTransformer2DModel, model: ModelConfig, train: TrainConfig, pixels: int
-) -> float:
-    """Roughly what the backward pass needs, for a batch of pictures of so many pixels with captions of 128 tokens."""
-    parts: Any = transformer.config
-    tokens = pixels // qwen_image.picture_multiple(model.base) ** 2 + 128
-    hidden = parts.num_attention_heads * parts.attention_head_dim
-    kept = 2 if train.gradient_checkpointing else 34  # tensors of tokens x hidden that a block keeps for backward
-    return float(train.batch_size * tokens * hidden * parts.num_layers * kept * _element(model))
-
-
-def _element(model: ModelConfig) -> int:
-    return 4 if model.dtype == "fp32" else 2
-
-
-def size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-# --- the run ----------------------------------------------------------------------------------------------
 
 
 def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
@@ -241,7 +57,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     seconds["encode"], tick = time.monotonic() - tick, time.monotonic()
 
     report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
-    report |= {"versions": versions(), "hardware": hardware(device), "data": _data_report(plan.dataset)}
+    report |= {"versions": versions(), "hardware": hardware(device), "data": data_report(plan.dataset)}
     settings, constant = run.adapter, None
     if saved:
         log.info("resuming after step %d", saved.step)
@@ -254,30 +70,17 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     else:
         if resume:
             log.info("no checkpoint yet: starting from the beginning")
-        context = InitContext(
-            images=tuple(example.path for example in plan.dataset.train),
-            modules=plan.modules,
-            rank=run.adapter.rank,
-            seed=run.seed,
-            device=device,
-            base=run.model.base,
-            say=log.info,
-            cache=Path(run.data.cache or plan.output / "cache"),
-            try_seed=(trials := Trials(plan, encoded, device)),
-        )
+        trials = Trials(plan, encoded, lambda: qwen_image.load_transformer(run.model, device))
+        context = init_context(plan, device, trials)
         seed = plan.start.initialize(context, plan.start.options)
         transformer = trials.transformer
-        chosen: dict[str, Any] = {
-            "rank": seed.rank or settings.rank,
-            "rank_pattern": {**settings.rank_pattern, **seed.rank_pattern},
-        }
-        settings, constant = replace(settings, **chosen), seed.constant
-        adapter.inject(transformer, settings)
-        applied = adapter.apply_seed(transformer, seed, settings, random_seed=run.seed)
+        settings, applied = install(transformer, seed, settings, random_seed=run.seed)
+        constant = seed.constant
         if constant is not None and accelerator.is_main_process:
             write_lora(plan.output / CONSTANT_FILE, constant, {})
         seconds["init"] = time.monotonic() - tick
-        report["init"] = {"method": plan.start.method, **seed.report, "applied": applied, "adapter": chosen}
+        report["init"] = {"method": plan.start.method, **seed.report, "applied": applied}
+        report["init"]["adapter"] = {"rank": settings.rank, "rank_pattern": settings.rank_pattern}
         report["init"]["seconds"] = seconds["init"]
         log.info("start: %s", summary(plan.start.method, applied, seconds["init"], held=constant))
     if constant is not None:
@@ -311,6 +114,22 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     return folder
 
 
+def install(
+    transformer: QwenImageTransformer2DModel, seed: Seed, settings: AdapterConfig, *, random_seed: int
+) -> tuple[AdapterConfig, dict[str, Any]]:
+    """Inject an adapter and write the seed into it. What is constant in the seed is left to `adapter.hold`. Returns the
+    settings that the adapter has, and the report of `apply_seed`."""
+    settings = settings_for(seed, settings)
+    adapter.inject(transformer, settings)
+    return settings, adapter.apply_seed(transformer, seed, settings, random_seed=random_seed)
+
+
+def settings_for(seed: Seed, settings: AdapterConfig) -> AdapterConfig:
+    """With the ranks that the seed asks for."""
+    pattern = {**settings.rank_pattern, **seed.rank_pattern}
+    return replace(settings, rank=seed.rank or settings.rank, rank_pattern=pattern)
+
+
 def export(
     transformer: QwenImageTransformer2DModel,
     folder: Path,
@@ -333,27 +152,40 @@ def export(
     adapter.save_whole(folder, AdapterWeights({name: x for name, x in whole.items() if len(x.a)}), base)
 
 
-class Trials:
-    """What a seed is worth before it is chosen: stable losses of training pictures. Loads the transformer when asked
-    for, so that an initializer's own models are gone by then."""
+def init_context(plan: Plan, device: torch.device, trials: "Trials") -> InitContext:
+    """What an initializer is told of a run: nothing of held-out pictures."""
+    return InitContext(
+        images=tuple(example.path for example in plan.dataset.train),
+        modules=plan.modules,
+        rank=plan.config.adapter.rank,
+        seed=plan.config.seed,
+        device=device,
+        base=plan.config.model.base,
+        say=log.info,
+        cache=Path(plan.config.data.cache or plan.output / "cache"),
+        try_seed=trials,
+    )
 
-    def __init__(self, plan: Plan, encoded: "Encoded", device: torch.device):
-        self._plan, self._encoded, self._device = plan, encoded, device
+
+class Trials:
+    """What a seed is worth before it is chosen: stable losses of training pictures. The transformer is loaded when it
+    is asked for, so that an initializer's own models are gone by then."""
+
+    def __init__(self, plan: Plan, encoded: "Encoded", load: Callable[[], QwenImageTransformer2DModel]):
+        self._plan, self._encoded, self._load = plan, encoded, load
 
     @cached_property
     def transformer(self) -> QwenImageTransformer2DModel:
-        return qwen_image.load_transformer(self._plan.config.model, self._device)
+        return self._load()
 
     def __call__(self, weights: AdapterWeights, index: int) -> float:
         """Of training picture `index` with `weights` on the base; of the base itself if they are empty."""
-        run = self._plan.config
+        run, device = self._plan.config, self.transformer.device
         item = self._encoded.item(self._plan.dataset.train[index])
         handles = adapter.hold(self.transformer, weights) if weights.factors else []
         try:
             dtype = qwen_image.DTYPES[run.model.dtype]
-            return validation.stable_loss(
-                self.transformer, [item], self._device, dtype, batch_size=run.train.batch_size
-            )
+            return validation.stable_loss(self.transformer, [item], device, dtype, batch_size=run.train.batch_size)
         finally:
             for handle in handles:
                 handle.remove()
@@ -420,22 +252,47 @@ def encode(plan: Plan, device: torch.device, *, quiet: bool) -> Encoded:
     run, cache = plan.config, Cache(Path(plan.config.data.cache or plan.output / "cache"))
     examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out)}.values())
     latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
-    texts = {e.caption for e in examples} | {*run.validation.prompts, "", validation.EMPTY_PROMPT}
+    texts = {e.caption for e in examples} | {
+        *run.validation.prompts,
+        *run.validation.unrelated_prompts,
+        "",
+        validation.EMPTY_PROMPT,
+    }
     prompts = encode_prompts(cache, run.model.base, qwen_image.DTYPES[run.model.dtype], texts, device, quiet=quiet)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
 
 
+def stable_losses(plan: Plan, transformer: torch.nn.Module, encoded: Encoded) -> dict[str, float]:
+    """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`."""
+    run, values = plan.config, dict[str, float]()
+    device, dtype = next(transformer.parameters()).device, qwen_image.DTYPES[run.model.dtype]
+    for name, examples in (("val_loss", plan.dataset.held_out), ("train_stable_loss", plan.dataset.train)):
+        items = [encoded.item(example) for example in examples[: run.validation.num_pictures]]
+        if items:
+            size = run.train.batch_size
+            values[name] = validation.stable_loss(transformer, items, device, dtype, batch_size=size)
+    return values
+
+
 class LoraObjective:
     """Train the adapter in the transformer with the flow-matching loss."""
 
     def __init__(
-        self, plan: Plan, transformer: QwenImageTransformer2DModel, encoded: Encoded, accelerator: Accelerator
+        self,
+        plan: Plan,
+        transformer: QwenImageTransformer2DModel,
+        encoded: Encoded,
+        accelerator: Accelerator,
+        sample: Callable[[int, Tracker], Mapping[str, float]] | None = None,
     ):
+        """`sample(step, tracker)` is called at validations instead of drawing the sample pictures of the configuration;
+        what it returns is logged."""
         self.module: torch.nn.Module = transformer.train()
         self.transformer = transformer
         self._plan, self._run, self._encoded, self._accelerator = plan, plan.config, encoded, accelerator
+        self._sample = sample or self._draw
         self._device, self._dtype = accelerator.device, qwen_image.DTYPES[plan.config.model.dtype]
 
     def loss(self, step: int, micro_step: int) -> Loss:
@@ -470,23 +327,16 @@ class LoraObjective:
         """Stable losses and sample pictures, on the first process."""
         if not self._accelerator.is_main_process:
             return {}
-        data, values = self._plan.dataset, {}
         self.transformer.eval()
-        for name, examples in (("val_loss", data.held_out), ("train_stable_loss", data.train)):
-            items = [self._encoded.item(example) for example in examples[: self._run.validation.num_pictures]]
-            if items:
-                size = self._run.train.batch_size
-                values[name] = validation.stable_loss(
-                    self.transformer, items, self._device, self._dtype, batch_size=size
-                )
-        self._draw(step, tracker)
+        values = stable_losses(self._plan, self.transformer, self._encoded)
+        values.update(self._sample(step, tracker))
         self.transformer.train()
         return values
 
-    def _draw(self, step: int, tracker: Tracker) -> None:
+    def _draw(self, step: int, tracker: Tracker) -> Mapping[str, float]:
         settings, prompts = self._run.validation, self._encoded.prompts
         if not settings.prompts:
-            return
+            return {}
         pictures = validation.draw_samples(
             self.transformer,
             settings,
@@ -502,12 +352,10 @@ class LoraObjective:
         sheet = validation.contact_sheet(folder, settings.prompts)
         if sheet is not None:
             validation.write_png(self._plan.output / "contact_sheet.png", sheet)
+        return {}
 
 
-# --- what a report holds ----------------------------------------------------------------------------------
-
-
-def _data_report(dataset: Dataset) -> dict[str, Any]:
+def data_report(dataset: Dataset) -> dict[str, Any]:
     return {
         name: [{"picture": e.path.name, "sha256": e.digest, "caption": e.caption} for e in examples]
         for name, examples in (("train", dataset.train), ("held_out", dataset.held_out))
@@ -530,45 +378,3 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
-
-
-def load_config(path: Path, overrides: list[str], initializers: Initializers) -> tuple[RunConfig, Start]:
-    """Read a run's TOML with the tables of the initializers. ConfigError lists every problem.
-
-    Tables of initializers that are not chosen are checked too, but need not have an effect: `--init` chooses anew.
-    """
-    problems: list[str] = []
-    table = config.read_toml(path, problems)
-    if problems:  # nothing to look at: every key would be reported as missing
-        raise config.ConfigError(problems)
-    table = config.apply_overrides(table, overrides, problems)
-    init = table.get("init")
-    tables = (
-        {name: init.pop(name) for name, value in [*init.items()] if isinstance(value, dict)}
-        if isinstance(init, dict)
-        else {}
-    )
-    run = config.parse(RunConfig, table, "", problems)
-    wanted = init.get("method") if isinstance(init, dict) else None
-    method, preset = "random", dict[str, Any]()
-    if isinstance(wanted, str):  # anything else is a problem that `parse` has told, or the default
-        try:
-            method, preset = initializers.resolve(wanted)
-        except ValueError as error:
-            problems.append(f"[init] method: {error}")
-    parsed = {}
-    for name in {method, *tables}:
-        try:
-            kind = initializers.config_class(name)
-        except (KeyError, ValueError) as error:
-            problems.append(f"[init.{name}] {error}")
-            continue
-        given = {**tables.get(name, {}), **(preset if name == method else {})}
-        parsed[name] = config.parse(kind, given, f"init.{name}", problems)
-    if problems:
-        raise config.ConfigError(problems)
-    assert run is not None
-    options = parsed[method]
-    found = initializers.check(method, options)
-    fetched = [] if found else initializers.downloads(method, options)
-    return run, Start(method, initializers.get(method), options, found, fetched)

@@ -19,18 +19,37 @@ QUIET_SECONDS = 30  # between two lines of a quiet run
 
 
 class Tracker:
-    """One writer of one run's curves. `main` is False on all processes but the first: they write nothing."""
+    """One writer of one run's curves. `main` is False on all processes but the first: they write nothing. `nested`:
+    the run is one of many, whose bar stands above; a short one says nothing when quiet."""
 
-    def __init__(self, output: Path, *, start_step: int = 0, steps: int, quiet: bool = False, main: bool = True):
-        self._main, self._quiet, self._steps = main, quiet, steps
+    def __init__(
+        self,
+        output: Path,
+        *,
+        start_step: int = 0,
+        steps: int,
+        quiet: bool = False,
+        main: bool = True,
+        nested: bool = False,
+    ):
+        self._main, self._quiet, self._steps, self._nested = main, quiet, steps, nested
         self._metrics = output / "metrics.jsonl"
-        self._start, self._start_step, self._last_line = time.monotonic(), start_step, 0.0
+        self._start, self._start_step = time.monotonic(), start_step
+        self._last_line = self._start if nested else 0.0
         if main:
             output.mkdir(parents=True, exist_ok=True)
             self._forget_after(start_step)
             self._file = self._metrics.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
-        self._bar = tqdm(total=steps, initial=start_step, unit="step", disable=quiet or not main, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=steps,
+            initial=start_step,
+            unit="step",
+            disable=quiet or not main,
+            dynamic_ncols=True,
+            leave=not nested,
+            position=int(nested),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +93,8 @@ class Tracker:
         self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._bar.update(step - self._bar.n if not self._bar.disable else 0)
         now = time.monotonic()
-        if self._quiet and self._main and (now - self._last_line > QUIET_SECONDS or step == self._steps):
+        last = step == self._steps and not self._nested
+        if self._quiet and self._main and (now - self._last_line > QUIET_SECONDS or last):
             self._last_line = now
             rate = (now - self._start) / max(step - self._start_step, 1)
             log.info("step %d/%d  loss %.4f  ETA %s", step, self._steps, loss, duration((self._steps - step) * rate))

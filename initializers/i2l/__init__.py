@@ -1,8 +1,8 @@
 """i2L: pictures in, a LoRA out, by a hypernetwork (DiffSynth-Studio/Qwen-Image-i2L).
 
-Read `layout.py`, `expert.py`, `encoders.py`, then `predict.py`.
+Read `layout.py`, `expert.py`, `encoders.py`, `recognise.py`, `predictions.py`, then `predict.py`.
 """
 
-from initializers.i2l.predict import Config, check, downloads, initialize
+from initializers.i2l.predict import Config, check, downloads, embed, identity, initialize
 
-__all__ = ["Config", "check", "downloads", "initialize"]
+__all__ = ["Config", "check", "downloads", "embed", "identity", "initialize"]

@@ -5,7 +5,7 @@ and each is freed before the next.
 """
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ SIGLIP_MD5, DINOV3_MD5 = "469c78b61e3e31bc9eec0d0af3d3f2f8", "5722b5c873720009de
 
 CROP_SIZE = 1024  # pixels; every picture is brought to this square before an encoder's own size
 CHUNK = 8  # pictures encoded together
+SMALL = 128  # pixels: squares up to this side need not be brought to the encoders one by one
 RESIDUAL_SCALE = 0.05
 RESOLUTIONS = {"coarse": 224, "fine": 1024}  # of the pictures that an expert's residual is made from
 QWEN_PIXELS: dict[str, Any] = {
@@ -142,17 +143,23 @@ def _resampling(source: int, target: int) -> Tensor:
 # SigLIP2 and DINOv3
 
 
-def embedding_size(encoders: str) -> int | None:
-    """Numbers of an image embedding, from the files' headers; None if they are not on this machine."""
-    size = 0
+def embedding_sizes(encoders: str) -> list[int] | None:
+    """Numbers that SigLIP2 and DINOv3 give, from the files' headers; None if they are not on this machine."""
+    sizes = []
     for file, tensor in zip(ENCODER_FILES, ("head.probe", "embeddings.cls_token"), strict=True):
         if (path := sources.cached(encoders, file)) is None:
             return None
         shapes = read_header(path).shapes
         if tensor not in shapes:
             raise LayoutError(f"{path}: no {tensor} in it: not an encoder in the published layout")
-        size += shapes[tensor][-1]
-    return size
+        sizes.append(shapes[tensor][-1])
+    return sizes
+
+
+def embedding_size(encoders: str) -> int | None:
+    """Numbers of an image embedding; None if the encoders are not on this machine."""
+    sizes = embedding_sizes(encoders)
+    return None if sizes is None else sum(sizes)
 
 
 def load_siglip(
@@ -242,6 +249,17 @@ def encode_squares(
         del model
         free_memory()
     return torch.cat(parts, dim=1)
+
+
+def are_small_squares(sizes: Collection[tuple[int, int]]) -> bool:
+    """Whether pictures of these sizes may go through `encode_squares`."""
+    return len(set(sizes)) == 1 and all(width == height <= SMALL for width, height in sizes)
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size: N 3 H W in uint8"""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _encode(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from initializers.i2l import encoders
@@ -18,7 +17,6 @@ from trainer.encode import encode_pictures, encode_prompts
 from trainer.pictures import DataError, open_picture
 from trainer.qwen_image import ModelConfig
 
-SMALL = 128  # pixels: squares up to this side need not be brought to the encoders one by one
 COLUMNS = ("subject", "style")  # of metadata.jsonl: pictures that agree in it belong together
 
 
@@ -36,6 +34,9 @@ class SubjectsConfig:
     """Subjects kept from training, chosen by seed: validation is on them alone."""
     max_references: int = 1
     """Each step draws a number of reference pictures from 1 to this, so that an expert learns to be averaged."""
+    references_each: int = 0
+    """Only so many pictures of each subject, the first by name, are ever references; the others are targets alone, and
+    need not be looked at by image encoders and Qwen-VL, which take longest. 0: all."""
     cache: str | None = None
     """Folder for latents, prompt embeddings and image embeddings; default: `cache` in the output."""
 
@@ -45,6 +46,8 @@ class SubjectsConfig:
             found.append("held_out_subjects must be at least 2: one is the other's wrong picture")
         if self.max_references < 1:
             found.append("max_references must be at least 1")
+        if self.references_each and self.references_each < self.max_references:
+            found.append("references_each must be 0 or at least max_references")
         return found
 
 
@@ -128,59 +131,28 @@ class SubjectData:
         count = config.held_out_subjects
         self.held_out, self.train = [rows[i] for i in order[:count]], [rows[i] for i in sorted(order[count:])]
         self._max_references = config.max_references
+        limit = config.references_each or len(self.examples)
+        looked_at = [row for group in rows for row in group[:limit]]
+        self._place = {row: place for place, row in enumerate(looked_at)}  # of a reference among what is looked at
+        shown = [self.examples[row] for row in looked_at]
         dtype = qwen_image.DTYPES[model.dtype]
         self.latents = torch.stack(encode_pictures(cache, model.base, self.examples, device, quiet=quiet))  # N C 1 h w
         texts = {e.caption for e in self.examples} | {*prompts, validation.EMPTY_PROMPT}
         self.prompts = encode_prompts(cache, model.base, dtype, texts, device, batch_size=16, quiet=quiet)
-        self.references = (
-            self._pixels() if encoders_from is None else self._embeddings(cache, encoders_from, device, dtype, quiet)
+        self._references = (
+            encoders.stacked([open_picture(example.path) for example in shown])  # N 3 S S in uint8
+            if encoders_from is None
+            else _embeddings(shown, cache, encoders_from, device, dtype, quiet)
         )
-        self.residuals = {
-            resolution: self._residuals(cache, model.base, resolution, device, dtype, quiet)
+        self._residuals = {
+            resolution: _residuals(shown, cache, model.base, resolution, device, dtype, quiet)
             for resolution in resolutions
         }
 
-    def _pixels(self) -> Tensor:
-        """N 3 S S in uint8"""
-        return _stacked([open_picture(example.path) for example in self.examples])
-
-    def _embeddings(self, cache: Cache, source: str, device: torch.device, dtype: torch.dtype, quiet: bool) -> Tensor:
-        """N D"""
-
-        sizes = {example.size for example in self.examples}
-        small = len(sizes) == 1 and all(width == height <= SMALL for width, height in sizes)
-
-        def embed(part: list[int]) -> list[Tensor]:
-            pictures = [open_picture(self.examples[i].path) for i in part]
-            if small:
-                return [*encoders.encode_squares(_stacked(pictures), source, device, dtype)]
-            return [*encoders.encode_pictures(pictures, source, device, dtype)]
-
-        name = ("image embedding", encoders.identity(source), str(dtype), small)
-        return self._cached(cache, name, embed, "embed pictures", quiet)
-
-    def _residuals(
-        self, cache: Cache, base: str, resolution: int, device: torch.device, dtype: torch.dtype, quiet: bool
-    ) -> Tensor:
-        """N T W in half precision: the largest of all that is kept."""
-
-        def look(part: list[int]) -> list[Tensor]:
-            pictures = [open_picture(self.examples[i].path) for i in part]
-            return [*encoders.qwen_vl_residual(pictures, base, resolution, device, dtype).half()]
-
-        name = ("residual", qwen_image.identity(base), str(dtype), resolution)
-        return self._cached(cache, name, look, f"look at pictures, {resolution} pixels", quiet)
-
-    def _cached(
-        self,
-        cache: Cache,
-        name: tuple[object, ...],
-        compute: Callable[[list[int]], list[Tensor]],
-        what: str,
-        quiet: bool,
-    ) -> Tensor:
-        keys = [key(*name, example.digest) for example in self.examples]
-        return torch.stack(cache.get(keys, compute, what=what, batch_size=512, quiet=quiet)).cpu()
+    def look(self, rows: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """What experts see of references B K: pictures or embeddings B K ..., and residuals by resolution, B K T W."""
+        places = torch.tensor([[self._place[row] for row in group] for group in rows.tolist()])
+        return self._references[places], {size: values[places] for size, values in self._residuals.items()}
 
     def pairs(self, count: int, random: torch.Generator, *, other_subjects: float = 0.0) -> Pairs:
         """`count` training subjects: a target of each, and references that are other pictures of it (or the target, if
@@ -190,11 +162,14 @@ class SubjectData:
         references, targets = [], []
         for subject in chosen:
             rows = _shuffled(self.train[subject], random)
-            targets.append(rows[0])
+            # the first whose subject has a reference besides it
+            target = next((row for row in rows if any(r in self._place for r in rows if r != row)), rows[0])
+            targets.append(target)
             if other_subjects and float(torch.rand((), generator=random)) < other_subjects:
                 shift = int(torch.randint(1, len(self.train), (), generator=random))
-                rows = [-1, *_shuffled(self.train[(subject + shift) % len(self.train)], random)]
-            references.append((rows[1:] or rows)[:num_references])
+                rows = _shuffled(self.train[(subject + shift) % len(self.train)], random)
+            others = [row for row in rows if row != target and row in self._place]
+            references.append((others or rows)[:num_references])
         return Pairs(torch.tensor(references), torch.tensor(targets))
 
     def held_out_pairs(self) -> Pairs:
@@ -209,10 +184,51 @@ class SubjectData:
         return self.latents[rows], embeds, mask
 
 
-def _stacked(pictures: Sequence[Image.Image]) -> Tensor:
-    """N 3 H W in uint8"""
-    pixels = np.stack([np.asarray(picture) for picture in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+def _embeddings(
+    examples: Sequence[Example], cache: Cache, source: str, device: torch.device, dtype: torch.dtype, quiet: bool
+) -> Tensor:
+    """N D"""
+    small = encoders.are_small_squares([example.size for example in examples])
+
+    def embed(part: list[int]) -> list[Tensor]:
+        pictures = [open_picture(examples[i].path) for i in part]
+        if small:
+            return [*encoders.encode_squares(encoders.stacked(pictures), source, device, dtype)]
+        return [*encoders.encode_pictures(pictures, source, device, dtype)]
+
+    name = ("image embedding", encoders.identity(source), str(dtype), small)
+    return _cached(examples, cache, name, embed, "embed pictures", quiet)
+
+
+def _residuals(
+    examples: Sequence[Example],
+    cache: Cache,
+    base: str,
+    resolution: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    quiet: bool,
+) -> Tensor:
+    """N T W in half precision: the largest of all that is kept."""
+
+    def look(part: list[int]) -> list[Tensor]:
+        pictures = [open_picture(examples[i].path) for i in part]
+        return [*encoders.qwen_vl_residual(pictures, base, resolution, device, dtype).half()]
+
+    name = ("residual", qwen_image.identity(base), str(dtype), resolution)
+    return _cached(examples, cache, name, look, f"look at pictures, {resolution} pixels", quiet)
+
+
+def _cached(
+    examples: Sequence[Example],
+    cache: Cache,
+    name: tuple[object, ...],
+    compute: Callable[[list[int]], list[Tensor]],
+    what: str,
+    quiet: bool,
+) -> Tensor:
+    keys = [key(*name, example.digest) for example in examples]
+    return torch.stack(cache.get(keys, compute, what=what, batch_size=512, quiet=quiet)).cpu()
 
 
 def _shuffled(rows: Sequence[int], random: torch.Generator) -> list[int]:

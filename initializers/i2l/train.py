@@ -23,7 +23,7 @@ from initializers.i2l.batch_lora import BatchLora
 from initializers.i2l.expert import Expert, Factors
 from initializers.i2l.hypernetwork import ExpertConfig, Hypernetwork, StaticLora
 from initializers.i2l.subjects import SubjectData, SubjectsConfig, read_subjects
-from trainer import checkpoint, flow, loop, qwen_image, run, validation
+from trainer import checkpoint, flow, loop, plan, qwen_image, run, validation
 from trainer import config as configuration
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
@@ -39,7 +39,7 @@ from trainer.validation import ValidationConfig
 log = logging.getLogger("trainer")
 
 NUM_SHOWN = 4  # held-out subjects in the sample pictures
-BIAS_STRANGERS = 0.5  # share of Bias's references that are other pictures than the target
+BIAS_STRANGERS = 0.1  # share of Bias's references that are other pictures than the target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,8 @@ def describe(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]
     parameters = sum(p.numel() for p in learning.parameters())
     base = sum(p.numel() for p in transformer.parameters())
     batch, pixels = settings.train.batch_size, settings.data.resolution**2
-    weights = run.base_bytes(transformer, settings.model)
-    activations = run.activation_bytes(transformer, settings.model, settings.train, pixels)
+    weights = plan.base_bytes(transformer, settings.model)
+    activations = plan.activation_bytes(transformer, settings.model, settings.train, pixels)
     factors = batch * settings.data.max_references * settings.expert.rank * 4 * 2
     factors *= sum(inside + out for inside, out in layout.module_shapes(geometry).values())
     states = {"AdamW": 4 + 4 + 8, "8-bit AdamW": 4 + 4 + 2}
@@ -136,13 +136,13 @@ def describe(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]
         f"{len(layout.module_names(geometry))} modules, rank {settings.expert.rank}",
         f"base         {settings.model.base}: {base / 1e6:,.1f} M parameters in {settings.model.dtype}, frozen",
         f"training     {settings.train.steps} steps of {batch * settings.train.gradient_accumulation_steps} samples",
-        f"memory       base {run.size(weights)}, predicted factors {run.size(factors)}, "
-        f"activations about {run.size(activations)}",
+        f"memory       base {plan.size(weights)}, predicted factors {plan.size(factors)}, "
+        f"activations about {plan.size(activations)}",
     ]
     for name, per_parameter in states.items():
         lines.append(
-            f"             expert with gradients and {name} {run.size(parameters * per_parameter)}; "
-            f"with FSDP over 8 GPUs {run.size(parameters * per_parameter / 8)} on each"
+            f"             expert with gradients and {name} {plan.size(parameters * per_parameter)}; "
+            f"with FSDP over 8 GPUs {plan.size(parameters * per_parameter / 8)} on each"
         )
     lines += [f"download     {line}" for line in qwen_image.downloads(settings.model.base)]
     wanted = [(settings.expert.encoders, file) for file in encoders.ENCODER_FILES]
@@ -258,8 +258,8 @@ class HypernetworkObjective:
     def _predict(self, network: nn.Module, rows: Tensor, **options: bool) -> dict[str, Factors]:
         """rows: B K"""
         device = self._accelerator.device
-        residuals = {size: values[rows].to(device) for size, values in self._data.residuals.items()}
-        return network(self._data.references[rows].to(device), residuals, **options)
+        references, residuals = self._data.look(rows)
+        return network(references.to(device), {size: x.to(device) for size, x in residuals.items()}, **options)
 
     def _losses(self, rows: Tensor, sigmas: Tensor, noise: Tensor, factors: dict[str, Factors]) -> Tensor:
         device, dtype = self._accelerator.device, qwen_image.DTYPES[self._settings.model.dtype]

@@ -1,0 +1,152 @@
+"""What each expert says to each picture, from the cache or predicted now."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from initializers.i2l import encoders, expert
+from initializers.i2l.expert import Factors, merge_pictures
+from initializers.i2l.recognise import ORDER, Source
+from trainer import qwen_image
+from trainer.adapter import InitContext
+from trainer.cache import key
+from trainer.files import sample, write_tensors
+from trainer.formats import read_lora
+from trainer.lowrank import LowRank, concatenate, scale
+from trainer.pictures import open_picture
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What each expert says to each picture, before anything is chosen."""
+
+    by_picture: dict[str, dict[str, Factors]]
+    """kind -> module -> (a: B rank in, b: B out rank)"""
+    static: dict[str, LowRank]
+    """Bias"""
+
+    def combine(self, weights: Mapping[str, float], pictures: Sequence[int]) -> dict[str, LowRank]:
+        """One LoRA: the mean over `pictures` of every expert, then Bias."""
+        parts: dict[str, list[LowRank]] = {}
+        for kind, predicted in self.by_picture.items():
+            for module, pair in predicted.items():
+                parts.setdefault(module, []).append(scale(merge_pictures(pair, pictures), weights.get(kind, 1.0)))
+        for module, factors in self.static.items():
+            parts.setdefault(module, []).append(scale(factors, weights.get("bias", 1.0)))
+        return {module: concatenate(group) for module, group in parts.items()}
+
+
+def predict_pictures(
+    context: InitContext,
+    encoders_from: str,
+    found: Sequence[Source],
+    pictures: Sequence[Path],
+    seconds: dict[str, float],
+) -> Predictions:
+    """From the cache, or predicted now and kept there."""
+    by_picture, static, missing = dict[str, dict[str, Factors]](), dict[str, LowRank](), list[Source]()
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
+    files = {source.kind: _cache_file(context, encoders_from, source, digests) for source in found}
+    for source in found:
+        if source.geometry is None:
+            static = dict(read_lora(source.path)[0].factors)
+        elif (file := files[source.kind]) is not None and (cached := _read_predictions(file)) is not None:
+            context.say(f"i2L: {source.kind}, as predicted before")
+            by_picture[source.kind] = cached
+        else:
+            missing.append(source)
+    embeddings, residuals = _look(context, encoders_from, missing, pictures, seconds)
+    for source in missing:
+        context.say(f"i2L: {source.kind} ({source.path})")
+        with timed(seconds, source.kind):
+            residual = residuals[source.resolution] if source.resolution is not None else None
+            progress = _progress(f"i2L {source.kind}", "block")
+            predicted = expert.factors(source.path, embeddings.to(context.device), residual, progress=progress)
+        by_picture[source.kind] = predicted
+        if (file := files[source.kind]) is not None:
+            halves = {
+                f"{name}.{half}": x for name, pair in predicted.items() for half, x in zip("ab", pair, strict=True)
+            }
+            write_tensors(file, halves)
+    return Predictions({kind: by_picture[kind] for kind in ORDER if kind in by_picture}, static)
+
+
+def _cache_file(context: InitContext, encoders_from: str, source: Source, digests: Sequence[str]) -> Path | None:
+    """Named by all that the prediction depends on."""
+    if context.cache is None or source.geometry is None:
+        return None
+    looked = encoders.identity(encoders_from)
+    if source.resolution is not None:
+        looked += qwen_image.identity(context.base)
+    name = key("i2l", sample(source.path), looked, context.device.type, list(digests))
+    return context.cache / "i2l" / f"{source.kind}-{name[:32]}.safetensors"
+
+
+def _read_predictions(file: Path) -> dict[str, Factors] | None:
+    if not file.is_file():
+        return None
+    try:
+        tensors = load_file(file)
+    except SafetensorError:
+        return None  # cut short: predicted again
+    return {name[:-2]: (tensors[name], tensors[f"{name[:-2]}.b"]) for name in tensors if name.endswith(".a")}
+
+
+def _look(
+    context: InitContext,
+    encoders_from: str,
+    found: Sequence[Source],
+    pictures: Sequence[Path],
+    seconds: dict[str, float],
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Image embeddings, B embedding_size, and residuals by resolution, as far as the experts need them."""
+    if all(source.geometry is None for source in found):
+        return torch.empty(0), {}
+    resolutions = sorted({source.resolution for source in found if source.resolution is not None})
+    dtype = dtype_for(context.device)
+    with timed(seconds, "pictures"):
+        squares: dict[int, list[Image.Image]] = {size: [] for size in {encoders.CROP_SIZE, *resolutions}}
+        for path in pictures:  # only the squares are kept: a hundred photographs would not fit into memory
+            picture = open_picture(path)
+            for size, crops in squares.items():
+                crops.append(encoders.cover_crop(picture, size))
+    context.say(f"i2L: encoding {len(pictures)} pictures")
+    with timed(seconds, "encoders"):
+        embeddings = encoders.encode_pictures(squares[encoders.CROP_SIZE], encoders_from, context.device, dtype)
+    residuals = {}
+    if resolutions:
+        context.say("i2L: reading the pictures with Qwen2.5-VL")
+        with timed(seconds, "qwen_vl"):
+            wanted = {size: squares[size] for size in resolutions}
+            residuals = encoders.qwen_vl_residuals(wanted, context.base, context.device, dtype)
+    for name, tensor in (("image embeddings", embeddings), *(("hidden states", t) for t in residuals.values())):
+        for path, row in zip(pictures, tensor, strict=True):
+            if not bool(row.isfinite().all()):
+                raise ValueError(f"{path}: NaN or infinity in its {name}, computed in {dtype}")
+    return embeddings, residuals
+
+
+def dtype_for(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _progress(title: str, unit: str) -> Callable[[Iterable[int]], Iterable[int]]:
+    """A bar on a terminal, nothing in a log."""
+    return lambda items: tqdm(items, desc=title, unit=unit, leave=False, disable=None)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start

@@ -1,0 +1,244 @@
+"""A run before it starts: its configuration, read and checked, what it would do, what it would need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from PIL import Image
+from torch import Tensor
+
+from trainer import adapter, config, qwen_image
+from trainer.adapter import AdapterConfig, Initializer
+from trainer.cache import key
+from trainer.checkpoint import CheckpointConfig
+from trainer.dataset import DataConfig, Dataset, scan
+from trainer.flow import FlowConfig
+from trainer.loop import TrainConfig
+from trainer.pictures import DataError
+from trainer.qwen_image import ModelConfig
+from trainer.validation import ValidationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """`[init]`"""
+
+    method: str = "random"
+    """How the adapter starts: random, gaussian, i2l, or a LoRA file. Each may have a table, such as `[init.i2l]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    output: str
+    """The run's folder; everything it makes is written there."""
+    seed: int = 0
+    """Of the adapter's random parts, the batches, the noise and the sigmas."""
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    init: InitConfig = InitConfig()
+    train: TrainConfig = TrainConfig()
+    flow: FlowConfig = FlowConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class Initializers(Protocol):
+    """What a run asks of the package `initializers`, which is handed in, since it lies on a floor above."""
+
+    def resolve(self, method: str) -> tuple[str, dict[str, Any]]: ...
+
+    def config_class(self, method: str) -> type[Any]: ...
+
+    def check(self, method: str, config: Any) -> list[str]: ...
+
+    def downloads(self, method: str, config: Any) -> list[str]: ...
+
+    def identity(self, method: str, config: Any) -> list[str]: ...
+
+    def embed(
+        self, method: str, config: Any, pictures: Sequence[Image.Image], device: torch.device
+    ) -> dict[str, Tensor]: ...
+
+    def get(self, method: str) -> Initializer: ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """The chosen initializer with its own table, what its check says before any model loads, and what it will fetch."""
+
+    method: str
+    initialize: Initializer
+    options: Any
+    problems: list[str]
+    downloads: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights."""
+
+    config: RunConfig
+    start: Start
+    dataset: Dataset
+    transformer: QwenImageTransformer2DModel
+    """On the meta device: shapes only."""
+    modules: dict[str, tuple[int, int]]
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    def fingerprint(self) -> str:
+        """Of all that decides the course of training, except its length: a checkpoint belongs to one such course."""
+        values = config.to_dict(self.config)
+        for name in ("output", "validation", "checkpoint"):
+            del values[name]
+        del values["train"]["steps"], values["data"]["cache"]
+        if self.config.train.lr_schedule != "constant":
+            values["train"]["steps"] = self.config.train.steps
+        return key(values, config.to_dict(self.start.options), [(e.digest, e.caption) for e in self.dataset.train])
+
+
+def load_config(path: Path, overrides: list[str], initializers: Initializers) -> tuple[RunConfig, Start]:
+    """Read a run's TOML with the tables of the initializers. ConfigError lists every problem.
+
+    Tables of initializers that are not chosen are checked too, but need not have an effect: `--init` chooses anew.
+    """
+    problems: list[str] = []
+    table = config.read_toml(path, problems)
+    if problems:  # nothing to look at: every key would be reported as missing
+        raise config.ConfigError(problems)
+    table = config.apply_overrides(table, overrides, problems)
+    init = table.get("init")
+    tables = (
+        {name: init.pop(name) for name, value in [*init.items()] if isinstance(value, dict)}
+        if isinstance(init, dict)
+        else {}
+    )
+    run = config.parse(RunConfig, table, "", problems)
+    wanted = init.get("method") if isinstance(init, dict) else None
+    method, preset = "random", dict[str, Any]()
+    if isinstance(wanted, str):  # anything else is a problem that `parse` has told, or the default
+        try:
+            method, preset = initializers.resolve(wanted)
+        except ValueError as error:
+            problems.append(f"[init] method: {error}")
+    parsed = {}
+    for name in {method, *tables}:
+        try:
+            kind = initializers.config_class(name)
+        except (KeyError, ValueError) as error:
+            problems.append(f"[init.{name}] {error}")
+            continue
+        given = {**tables.get(name, {}), **(preset if name == method else {})}
+        parsed[name] = config.parse(kind, given, f"init.{name}", problems)
+    if problems:
+        raise config.ConfigError(problems)
+    assert run is not None
+    options = parsed[method]
+    found = initializers.check(method, options)
+    fetched = [] if found else initializers.downloads(method, options)
+    return run, Start(method, initializers.get(method), options, found, fetched)
+
+
+def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
+    """Check data, output, targets and initializer; ConfigError lists every problem at once."""
+    problems = [f"[init.{start.method}] {problem}" for problem in start.problems]
+    output = Path(run.output)
+    used = (output / "run.json").exists() or (output / "checkpoints").exists()
+    if used and not resume:
+        problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
+    if resume and not used:
+        problems.append(f"output: {output} holds no run to resume; start it without --resume")
+    if run.model.quantization != "none" and run.adapter.use_dora:
+        problems.append(
+            '[adapter] use_dora: DoRA needs the base\'s weights unquantised; set [model] quantization = "none"'
+        )
+    transformer = qwen_image.transformer_on_meta(run.model.base)
+    dataset, modules = None, {}
+    try:
+        modules = adapter.target_modules(transformer, run.adapter)
+    except adapter.AdapterError as error:
+        problems.append(f"[adapter] {error}")
+    try:
+        dataset = scan(run.data, multiple=qwen_image.picture_multiple(run.model.base), seed=run.seed)
+    except DataError as error:
+        problems += [f"[data] {problem}" for problem in error.problems]
+    if problems:
+        raise config.ConfigError(problems)
+    assert dataset is not None
+    return Plan(run, start, dataset, transformer, modules)
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words: data, modules, parameters, steps, memory, downloads."""
+    run, data = plan.config, plan.dataset
+    images_per_step = run.train.batch_size * run.train.gradient_accumulation_steps
+    sizes: dict[tuple[int, int], int] = {}
+    for example in data.train:
+        sizes[example.bucket] = sizes.get(example.bucket, 0) + 1
+    trainable = _trainable(plan)
+    base_parameters = sum(p.numel() for p in plan.transformer.parameters())
+    lines = [
+        f"pictures     {len(data.train)} for training, {len(data.held_out)} held out",
+        f"buckets      {', '.join(f'{w}x{h}: {n}' for (w, h), n in sorted(sizes.items()))}",
+        f"base         {run.model.base}: {base_parameters / 1e6:,.1f} M parameters in {run.model.dtype}",
+        f"adapter      rank {run.adapter.rank} on {len(plan.modules)} modules, {trainable:,} trainable parameters",
+        f"start        {plan.start.method}",
+        f"training     {run.train.steps} steps of {images_per_step} pictures: "
+        f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
+        *(f"memory       {line}" for line in memory_estimate(plan)),
+        *(f"download     {line}" for line in [*qwen_image.downloads(run.model.base), *plan.start.downloads]),
+        *(f"note         {note}" for note in data.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _trainable(plan: Plan) -> int:
+    return sum(plan.config.adapter.rank_of(name) * (i + o) for name, (i, o) in plan.modules.items())
+
+
+def memory_estimate(plan: Plan) -> list[str]:
+    """Bytes of weights, adapter with optimizer, and activations, as parameter arithmetic; activations are rough."""
+    run = plan.config
+    weights = base_bytes(plan.transformer, run.model)
+    trainable = _trainable(plan)
+    adapter_bytes = trainable * (4 + 4 + (2 if run.train.optimizer == "adamw8bit" else 8))
+    pixels = max(e.bucket[0] * e.bucket[1] for e in plan.dataset.train)
+    activations = activation_bytes(plan.transformer, run.model, run.train, pixels)
+    total = weights + adapter_bytes + activations
+    return [
+        f"weights {size(weights)}, adapter with gradients and optimizer {size(adapter_bytes)}, "
+        f"activations about {size(activations)}: about {size(total)} while training",
+    ]
+
+
+def base_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig) -> float:
+    """Of the frozen weights."""
+    each = {"none": _element(model), "int8": 1.05, "nf4": 0.55}[model.quantization]
+    return sum(p.numel() for p in transformer.parameters()) * each
+
+
+def activation_bytes(
+    transformer: QwenImageTransformer2DModel, model: ModelConfig, train: TrainConfig, pixels: int
+) -> float:
+    """Roughly what the backward pass needs, for a batch of pictures of so many pixels with captions of 128 tokens."""
+    parts: Any = transformer.config
+    tokens = pixels // qwen_image.picture_multiple(model.base) ** 2 + 128
+    hidden = parts.num_attention_heads * parts.attention_head_dim
+    kept = 2 if train.gradient_checkpointing else 34  # tensors of tokens x hidden that a block keeps for backward
+    return float(train.batch_size * tokens * hidden * parts.num_layers * kept * _element(model))
+
+
+def _element(model: ModelConfig) -> int:
+    return 4 if model.dtype == "fp32" else 2
+
+
+def size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
