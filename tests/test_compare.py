@@ -318,5 +318,5 @@ def test_fidelity_is_the_cosine_of_picture_and_prompt(tiny_base: Path, tmp_path:
 def test_the_contact_sheet_has_a_row_for_each_arm(demo_comparison: Path) -> None:
     sheet = Image.open(demo_comparison / "contact_sheet.png")
     side = 128  # 64 pixels, enlarged
-    assert sheet.height // side == 6  # random, i2l, three controls that are run, real pictures
+    assert sheet.height // (side + 26) == 6  # random, i2l, three controls that are run, real pictures; titles and gaps
     assert sheet.width // side == 3  # steps 0, 2, 4
