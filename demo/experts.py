@@ -25,7 +25,7 @@ import initializers
 from demo import creatures, painter
 from initializers.i2l import predict
 from trainer import adapter, plan, qwen_image, run, validation
-from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, target_modules
+from trainer.adapter import AdapterWeights, InitContext
 from trainer.cli import guarded
 from trainer.files import write_json, write_text
 from trainer.lowrank import truncate
@@ -38,7 +38,6 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 NOISE_SEEDS = (0, 1, 2)
 FIRST_CREATURE = 200  # of the tier new
-RANK = 8  # of the adapter that the seed is truncated to, as in configs/creatures.toml
 DEVICE = torch.device("cpu")
 
 
@@ -63,7 +62,7 @@ def measure_all(output: Path, count: int) -> None:
     summary = summarise(rows)
     report = {"seconds": time.monotonic() - began, "summary": summary, "rows": rows, "strengths": strengths}
     write_json(output / "report.json", report)
-    text = table(summary, count) + "\n" + strength_table(rows, strengths)
+    text = table(summary, count, creature.context.rank) + "\n" + strength_table(rows, strengths)
     write_text(output / "report.md", text)
     print(text)
 
@@ -72,7 +71,7 @@ def measure_all(output: Path, count: int) -> None:
 class _Creature:
     index: int
     held_out: list[validation.Item]
-    trials: run.Trials
+    context: InitContext
 
 
 class _World:
@@ -83,7 +82,6 @@ class _World:
         self._options: predict.Config = start.options
         base = self._config.model.base
         self._transformer = qwen_image.load_transformer(self._config.model, DEVICE)
-        self._modules = target_modules(self._transformer, AdapterConfig())
         self._sampler = qwen_image.Sampler(base)
         self._prompts = qwen_image.PromptEncoder(base, DEVICE, torch.float32)(self._config.validation.unrelated_prompts)
         self._plain = self._samples()
@@ -96,14 +94,15 @@ class _World:
         prepared = plan.prepare(settings, start, resume=False)
         encoded = run.encode(prepared, DEVICE, quiet=True)
         items = [encoded.item(example) for example in prepared.dataset.held_out]
-        return _Creature(index, items, run.Trials(prepared, encoded, lambda: self._transformer))
+        trials = run.Trials(prepared, encoded, lambda: self._transformer)
+        return _Creature(index, items, run.init_context(prepared, DEVICE, trials))
 
     def measure(self, creature: _Creature, output: Path, other: int) -> list[dict[str, Any]]:
         """A row for each set of experts, with the creature's own pictures and with those of `other`."""
         rows: list[dict[str, Any]] = [self._row(creature, "none", "none", AdapterWeights({}))]
         for name, experts in SETS.items():
             for pictures, shown in (("right", creature.index), ("wrong", other)):
-                weights, _ = self._seed(output, shown, predict.Config(experts=experts))
+                weights, _ = self._seed(creature, output, shown, predict.Config(experts=experts))
                 rows.append(self._row(creature, name, pictures, weights))
         return rows
 
@@ -111,9 +110,8 @@ class _World:
         """The same for strength = "auto", with the experts of the configuration, and the strength that it takes."""
         rows = []
         for pictures, shown in (("right", creature.index), ("wrong", other)):
-            weights, report = self._seed(
-                output, shown, predict.Config(experts=self._options.experts, strength="auto"), creature.trials
-            )
+            options = predict.Config(experts=self._options.experts, strength="auto")
+            weights, report = self._seed(creature, output, shown, options)
             row = self._row(creature, "auto", pictures, weights)
             rows.append({**row, "strength": report["strength"], "tried": report["tried"]})
         return rows
@@ -127,23 +125,15 @@ class _World:
         return {"creature": creature.index, "set": name, "pictures": pictures, "loss": loss, "drift": drift}
 
     def _seed(
-        self, output: Path, index: int, options: predict.Config, trials: run.Trials | None = None
+        self, creature: _Creature, output: Path, index: int, options: predict.Config
     ) -> tuple[AdapterWeights, dict[str, Any]]:
+        """What creature `index`'s pictures give, tried, if that is asked for, on those of `creature`."""
         folder = creatures.paint(output, "new", index)
-        context = InitContext(
-            images=tuple(sorted(folder.glob("*.png"))),
-            modules=self._modules,
-            rank=RANK,
-            seed=0,
-            device=DEVICE,
-            base=self._config.model.base,
-            say=lambda message: None,
-            cache=output / "cache",
-            try_seed=trials,
-        )
+        images = tuple(sorted(folder.glob("*.png")))
+        context = replace(creature.context, images=images, say=lambda message: None)
         options = replace(options, weights=self._options.weights, encoders=self._options.encoders)
         seed = predict.initialize(context, options)
-        factors = {name: truncate(x, RANK)[0] for name, x in seed.weights.factors.items()}
+        factors = {name: truncate(x, context.rank)[0] for name, x in seed.weights.factors.items()}
         return AdapterWeights(factors), seed.report
 
     def _losses(self, items: Sequence[validation.Item]) -> list[float]:
@@ -182,10 +172,10 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(summary: Sequence[Mapping[str, Any]], creatures: int) -> str:
+def table(summary: Sequence[Mapping[str, Any]], creatures: int, rank: int) -> str:
     """The summary as Markdown."""
     lines = [
-        f"Held-out stable loss at step 0 over {creatures} creatures of the tier new, seeds of rank {RANK}, "
+        f"Held-out stable loss at step 0 over {creatures} creatures of the tier new, seeds of rank {rank}, "
         f"mean (spread over {len(NOISE_SEEDS)} noise seeds).",
         "",
         "| experts | right pictures | below the base | wrong pictures | below the base | drift |",

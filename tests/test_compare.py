@@ -148,6 +148,19 @@ def test_a_run_that_fails_is_in_the_report(run_toml: Path, tmp_path: Path, caplo
     assert "gradient norm" in caplog.text
 
 
+def test_an_initializer_that_fails_fails_its_own_runs(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise ValueError("no seed for these pictures")
+
+    monkeypatch.setattr("initializers.gaussian.initialize", failing)
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian", "--seeds", "1") == FINISHED
+    runs = report_of(tmp_path / "out")["runs"]
+    assert {run["arm"]: run["status"] for run in runs} == {"random": "finished", "gaussian": "failed"}
+    assert all(run["error"] == "no seed for these pictures" for run in runs if run["arm"] == "gaussian")
+
+
 def test_the_page_is_made_again_from_the_json(
     run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,6 +205,19 @@ def test_only_the_first_pictures_of_a_subject_are_references_where_that_is_asked
         data.look(torch.tensor([[data.train[0][1]]]))
 
 
+def test_a_target_leaves_as_many_references_as_are_drawn(toml: Path) -> None:
+    """Two of three pictures may be references: where both are, the third is the target."""
+    data = subject_data(toml, "data.references_each=2", "data.max_references=2")
+    counts = set()
+    for step in range(40):
+        pairs = data.pairs(4, flow.generator(step))
+        counts.add(pairs.references.shape[1])
+        for references, target in zip(pairs.references.tolist(), pairs.targets.tolist(), strict=True):
+            assert target not in references
+            data.look(torch.tensor([references]))
+    assert counts == {1, 2}
+
+
 def test_some_references_are_of_other_subjects_where_that_is_asked(toml: Path) -> None:
     data = subject_data(toml)
     subject = {row: number for number, rows in enumerate(data.train) for row in rows}

@@ -28,8 +28,8 @@ class Bench:
     def __init__(self, comparison: Comparison, quiet: bool):
         self._comparison, self._quiet = comparison, quiet
         self._accelerator = run.make_accelerator(comparison.config.model.dtype)
-        self._device = self._accelerator.device
-        run.check_device(comparison.config, self._device)
+        self.device = self._accelerator.device
+        run.check_device(comparison.config, self.device)
         self._encoded: dict[str, run.Encoded] = {}
         self._base_losses: dict[str, float] = {}
         self._base_samples: dict[tuple[int, int], Tensor | None] = {}
@@ -37,7 +37,7 @@ class Bench:
 
     @cached_property
     def _transformer(self) -> Any:
-        transformer = qwen_image.load_transformer(self._comparison.config.model, self._device)
+        transformer = qwen_image.load_transformer(self._comparison.config.model, self.device)
         if self._comparison.config.train.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         return transformer
@@ -54,13 +54,16 @@ class Bench:
     def introduce(self, subject: Subject, arms: Sequence[Arm]) -> None:
         """Encode its pictures and captions, and let each initializer predict, before the base is there. The first time
         is what an initializer costs: the runs find its predictions in the cache."""
-        encoded = run.encode(subject.plan, self._device, quiet=self._quiet)
+        encoded = run.encode(subject.plan, self.device, quiet=self._quiet)
         self._encoded[subject.name] = encoded
         for arm in arms:
             file = self._init_file(subject, arm)
             if not file.exists():
                 began = time.monotonic()
-                seed = self._initialize(subject, arm, self._comparison.config.seed)
+                try:
+                    seed = self._initialize(subject, arm, self._comparison.config.seed)
+                except ValueError:  # its runs will fail by it, and tell
+                    continue
                 write_json(file, {"seconds": round(time.monotonic() - began, 3), "report": seed.report})
 
     def _init_file(self, subject: Subject, arm: Arm) -> Path:
@@ -70,7 +73,7 @@ class Bench:
         prepared = subject.plan
         trials = run.Trials(prepared, self._encoded[subject.name], lambda: self._transformer)
         cache = self._comparison.output / "cache"  # of its own: what it costs must not be known from elsewhere
-        context = run.init_context(prepared, self._device, trials)
+        context = run.init_context(prepared, self.device, trials)
         context = replace(context, seed=seed, say=lambda message: None, cache=cache)
         if arm.control == "wrong-pictures":
             other = self._comparison.other(subject)
@@ -105,7 +108,8 @@ class Bench:
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train, and say what came of it; what is wrong with one run is no reason to stop the others."""
-        init = json.loads(self._init_file(cell.subject, cell.arm).read_text(encoding="utf-8"))
+        file = self._init_file(cell.subject, cell.arm)
+        init = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"seconds": 0.0, "report": {}}
         result = {
             "group": cell.subject.group,
             "subject": cell.subject.name,
@@ -116,7 +120,7 @@ class Bench:
             "init_seconds": init["seconds"],
             "init": init["report"],
             "base_loss": self._base_loss(cell.subject),
-            "hardware": run.hardware(self._device),
+            "hardware": run.hardware(self.device),
         }
         try:
             return {**result, "status": "finished", **self._train(cell)}
@@ -136,8 +140,8 @@ class Bench:
         seed, transformer = self._seed(cell), self._transformer
         first = cell.seed == self._comparison.seeds[0]
         plain = self._plain(prepared) if first else None
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
         def sample(step: int, tracker: Tracker) -> Mapping[str, float]:
             if not first or step not in self._comparison.sample_steps:
@@ -169,7 +173,7 @@ class Bench:
                 handle.remove()
             adapter.remove(transformer)
             self._accelerator.free_memory()
-        return {"applied": applied, "curve": result.validations, "peak_memory_bytes": run.peak_memory(self._device)}
+        return {"applied": applied, "curve": result.validations, "peak_memory_bytes": run.peak_memory(self.device)}
 
     def _draw(self, cell: Cell, prepared: Plan, step: int, tracker: Tracker) -> None:
         """`samples/step-<step>-<prompt>-<noise>.png`"""
@@ -178,7 +182,7 @@ class Bench:
         latents = [self._latents(prepared, text, NUM_SAMPLES) for text in prompts]
         if not latents:
             return
-        vae = qwen_image.load_vae(base, self._device)
+        vae = qwen_image.load_vae(base, self.device)
         for row, (text, part) in enumerate(zip(prompts, latents, strict=True)):
             pictures = qwen_image.decode_latents(vae, part)
             tracker.image(step, f"samples/{text}", pictures[0])

@@ -46,7 +46,7 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     output, request = comparison.output, comparison.request
     number, count = request.part
     units = [(subject, seed) for subject in comparison.subjects for seed in comparison.seeds][number - 1 :: count]
-    cells = [c for c in comparison.cells() if any(c.subject is s and c.seed == seed for s, seed in units)]
+    cells = [cell for cell in comparison.cells() if (cell.subject, cell.seed) in units]
     todo = [cell for cell in cells if (read_result(cell) or {}).get("status") != "finished"]
     for cell in todo:
         remove_leftovers(cell.folder)
@@ -63,11 +63,8 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
             if result["status"] == "failed":
                 log.error("%s: %s", cell.folder, result["error"])
     bench.close()
-    look(
-        comparison,
-        [s for s in comparison.subjects if any(s is u and n == comparison.seeds[0] for u, n in units)],
-        quiet,
-    )
+    seen = [subject for subject, seed in units if seed == comparison.seeds[0]]  # only the first seed draws
+    look(comparison, seen, bench.device, quiet)
     missing = [cell for cell in comparison.cells() if not cell.result_file.exists()]
     if missing or any(read_pictures(comparison, subject) is None for subject in comparison.subjects):
         log.info("part %d of %d is done; %d runs of other parts are missing", number, count, len(missing))
@@ -79,12 +76,11 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
 
 def collect(comparison: Comparison) -> dict[str, Any]:
     """The content of report.json; docs/comparison.md describes it."""
-    runs = []
+    runs, pictures = [], {subject: read_pictures(comparison, subject) or {} for subject in comparison.subjects}
     for cell in comparison.cells():
         result = read_result(cell)
         assert result is not None
-        seen = (read_pictures(comparison, cell.subject) or {}).get("runs", {})
-        measured = seen.get(f"{cell.arm.name}/{cell.folder.name}", {})
+        measured = pictures[cell.subject].get("runs", {}).get(f"{cell.arm.name}/{cell.folder.name}", {})
         for point in result["curve"] if cell.seed == comparison.seeds[0] else []:
             point.update(measured.get(str(point["step"]), {}))
         result["folder"] = cell.folder.relative_to(comparison.output).as_posix()
@@ -112,7 +108,7 @@ def collect(comparison: Comparison) -> dict[str, Any]:
                 "group": subject.group,
                 "train": _entries(subject.plan.dataset.train),
                 "held_out": _entries(subject.plan.dataset.held_out),
-                "training_pictures": (read_pictures(comparison, subject) or {}).get("training", {}),
+                "training_pictures": pictures[subject].get("training", {}),
             }
             for subject in comparison.subjects
         ],

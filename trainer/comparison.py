@@ -124,13 +124,17 @@ class Comparison:
     def fingerprint(self, cell: Cell) -> str:
         """Of all that decides a run's result, the content of models and experts included."""
         prepared = self.plan_of(cell)
-        models = [qwen_image.identity(self.config.model.base), *cell.arm.identity]
+        models = [self._base_identity, *cell.arm.identity]
         other = self.other(cell.subject) if cell.arm.control == "wrong-pictures" else None
         shown = [example.digest for example in other.plan.dataset.train] if other else []
         held_out = [example.digest for example in prepared.dataset.held_out]
         settings = config.to_dict(self.config.validation)
         run = prepared.fingerprint()
         return key(run, models, self.config.train.steps, cell.arm.control, shown, held_out, settings)
+
+    @cached_property
+    def _base_identity(self) -> Any:
+        return qwen_image.identity(self.config.model.base)
 
     @cached_property
     def sample_steps(self) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer import run
 from trainer.cache import key
 from trainer.comparison import Comparison, Subject
 from trainer.dataset import load_picture
@@ -37,14 +36,13 @@ def read_pictures(comparison: Comparison, subject: Subject) -> dict[str, Any] | 
     return found if found is not None and found["key"] == _pictures_key(comparison, subject) else None
 
 
-def look(comparison: Comparison, subjects: Sequence[Subject], quiet: bool) -> None:
+def look(comparison: Comparison, subjects: Sequence[Subject], device: torch.device, quiet: bool) -> None:
     """Embed the samples and the real pictures, and write what that says of each run of the first seed:
 
     `similarity <encoder>`: the mean cosine of all samples with all held-out pictures; `diversity <encoder>`: the mean
     of 1 - cosine of samples that share a prompt; `fidelity`: the mean cosine of samples with their prompts. How
     similar the training pictures are to the held-out ones is measured in the same way.
     """
-    device = run.make_accelerator(comparison.config.model.dtype).device
     for subject in tqdm(subjects, desc="look at samples", unit="subject", disable=quiet):
         if read_pictures(comparison, subject) is None:
             write_json(_pictures_file(comparison, subject), _measure(comparison, subject, device))

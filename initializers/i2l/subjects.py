@@ -162,8 +162,9 @@ class SubjectData:
         references, targets = [], []
         for subject in chosen:
             rows = _shuffled(self.train[subject], random)
-            # the first whose subject has a reference besides it
-            target = next((row for row in rows if any(r in self._place for r in rows if r != row)), rows[0])
+            allowed = {row for row in rows if row in self._place}
+            # the first that leaves enough references; one that is alone is its own
+            target = next((row for row in rows if len(allowed - {row}) >= num_references), rows[0])
             targets.append(target)
             if other_subjects and float(torch.rand((), generator=random)) < other_subjects:
                 shift = int(torch.randint(1, len(self.train), (), generator=random))
