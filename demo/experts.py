@@ -143,11 +143,9 @@ class _World:
 
     def _samples(self) -> Tensor:
         size = (painter.SIZE, painter.SIZE)
-        return torch.cat(
-            [
-                self._sampler.latents(self._transformer, prompt, size=size, seed=number, num_inference_steps=12)
-                for number, prompt in enumerate(self._prompts)
-            ]
+        count = len(self._prompts)
+        return self._sampler.latents(
+            self._transformer, self._prompts, size=size, seeds=range(count), num_inference_steps=12, batch_size=count
         )
 
 

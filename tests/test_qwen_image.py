@@ -182,9 +182,9 @@ def test_samples_are_those_of_the_whole_pipeline(
     ).images[0]
     latents = qwen_image.Sampler(str(tiny_base)).latents(
         transformer,
-        prompts[0],
+        prompts[:1],
         size=(48, 64),
-        seed=7,
+        seeds=[7],
         num_inference_steps=3,
         true_cfg_scale=guidance,
         negative_prompt=prompts[1],
@@ -195,7 +195,7 @@ def test_samples_are_those_of_the_whole_pipeline(
     assert np.abs(np.asarray(actual, dtype=int) - np.asarray(expected, dtype=int)).max() <= 2
     unguided = guidance == 1.0
     other = qwen_image.Sampler(str(tiny_base)).latents(
-        transformer, prompts[0], size=(48, 64), seed=7, num_inference_steps=3, true_cfg_scale=3.0 if unguided else 1.0,
+        transformer, prompts[:1], size=(48, 64), seeds=[7], num_inference_steps=3, true_cfg_scale=3.0 if unguided else 1.0,
         negative_prompt=prompts[1],
     )  # fmt: skip
     assert (other - latents).abs().max() > 1e-4
@@ -204,15 +204,20 @@ def test_samples_are_those_of_the_whole_pipeline(
 def test_samples_depend_on_their_seed_alone(
     tiny_base: Path, transformer: QwenImageTransformer2DModel, prompts: list[torch.Tensor]
 ) -> None:
-    def draw(seed: int, count: int = 1) -> torch.Tensor:
+    def draw(seeds: list[int], texts: list[torch.Tensor], batch_size: int = 1) -> torch.Tensor:
         sampler = qwen_image.Sampler(str(tiny_base))
-        return sampler.latents(transformer, prompts[0], size=(64, 64), seed=seed, num_inference_steps=2, count=count)
+        return sampler.latents(
+            transformer, texts, size=(64, 64), seeds=seeds, num_inference_steps=2, batch_size=batch_size
+        )
 
-    first, state = draw(1), torch.random.get_rng_state()
-    assert torch.equal(draw(1), first) and not torch.equal(draw(2), first)
+    first, state = draw([1], prompts[:1]), torch.random.get_rng_state()
+    assert torch.equal(draw([1], prompts[:1]), first) and not torch.equal(draw([2], prompts[:1]), first)
     assert torch.equal(torch.random.get_rng_state(), state)
-    several = draw(1, 3)
-    assert several.shape[0] == 3 and not torch.equal(several[0], several[1])
+    long = torch.cat([prompts[0], prompts[0]])
+    several = draw([2, 1, 3], [long, prompts[0], prompts[0]], batch_size=3)  # a batch of prompts as long as they are
+    torch.testing.assert_close(several[1:2], first, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(draw([2, 1, 3], [long, prompts[0], prompts[0]]), several, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(several[1], several[2], atol=1e-2)
 
 
 # --- what can be told without loading ---------------------------------------------------------------------

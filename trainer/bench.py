@@ -179,9 +179,9 @@ class Bench:
         """`samples/step-<step>-<prompt>-<noise>.png`"""
         base = prepared.config.model.base
         prompts = prepared.config.validation.prompts
-        latents = [self._latents(prepared, text, NUM_SAMPLES) for text in prompts]
-        if not latents:
+        if not prompts:
             return
+        latents = self._latents(prepared, prompts, NUM_SAMPLES).unflatten(0, (len(prompts), NUM_SAMPLES))
         vae = qwen_image.load_vae(base, self.device)
         for row, (text, part) in enumerate(zip(prompts, latents, strict=True)):
             pictures = qwen_image.decode_latents(vae, part)
@@ -192,7 +192,7 @@ class Bench:
     def _unrelated(self, prepared: Plan) -> Tensor | None:
         """Latents of the samples that drift is measured by."""
         prompts = prepared.config.validation.unrelated_prompts
-        return torch.cat([self._latents(prepared, text, 1) for text in prompts]) if prompts else None
+        return self._latents(prepared, prompts, 1) if prompts else None
 
     def _plain(self, prepared: Plan) -> Tensor | None:
         """The same of the base without an adapter."""
@@ -201,20 +201,16 @@ class Bench:
             self._base_samples[size] = self._unrelated(prepared)
         return self._base_samples[size]
 
-    def _latents(self, prepared: Plan, text: str, count: int) -> Tensor:
-        settings = prepared.config.validation
-        prompts = self._encoded_prompts
+    def _latents(self, prepared: Plan, texts: Sequence[str], count: int) -> Tensor:
+        """`count` samples for each of the texts, those of a text together; the noises are the same for all texts."""
+        settings, prompts = prepared.config.validation, next(iter(self._encoded.values())).prompts
         return self._sampler.latents(
             self._transformer,
-            prompts[text],
+            [prompts[text] for text in texts for _ in range(count)],
             size=prepared.dataset.train[0].bucket,
-            seed=settings.seed,
+            seeds=[settings.seed + number for _ in texts for number in range(count)],
             num_inference_steps=settings.num_inference_steps,
             true_cfg_scale=settings.true_cfg_scale,
             negative_prompt=prompts[validation.EMPTY_PROMPT],
-            count=count,
+            batch_size=prepared.config.train.batch_size,
         )
-
-    @property
-    def _encoded_prompts(self) -> dict[str, Tensor]:
-        return next(iter(self._encoded.values())).prompts

@@ -262,20 +262,20 @@ class Sampler:
     def latents(
         self,
         transformer: QwenImageTransformer2DModel,
-        prompt: Tensor,
+        prompts: Sequence[Tensor],
         *,
         size: tuple[int, int],
-        seed: int,
+        seeds: Sequence[int],
         num_inference_steps: int,
         true_cfg_scale: float = 1.0,
         negative_prompt: Tensor | None = None,
-        count: int = 1,
+        batch_size: int = 1,
     ) -> Tensor:
-        """Normalised latents of `count` pictures of size (width, height). prompt: L D; noise is fixed by `seed`."""
+        """Normalised latents (N C 1 h w) of a picture of size (width, height) for each prompt (L D), whose noise is
+        fixed by its seed. `batch_size` of them are drawn at once."""
         vae_config = AutoencoderKLQwenImage.load_config(self._base, subfolder="vae")
         channels, step = vae_config["z_dim"], 2 ** len(vae_config["temperal_downsample"])
         width, height = size[0] // step, size[1] // step
-        noise = torch.randn(count, channels, 1, height, width, generator=generator(seed, "sample"))
         pipeline = QwenImagePipeline(
             scheduler=self._scheduler,
             vae=None,
@@ -285,19 +285,28 @@ class Sampler:
         )
         pipeline.set_progress_bar_config(disable=True)
         device, dtype = transformer.device, transformer.dtype
-        guided = true_cfg_scale > 1 and negative_prompt is not None
-        tokens = pipeline(
-            prompt_embeds=prompt.to(device, dtype).expand(count, -1, -1),
-            prompt_embeds_mask=torch.ones(count, len(prompt), dtype=torch.bool, device=device),
-            negative_prompt_embeds=negative_prompt.to(device, dtype).expand(count, -1, -1) if guided else None,  # type: ignore[union-attr]
-            negative_prompt_embeds_mask=torch.ones(count, len(negative_prompt), dtype=torch.bool, device=device)  # type: ignore[arg-type]
-            if guided
-            else None,
-            true_cfg_scale=true_cfg_scale if guided else 1.0,
-            width=width * 8,
-            height=height * 8,
-            num_inference_steps=num_inference_steps,
-            latents=pack(noise).to(device, dtype),
-            output_type="latent",
-        ).images
-        return unpack(tokens, height, width)
+
+        def embeds(name: str, texts: Sequence[Tensor]) -> dict[str, Tensor]:
+            stacked, mask = stack_prompts(texts)
+            mask = torch.ones(stacked.shape[:2], dtype=torch.bool) if mask is None else mask
+            return {f"{name}_embeds": stacked.to(device, dtype), f"{name}_embeds_mask": mask.to(device)}
+
+        parts = []
+        for rows in torch.arange(len(prompts)).split(batch_size):
+            noise = [torch.randn(channels, 1, height, width, generator=generator(seeds[i], "sample")) for i in rows]
+            settings: dict[str, Any] = embeds("prompt", [prompts[i] for i in rows])
+            if true_cfg_scale > 1 and negative_prompt is not None:
+                settings |= embeds("negative_prompt", [negative_prompt] * len(rows))
+                settings["true_cfg_scale"] = true_cfg_scale
+            else:
+                settings["true_cfg_scale"] = 1.0
+            tokens = pipeline(
+                width=width * 8,
+                height=height * 8,
+                num_inference_steps=num_inference_steps,
+                latents=pack(torch.stack(noise)).to(device, dtype),
+                output_type="latent",
+                **settings,
+            ).images
+            parts.append(unpack(tokens, height, width))
+        return torch.cat(parts)

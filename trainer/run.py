@@ -271,7 +271,7 @@ def stable_losses(plan: Plan, transformer: torch.nn.Module, encoded: Encoded) ->
     for name, examples in (("val_loss", plan.dataset.held_out), ("train_stable_loss", plan.dataset.train)):
         items = [encoded.item(example) for example in examples[: run.validation.num_pictures]]
         if items:
-            size = run.train.batch_size
+            size = 2 * run.train.batch_size  # without gradients there is room for it
             values[name] = validation.stable_loss(transformer, items, device, dtype, batch_size=size)
     return values
 
@@ -344,6 +344,7 @@ class LoraObjective:
             [prompts[text] for text in settings.prompts],
             prompts[validation.EMPTY_PROMPT] if settings.true_cfg_scale > 1 else None,
             self._plan.dataset.train[0].bucket,
+            batch_size=self._run.train.batch_size,
         )
         folder = self._plan.output / "samples"
         validation.save_samples(folder, step, pictures)

@@ -1,6 +1,6 @@
 """See whether training helps: the stable loss, and sample pictures with fixed seeds on one contact sheet."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,26 +86,25 @@ def draw_samples(
     transformer: QwenImageTransformer2DModel,
     config: ValidationConfig,
     base: str,
-    prompts: Iterable[Tensor],
+    prompts: Sequence[Tensor],
     negative_prompt: Tensor | None,
     size: tuple[int, int],
+    *,
+    batch_size: int = 1,
 ) -> list[Image.Image]:
     """One picture of `size` (width, height) for each prompt. The VAE is brought in to decode, and let go."""
-    sampler = qwen_image.Sampler(base)
-    latents = [
-        sampler.latents(
-            transformer,
-            prompt,
-            size=size,
-            seed=config.seed + row,
-            num_inference_steps=config.num_inference_steps,
-            true_cfg_scale=config.true_cfg_scale,
-            negative_prompt=negative_prompt,
-        )
-        for row, prompt in enumerate(prompts)
-    ]
+    latents = qwen_image.Sampler(base).latents(
+        transformer,
+        prompts,
+        size=size,
+        seeds=[config.seed + row for row in range(len(prompts))],
+        num_inference_steps=config.num_inference_steps,
+        true_cfg_scale=config.true_cfg_scale,
+        negative_prompt=negative_prompt,
+        batch_size=batch_size,
+    )
     vae = qwen_image.load_vae(base, transformer.device)
-    return [picture for one in latents for picture in qwen_image.decode_latents(vae, one)]
+    return [picture for one in latents for picture in qwen_image.decode_latents(vae, one[None])]
 
 
 def save_samples(folder: Path, step: int, pictures: Sequence[Image.Image]) -> None:

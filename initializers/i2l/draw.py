@@ -43,9 +43,9 @@ def draw(
         return [
             sampler.latents(
                 transformer,
-                embeds[number],
+                [embeds[number]],
                 size=size,
-                seed=number,
+                seeds=[number],
                 num_inference_steps=num_inference_steps,
                 true_cfg_scale=true_cfg_scale,
                 negative_prompt=empty,

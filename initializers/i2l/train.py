@@ -316,13 +316,13 @@ class HypernetworkObjective:
                     latents.append(
                         sampler.latents(
                             self._transformer,
-                            data.prompts[text],
+                            [data.prompts[text]] * len(right),
                             size=data.examples[0].bucket,
-                            seed=settings.seed,
+                            seeds=[settings.seed + row for row in range(len(right))],
                             num_inference_steps=settings.num_inference_steps,
                             true_cfg_scale=settings.true_cfg_scale,
                             negative_prompt=data.prompts[validation.EMPTY_PROMPT],
-                            count=len(right),
+                            batch_size=len(right),
                         )
                     )
             vae = qwen_image.load_vae(self._settings.model.base, self._accelerator.device)
