@@ -56,10 +56,10 @@ def test_killed_it_goes_on_with_what_it_has_drawn(
     settings = {"size": (64, 64), "num_inference_steps": 2}
     prompts = ["a big creature", "at night", "in a meadow"]
     draw.draw(str(tiny_base), prompts, tmp_path / "whole", **settings)
-    plain, calls = qwen_image.Sampler.latents, list[int]()
+    plain, calls = qwen_image.Sampler.latents, list[list[int]]()
 
     def sampled(self: qwen_image.Sampler, *given: Any, **options: Any) -> Any:
-        calls.append(options["seed"])
+        calls.append(options["seeds"])
         if len(calls) == 3:
             raise KeyboardInterrupt
         return plain(self, *given, **options)
@@ -69,7 +69,7 @@ def test_killed_it_goes_on_with_what_it_has_drawn(
         draw.draw(str(tiny_base), prompts, tmp_path / "cut", **settings)
     assert not (tmp_path / "cut").exists()
     draw.draw(str(tiny_base), prompts, tmp_path / "cut", **settings)
-    assert calls == [0, 1, 2, 2]
+    assert calls == [[0], [1], [2], [2]]
     assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
     }
