@@ -1,88 +1,80 @@
-"""What a run can start from: one module for each method, with a `Config` and `initialize(context, config) -> Seed`.
+"""What a LoRA can start from, and `warm_start`: one line for scripts. See `registry` for how to add an initializer."""
 
-A module is imported when it is asked for, so that what one needs does not burden the others. To add one, write its
-module and add a line to `_MODULES`. A path to a LoRA, where a name is expected, means the method "file".
-"""
-
-import difflib
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from initializers.registry import (
+    UnknownInitializer,
+    check,
+    config_class,
+    downloads,
+    embed,
+    get,
+    identity,
+    names,
+    resolve,
+)
+
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
-    from torch import Tensor
 
-    from trainer.adapter import Initializer
-
-_MODULES = {
-    "random": "initializers.random",
-    "gaussian": "initializers.gaussian",
-    "file": "initializers.file",
-    "i2l": "initializers.i2l",
-}
-
-
-class UnknownInitializer(ValueError):
-    """Neither the name of an initializer nor the path of a LoRA."""
-
-
-def names() -> tuple[str, ...]:
-    return tuple(_MODULES)
+__all__ = [
+    "UnknownInitializer",
+    "check",
+    "config_class",
+    "downloads",
+    "embed",
+    "get",
+    "identity",
+    "names",
+    "resolve",
+    "warm_start",
+]
 
 
-def resolve(method: str) -> tuple[str, dict[str, Any]]:
-    """A name, or a path of an existing file or folder, as the name and what its table `[init.<name>]` then says."""
-    if method in _MODULES:
-        return method, {}
-    if Path(method).expanduser().exists():
-        return "file", {"path": method}
-    near = difflib.get_close_matches(method, _MODULES, n=1)
-    raise UnknownInitializer(
-        f'"{method}" is neither an initializer ({", ".join(_MODULES)}) nor an existing LoRA file or folder'
-        + (f'; did you mean "{near[0]}"?' if near else "")
+def warm_start(
+    transformer: Any,
+    images: "str | Path | Sequence[str | Path] | Sequence[Image] | None" = None,
+    *,
+    init: str = "i2l",
+    rank: int | None = None,
+    alpha: float | None = None,
+    target_modules: "str | Sequence[str] | None" = None,
+    adapter_name: str | None = None,
+    base: str | None = None,
+    seed: int = 0,
+    cache: "str | Path | None" = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Start the adapter of a script from pictures: one line, before the optimizer is made.
+
+        transformer.add_adapter(lora_config)
+        report = warm_start(transformer, "pictures/", strength=0.8)
+
+    transformer: a `QwenImageTransformer2DModel`, quantised or not, or a `PeftModel` of one. If it has an adapter (LoRA
+    with any rank, alpha, pattern, rslora or DoRA; LoHa; LoKr), that one is seeded; else a LoRA is added, at `rank`
+    (16), `alpha` (the rank) and `target_modules` (the 12 types that i2L covers). images: a folder, paths, or PIL
+    images; only training pictures. init: an initializer's name, or a LoRA file; `options` are the keys of its table,
+    `[init.i2l]` for i2L. base: folder or Hugging Face id of the pipeline, if the transformer does not know it. cache: a
+    folder for predictions.
+
+    Returns a report: what the initializer did, which modules are seeded, random or dropped, the energy kept, and the
+    proof. A LoRA in half precision is raised to fp32, since a seed would be rounded. ConfigError lists all that is
+    wrong with the arguments; AdapterError if the seed cannot be in this adapter.
+    """
+    from initializers import script
+
+    return script.warm_start(
+        transformer,
+        images,
+        init=init,
+        rank=rank,
+        alpha=alpha,
+        target_modules=target_modules,
+        adapter_name=adapter_name,
+        base=base,
+        seed=seed,
+        cache=cache,
+        **options,
     )
-
-
-def config_class(method: str) -> type[Any]:
-    """The dataclass of `[init.<name>]`."""
-    return _module(method).Config
-
-
-def check(method: str, config: Any) -> list[str]:
-    """What can be told of `config` before any model loads, the existence of files included. Empty if all is well."""
-    module = _module(method)
-    if hasattr(module, "check"):
-        return list(module.check(config))
-    return list(config.problems()) if hasattr(config, "problems") else []
-
-
-def downloads(method: str, config: Any) -> list[str]:
-    """What the method would fetch from Hugging Face; empty if all is on this machine."""
-    module = _module(method)
-    if not hasattr(module, "downloads"):
-        return []
-    return [f"{source}: {file}" for source, file in module.downloads(config)]
-
-
-def identity(method: str, config: Any) -> list[str]:
-    """Hashes of the files that a method reads, as far as they are on this machine; the time they take is short."""
-    module = _module(method)
-    return list(module.identity(config)) if hasattr(module, "identity") else []
-
-
-def embed(method: str, config: Any, pictures: "Sequence[Image]", device: "torch.device") -> dict[str, "Tensor"]:
-    """Embeddings of pictures by the encoders of an initializer that has any: name -> N D."""
-    module = _module(method)
-    return dict(module.embed(pictures, config, device)) if hasattr(module, "embed") else {}
-
-
-def get(method: str) -> "Initializer":
-    return _module(method).initialize
-
-
-def _module(method: str) -> ModuleType:
-    return import_module(_MODULES[resolve(method)[0]])

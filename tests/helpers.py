@@ -20,8 +20,9 @@ def run(config: Path, output: Path, *settings: str, resume: bool = False, quiet:
 
 
 def adapter_bytes(output: Path) -> dict[str, bytes]:
-    """The result's files."""
-    files = {path.name: path.read_bytes() for path in (output / "adapter").iterdir()}
+    """The result's files; its model card names the run's folder."""
+    kept = (".safetensors", ".json")
+    files = {path.name: path.read_bytes() for path in (output / "adapter").iterdir() if path.suffix in kept}
     assert "adapter_model.safetensors" in files
     return files
 

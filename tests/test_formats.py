@@ -13,8 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainer import formats
 from trainer.adapter import TARGETS, AdapterWeights
 from trainer.formats import OUTER_MODULES, FormatError, check_lora, module_name, read_lora, write_lora
+from trainer.formats.layouts import layouts_of
+from trainer.formats.lora import open_lora
 from trainer.lowrank import LowRank, zeros
 
 NAMES = tuple(f"transformer_blocks.{block}.{kind}" for block in (0, 11) for kind in TARGETS["all"])
@@ -279,6 +282,150 @@ def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(FormatError, match=said):
             read_lora(tmp_path)
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+GOLDEN = {
+    "diffusion_model": (
+        "diffusion_model.transformer_blocks.0.attn.to_out.0.lora_A.weight",
+        "diffusion_model.transformer_blocks.0.attn.to_out.0.lora_B.weight",
+        "diffusion_model.transformer_blocks.11.txt_mlp.net.0.proj.lora_A.weight",
+        "diffusion_model.transformer_blocks.11.txt_mlp.net.0.proj.lora_B.weight",
+        "diffusion_model.transformer_blocks.0.img_mod.1.lora_A.weight",
+        "diffusion_model.transformer_blocks.0.img_mod.1.lora_B.weight",
+    ),
+    "transformer": (
+        "transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.to_out.0.lora_B.weight",
+        "transformer.transformer_blocks.11.txt_mlp.net.0.proj.lora_A.weight",
+        "transformer.transformer_blocks.11.txt_mlp.net.0.proj.lora_B.weight",
+        "transformer.transformer_blocks.0.img_mod.1.lora_A.weight",
+        "transformer.transformer_blocks.0.img_mod.1.lora_B.weight",
+    ),
+    "kohya": (
+        "lora_unet_transformer_blocks_0_attn_to_out_0.lora_down.weight",
+        "lora_unet_transformer_blocks_0_attn_to_out_0.lora_up.weight",
+        "lora_unet_transformer_blocks_0_attn_to_out_0.alpha",
+        "lora_unet_transformer_blocks_11_txt_mlp_net_0_proj.lora_down.weight",
+        "lora_unet_transformer_blocks_11_txt_mlp_net_0_proj.lora_up.weight",
+        "lora_unet_transformer_blocks_11_txt_mlp_net_0_proj.alpha",
+        "lora_unet_transformer_blocks_0_img_mod_1.lora_down.weight",
+        "lora_unet_transformer_blocks_0_img_mod_1.lora_up.weight",
+        "lora_unet_transformer_blocks_0_img_mod_1.alpha",
+    ),
+    "onetrainer": (
+        "transformer.transformer_blocks.0.attn.to_out.0.lora_down.weight",
+        "transformer.transformer_blocks.0.attn.to_out.0.lora_up.weight",
+        "transformer.transformer_blocks.0.attn.to_out.0.alpha",
+        "transformer.transformer_blocks.11.txt_mlp.net.0.proj.lora_down.weight",
+        "transformer.transformer_blocks.11.txt_mlp.net.0.proj.lora_up.weight",
+        "transformer.transformer_blocks.11.txt_mlp.net.0.proj.alpha",
+        "transformer.transformer_blocks.0.img_mod.1.lora_down.weight",
+        "transformer.transformer_blocks.0.img_mod.1.lora_up.weight",
+        "transformer.transformer_blocks.0.img_mod.1.alpha",
+    ),
+    "bare": (
+        "transformer_blocks.0.attn.to_out.0.lora_A.weight",
+        "transformer_blocks.0.attn.to_out.0.lora_B.weight",
+        "transformer_blocks.11.txt_mlp.net.0.proj.lora_A.weight",
+        "transformer_blocks.11.txt_mlp.net.0.proj.lora_B.weight",
+        "transformer_blocks.0.img_mod.1.lora_A.weight",
+        "transformer_blocks.0.img_mod.1.lora_B.weight",
+    ),
+    "bare.default": (
+        "transformer_blocks.0.attn.to_out.0.lora_A.default.weight",
+        "transformer_blocks.0.attn.to_out.0.lora_B.default.weight",
+        "transformer_blocks.11.txt_mlp.net.0.proj.lora_A.default.weight",
+        "transformer_blocks.11.txt_mlp.net.0.proj.lora_B.default.weight",
+        "transformer_blocks.0.img_mod.1.lora_A.default.weight",
+        "transformer_blocks.0.img_mod.1.lora_B.default.weight",
+    ),
+    "peft": (
+        "base_model.model.transformer_blocks.0.attn.to_out.0.lora_A.weight",
+        "base_model.model.transformer_blocks.0.attn.to_out.0.lora_B.weight",
+        "base_model.model.transformer_blocks.11.txt_mlp.net.0.proj.lora_A.weight",
+        "base_model.model.transformer_blocks.11.txt_mlp.net.0.proj.lora_B.weight",
+        "base_model.model.transformer_blocks.0.img_mod.1.lora_A.weight",
+        "base_model.model.transformer_blocks.0.img_mod.1.lora_B.weight",
+    ),
+}
+
+
+def in_layout(folder: Path, layout: str, found: AdapterWeights, **options: Any) -> Path:
+    path = folder / "adapter_model.safetensors"
+    write_lora(path, found, {"note": "x"}, layout=layout, **options)
+    return path
+
+
+@pytest.mark.parametrize("layout", formats.LAYOUTS)
+def test_the_keys_of_a_layout_are_these(layout: str, tmp_path: Path) -> None:
+    names = ("attn.to_out.0", "txt_mlp.net.0.proj", "img_mod.1")
+    blocks = (0, 11, 0)
+    chosen = [f"transformer_blocks.{block}.{name}" for block, name in zip(blocks, names, strict=True)]
+    found = AdapterWeights({name: weights().factors[name] for name in chosen})
+    path = in_layout(tmp_path, layout, found)
+    state = load_file(path)
+    assert set(state) == set(GOLDEN[layout])
+    assert {float(value) for key, value in state.items() if key.endswith("alpha")} <= {3.0}
+    assert open_lora(path).metadata["note"] == "x"
+    names_found = layouts_of(open_lora(path).modules)
+    assert names_found == [layout]
+
+
+def test_every_layout_has_a_golden_list() -> None:
+    assert GOLDEN.keys() == formats.LAYOUTS.keys()
+
+
+@pytest.mark.parametrize("second", formats.LAYOUTS)
+@pytest.mark.parametrize("first", formats.LAYOUTS)
+def test_from_any_layout_to_any_other_dw_stays(first: str, second: str, tmp_path: Path) -> None:
+    once = read_lora(in_layout(tmp_path / "once", first, weights()))[0]
+    twice = read_lora(in_layout(tmp_path / "twice", second, once))[0]
+    assert_equal(twice, weights(), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "onetrainer", "transformer", "bare"])
+def test_another_alpha_leaves_dw_as_it_is(layout: str, tmp_path: Path) -> None:
+    path = in_layout(tmp_path, layout, weights(), alpha=1.0)
+    assert_equal(read_lora(path)[0], weights())
+    for (_, b), key in ((weights().factors[NAMES[0]], formats.LAYOUTS[layout].keys(NAMES[0])[1]),):
+        assert torch.allclose(load_file(path)[key], 3 * b)  # for a reader whose scale is 1 / 3
+
+
+def test_three_layouts_change_a_real_pipeline_s_picture_alike(tmp_path: Path) -> None:
+    """The demo's pipeline, by diffusers' own loader."""
+    from diffusers import QwenImagePipeline
+
+    pipe = QwenImagePipeline.from_pretrained("demo/model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> Tensor:
+        random = torch.Generator().manual_seed(0)
+        return pipe(
+            "a big creature, at night", width=64, height=64, num_inference_steps=4, generator=random, output_type="pt"
+        ).images[0]
+
+    sizes = {
+        name: (module.in_features, module.out_features)
+        for name, module in pipe.transformer.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("transformer_blocks")
+    }
+    factors = {}
+    for number, (name, (in_features, out_features)) in enumerate(sizes.items()):
+        random = torch.Generator().manual_seed(number)
+        a, b = torch.randn(4, in_features, generator=random), torch.randn(out_features, 4, generator=random)
+        factors[name] = LowRank(a * 0.05, b * 0.05)
+    plain, pictures = draw(), []
+    for layout in ("diffusion_model", "transformer", "kohya"):
+        write_lora(tmp_path / f"{layout}.safetensors", AdapterWeights(factors), {}, layout=layout)
+        pipe.load_lora_weights(str(tmp_path / f"{layout}.safetensors"))
+        pictures.append(draw())
+        pipe.unload_lora_weights()
+    assert (pictures[0] - plain).abs().max() > 0.05
+    assert torch.equal(draw(), plain)
+    for picture in pictures[1:]:
+        torch.testing.assert_close(picture, pictures[0], rtol=0, atol=1e-4)
 
 
 def test_modules_of_rank_zero_are_left_out(tmp_path: Path) -> None:

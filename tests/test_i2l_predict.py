@@ -1,5 +1,6 @@
 """From pictures to a seed: order, scale and rank of what the experts predict, against float64 matrix products."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from initializers.i2l.__main__ import main
 from initializers.i2l.expert import save_expert
 from initializers.i2l.layout import Geometry, Residual, module_shapes
 from trainer.adapter import AdapterWeights, InitContext
+from trainer.formats import read_lora
+from trainer.lowrank import truncate
 
 HIDDEN = text_encoder.HIDDEN_SIZE
 STYLE = Geometry(num_blocks=2, hidden_size=8, embedding_size=24, compress=5)
@@ -354,8 +357,6 @@ def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     """The file it writes is the best LoRA of its rank, and is read back as such."""
     from diffusers import QwenImageTransformer2DModel
 
-    from trainer.formats import read_lora
-
     with torch.device("meta"):
         transformer: Any = QwenImageTransformer2DModel(
             num_layers=2,
@@ -406,3 +407,43 @@ def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "run.toml").write_text(text.replace("encoders =", "encoder ="), encoding="utf-8")
     assert main([*arguments, "--images", str(world / "pictures")]) == 2
     assert "encoders" in capsys.readouterr().err
+
+
+def test_predict_for_a_trainer(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"""
+        [model]
+        base = "{world / "model"}"
+        [init.i2l]
+        experts = ["style"]
+        weights = "{world / "i2l"}"
+        encoders = "{world / "encoders"}"
+        strength = "auto"
+        """
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    recipe = tmp_path / "config.json"
+    recipe.write_text('{"model_family": "qwen_image", "lora_rank": 6, "lora_alpha": 3, "lora_dropout": 0}')
+    base = ["predict", "--config", str(tmp_path / "run.toml"), "--images", str(world / "pictures")]
+    made = tmp_path / "zorp"
+    given = [*base, "--for", "simpletuner", "--recipe", str(recipe), "--output", str(made), "--strength", "0.5"]
+    assert main(given) == 0
+    out = capsys.readouterr().out
+    assert "8 modules, rank 6, alpha 3" in out and "dropped" in out and "SimpleTuner starts from this file" in out
+    whole = initialize(context(world), config(world, "style")).weights.factors
+    found, metadata = read_lora(made / "zorp.safetensors")
+    assert len(found.factors) == 8 and len(json.loads(metadata["warm_start"])["pictures"]) == 3
+    for module, pair in found.factors.items():
+        expected = truncate(whole[module], 6)[0]
+        delta = 0.5 * expected.b.double() @ expected.a.double()
+        assert (pair.b.double() @ pair.a.double() - delta).norm() <= 1e-5 * delta.norm()
+
+    assert main(given) == 2 and "is there already" in capsys.readouterr().err
+    bad = [*base, "--output", str(tmp_path / "x")]
+    for extra, said in (
+        ([], "--rank is needed"),
+        (["--recipe", str(recipe)], "--for TRAINER"),
+        (["--for", "simpletuner", "--recipe", str(recipe), "--rank", "4"], "contradicts the recipe"),
+        (["--for", "diffsynth", "--recipe", str(recipe)], "no configuration of DiffSynth-Studio"),
+        (["--rank", "4", "--strength", "0"], "leaves nothing"),
+    ):
+        assert main([*bad, *extra]) == 2
+        assert said in capsys.readouterr().err

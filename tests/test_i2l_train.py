@@ -104,7 +104,7 @@ def test_each_sample_gets_its_own_lora_as_peft_would_apply_it(tiny_base: Path) -
             settings = AdapterConfig(rank=2)
             adapter.inject(alone, settings)
             weights = AdapterWeights({name: LowRank(a[i], b[i]) for name, (a, b) in factors.items()})
-            assert adapter.apply_seed(alone, Seed(weights, {}), settings, random_seed=0)["seeded"] == 24
+            assert adapter.apply_seed(alone, Seed(weights, {}), random_seed=0)["seeded"] == 24
             expected = qwen_image.predict_velocity(
                 alone, latents[i : i + 1], sigmas[i : i + 1], embeds[i : i + 1], None
             )

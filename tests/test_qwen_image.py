@@ -195,9 +195,14 @@ def test_samples_are_those_of_the_whole_pipeline(
     assert np.abs(np.asarray(actual, dtype=int) - np.asarray(expected, dtype=int)).max() <= 2
     unguided = guidance == 1.0
     other = qwen_image.Sampler(str(tiny_base)).latents(
-        transformer, prompts[:1], size=(48, 64), seeds=[7], num_inference_steps=3, true_cfg_scale=3.0 if unguided else 1.0,
+        transformer,
+        prompts[:1],
+        size=(48, 64),
+        seeds=[7],
+        num_inference_steps=3,
+        true_cfg_scale=3.0 if unguided else 1.0,
         negative_prompt=prompts[1],
-    )  # fmt: skip
+    )
     assert (other - latents).abs().max() > 1e-4
 
 

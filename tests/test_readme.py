@@ -13,6 +13,7 @@ from demo import build, creatures, experts, figure
 from initializers.i2l import __main__ as i2l
 from initializers.i2l.layout import FILES
 from trainer import compare
+from trainer.formats import __main__ as formats
 
 README = Path("README.md").read_text(encoding="utf-8")
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
@@ -44,7 +45,7 @@ def test_every_other_command_is_accepted_by_its_program(monkeypatch: pytest.Monk
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     mains = {"train.py": program.main, "initializers.i2l": i2l.main, "demo.build": build.main}
     mains |= {"demo.creatures": creatures.main, "demo.experts": experts.main, "demo.figure": figure.main}
-    mains |= {"trainer.compare": compare.main}
+    mains |= {"trainer.compare": compare.main, "trainer.formats": formats.main}
     seen = set()
     for line in SHELL:
         words = shlex.split(line, comments=True)

@@ -111,7 +111,7 @@ def test_the_export_is_truncated_on_request(
     cache = f"data.cache={tmp_path / 'cache'}"
     start_from(monkeypatch, holding if held else lambda context: Seed(some_weights(context.modules), {}))
     assert run(run_toml, tmp_path / "whole", *PLAIN, cache) == FINISHED
-    assert run(run_toml, tmp_path / "small", *PLAIN, cache, "adapter.export_rank=3") == FINISHED
+    assert run(run_toml, tmp_path / "small", *PLAIN, cache, "export.rank=3") == FINISHED
     whole, small = (read_lora(tmp_path / name / "adapter")[0].factors for name in ("whole", "small"))
     assert whole.keys() == small.keys() and len(small) >= 24
     for name, factors in small.items():

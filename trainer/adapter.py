@@ -1,4 +1,4 @@
-"""The LoRA on the transformer, through PEFT: inject, seed, prove the seed, read back, save.
+"""The LoRA on the transformer, through PEFT: inject, seed, prove the seed, read back.
 
 Everywhere outside this file factors are *effective*: dW = b a. PEFT multiplies b a by its scale (alpha / rank, or
 alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by the scale and what is read is multiplied.
@@ -7,7 +7,7 @@ alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by th
 import difflib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trainer.files import new_folder, write_json, write_tensors
 from trainer.flow import generator
 from trainer.lowrank import LowRank, norm, pad, rank, relative_difference, truncate, zeros
 
@@ -59,17 +58,11 @@ class AdapterConfig:
     """dW = alpha / sqrt(rank) * b a (arXiv:2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction of the weights apart (arXiv:2402.09353)."""
-    export_rank: int | None = None
-    """Truncate the saved LoRA to this rank, exactly; the log tells how much energy that costs. Default: all of it."""
 
     def problems(self) -> list[str]:
         found = []
         if self.rank < 1:
             found.append(f"rank must be at least 1, not {self.rank}")
-        if self.export_rank is not None and self.export_rank < 1:
-            found.append(f"export_rank must be at least 1, not {self.export_rank}")
-        if self.export_rank is not None and self.use_dora:
-            found.append("export_rank: with use_dora the effect is no low-rank change, and cannot be truncated")
         if self.alpha is not None and not self.alpha > 0:
             found.append(f"alpha must be above 0, not {self.alpha}: at 0 the adapter would have no effect")
         found += [f"rank_pattern: {name} must be at least 1" for name, rank in self.rank_pattern.items() if rank < 1]
@@ -150,25 +143,31 @@ def target_modules(transformer: nn.Module, config: AdapterConfig) -> dict[str, t
     A type matches the module of that name and all whose name ends in "." and it, as PEFT does it. AdapterError names
     all types that match nothing, or something else than a Linear layer, and what is near.
     """
-    linears, others = _linears(transformer), _other_names(transformer)
+    sizes, others = linears(transformer), _other_names(transformer)
     found: set[str] = set()
     problems = []
     for name in config.rank_pattern:
-        if name not in linears:
-            problems.append(f'rank_pattern: there is no module "{name}"; {_nearest(name, linears)}')
+        if name not in sizes:
+            problems.append(f'rank_pattern: there is no module "{name}"; {_nearest(name, sizes)}')
     for wanted in config.module_types:
-        matching = {name for name in linears if _matches(name, wanted)}
+        matching = {name for name in sizes if _matches(name, wanted)}
         if wrong := sorted(name for name in others if _matches(name, wanted)):
             problems.append(f'target_modules: "{wanted}" matches {wrong[0]}, which is no Linear layer')
         elif not matching:
-            problems.append(f'target_modules: "{wanted}" matches no module; {_nearest(wanted, linears)}')
+            problems.append(f'target_modules: "{wanted}" matches no module; {_nearest(wanted, sizes)}')
         found |= matching
     if problems:
         raise AdapterError("\n".join(problems))
-    return {name: size for name, size in linears.items() if name in found}
+    return {name: size for name, size in sizes.items() if name in found}
 
 
-def inject(transformer: Any, config: AdapterConfig) -> None:
+def settings_for(seed: Seed, settings: AdapterConfig) -> AdapterConfig:
+    """With the ranks that the seed asks for."""
+    pattern = {**settings.rank_pattern, **seed.rank_pattern}
+    return replace(settings, rank=seed.rank or settings.rank, rank_pattern=pattern)
+
+
+def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) -> None:
     """Put the adapter on the transformer: in fp32 and trainable; everything else is frozen. Then `apply_seed`.
 
     `transformer` is a diffusers model. The global random state is as it was.
@@ -177,35 +176,37 @@ def inject(transformer: Any, config: AdapterConfig) -> None:
     transformer.requires_grad_(False)
     devices = {p.device for p in transformer.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
-        transformer.add_adapter(_peft_config(config), NAME)
-    for parameter in _parameters(transformer).values():
+        transformer.add_adapter(peft_config(config), adapter_name)
+    for parameter in _parameters(transformer, adapter_name).values():
         parameter.data = parameter.data.float()  # PEFT takes over the base's type; a bf16 seed would be rounded
 
 
 @torch.no_grad()
-def apply_seed(transformer: nn.Module, seed: Seed, config: AdapterConfig, *, random_seed: int) -> dict[str, Any]:
-    """Write the seed into the adapter, at the adapter's rank, and prove it: the report says what became of it.
+def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_name: str = NAME) -> dict[str, Any]:
+    """Write the seed into the adapter, at the adapter's ranks, and prove it: the report says what became of it.
 
     A larger rank is truncated exactly; a smaller one is balanced, and filled with rows that change nothing until they
     are trained; an equal one is taken as it is. Then dW is read back and compared, module by module. AdapterError if
     it differs, if no module of the seed is trained here, or if the seed has other sizes or NaN.
     """
     start = time.perf_counter()
-    modules = target_modules(transformer, config)
+    sizes = linears(transformer)
+    layers = dict(_layers(transformer, adapter_name))
+    modules = {name: sizes[name] for name in layers}
     _check_seed(seed, modules)
     energies = {name: norm(factors) ** 2 for name, factors in seed.weights.factors.items()}
     requested: dict[str, LowRank] = {}
     padded, kept = [], {}
     for name, (in_features, out_features) in modules.items():
-        wanted = config.rank_of(name)
+        wanted = layers[name].r[adapter_name]
         factors, energy = _at_most(seed.weights.factors.get(name, zeros(in_features, out_features)), wanted)
         if energies.get(name):
             kept[name] = energy
             if rank(factors) < wanted:
                 padded.append(name)
         requested[name] = pad(factors, wanted, generator(random_seed, "adapter", name))
-    _write(transformer, requested)
-    error = prove(transformer, AdapterWeights(requested))
+    _write(layers, requested, adapter_name)
+    error = prove(transformer, AdapterWeights(requested), adapter_name)
     dropped = {name: energy for name, energy in energies.items() if name not in modules and energy}
     total = sum(energies.values())
     return {
@@ -219,9 +220,9 @@ def apply_seed(transformer: nn.Module, seed: Seed, config: AdapterConfig, *, ran
     }
 
 
-def prove(transformer: nn.Module, requested: AdapterWeights) -> float:
+def prove(transformer: nn.Module, requested: AdapterWeights, adapter_name: str = NAME) -> float:
     """The largest relative difference between the adapter's dW and what was requested. AdapterError if above 1e-5."""
-    actual = read(transformer).factors
+    actual = read(transformer, adapter_name).factors
     if different := sorted(actual.keys() ^ requested.factors.keys()):
         raise AdapterError(f"the seed is not in the adapter: its modules differ, as in {_first(different)}")
     errors = {name: relative_difference(factors, actual[name]) for name, factors in requested.factors.items()}
@@ -234,12 +235,13 @@ def prove(transformer: nn.Module, requested: AdapterWeights) -> float:
     return max(errors.values())
 
 
-def read(transformer: nn.Module) -> AdapterWeights:
+def read(transformer: nn.Module, adapter_name: str = NAME) -> AdapterWeights:
     """The adapter's effective factors, on the CPU, in fp32. With DoRA: of the direction."""
     factors = {}
-    for name, layer in _layers(transformer):
-        a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-        factors[name] = LowRank(a.detach().float().cpu().clone(), b.detach().float().cpu() * layer.scaling[NAME])
+    for name, layer in _layers(transformer, adapter_name):
+        a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        scaled = b.detach().float().cpu() * layer.scaling[adapter_name]
+        factors[name] = LowRank(a.detach().float().cpu().clone(), scaled)
     if not factors:
         raise AdapterError("this transformer has no adapter")
     return AdapterWeights(factors)
@@ -250,7 +252,7 @@ def hold(transformer: nn.Module, weights: AdapterWeights) -> list[RemovableHandl
 
     AdapterError if a module is missing or of another size.
     """
-    sizes = _linears(transformer)
+    sizes = linears(transformer)
     problems = []
     for name, (a, b) in weights.factors.items():
         if name not in sizes:
@@ -285,6 +287,11 @@ def remove(transformer: Any) -> None:
     transformer.unload_lora()
 
 
+def scales(transformer: nn.Module) -> dict[str, float]:
+    """What PEFT multiplies b a by, of each module."""
+    return {name: float(layer.scaling[NAME]) for name, layer in _layers(transformer)}
+
+
 def tensors(transformer: nn.Module) -> dict[str, Tensor]:
     """The trained tensors under their own names, for checkpoints. They are not copies."""
     return {name: parameter.detach() for name, parameter in _parameters(transformer).items()}
@@ -309,56 +316,8 @@ def load_tensors(transformer: nn.Module, saved: Mapping[str, Tensor]) -> None:
         parameter.copy_(saved[name])
 
 
-def save_whole(folder: Path, weights: AdapterWeights, base: str) -> None:
-    """Write any effective factors as `save` does; modules may differ in rank."""
-    factors = weights.factors
-    ranks = {name: rank(x) for name, x in factors.items()}
-    most = max(set(ranks.values()), key=[*ranks.values()].count)
-    others = {name: value for name, value in ranks.items() if value != most}
-    description = LoraConfig(
-        r=most,
-        lora_alpha=most,
-        target_modules=sorted(factors),
-        rank_pattern=others,
-        alpha_pattern=others,
-    ).to_dict() | {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(factors)}
-    halves = {
-        f"{name}.lora_{half}.weight": tensor for name, x in factors.items() for half, tensor in (("A", x.a), ("B", x.b))
-    }
-    _write_files(folder, halves, halves, description)
-
-
-def save(transformer: nn.Module, folder: Path, config: AdapterConfig, base: str) -> None:
-    """Write the adapter for PEFT and for diffusers into one folder, whole or not at all.
-
-    `PeftModel.from_pretrained` reads adapter_config.json and adapter_model.safetensors. diffusers' `load_lora_weights`
-    would find no key of its own in that file, warn and load nothing; given the folder, it takes
-    pytorch_lora_weights.safetensors first, where the scale is already in b, so that it needs no alpha.
-    """
-    peft, diffusers = {}, {}
-    for name, tensor in tensors(transformer).items():
-        module, part = _split(name)
-        peft[f"{module}.{part}"] = tensor
-        scaled = tensor * _layer(transformer, module).scaling[NAME] if part == "lora_B.weight" else tensor
-        diffusers[f"{module}.{part}"] = scaled
-    description = _peft_config(config).to_dict()
-    description |= {"base_model_name_or_path": base, "inference_mode": True}
-    description["target_modules"] = sorted(config.module_types)
-    _write_files(folder, peft, diffusers, description)
-
-
-def _write_files(
-    folder: Path, peft: Mapping[str, Tensor], diffusers: Mapping[str, Tensor], description: dict[str, Any]
-) -> None:
-    named = {f"base_model.model.{name}": tensor for name, tensor in peft.items()}
-    with new_folder(folder) as partial:
-        write_tensors(partial / "adapter_model.safetensors", named, {"format": "pt"})
-        named = {f"transformer.{name}": tensor for name, tensor in diffusers.items()}
-        write_tensors(partial / "pytorch_lora_weights.safetensors", named, {"format": "pt"})
-        write_json(partial / "adapter_config.json", _plain(description))
-
-
-def _peft_config(config: AdapterConfig) -> LoraConfig:
+def peft_config(config: AdapterConfig) -> LoraConfig:
+    """PEFT's form of it."""
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.effective_alpha,  # PEFT says int and takes any number
@@ -371,8 +330,9 @@ def _peft_config(config: AdapterConfig) -> LoraConfig:
     )
 
 
-def _linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
-    """Linear layers, quantised ones too (all of them are subclasses), by the names they have without an adapter."""
+def linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """in_features and out_features of Linear layers, quantised ones too (all are subclasses), by the names they
+    have without an adapter."""
     adapted = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
     inside = tuple(f"{name}." for name in adapted)
     return {
@@ -402,34 +362,21 @@ def _nearest(wanted: str, names: Iterable[str]) -> str:
     return f"near are {', '.join(near)}" if near else f"this model has {_first(sorted(TARGETS['all']))}"
 
 
-def _layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+def _layers(transformer: nn.Module, adapter_name: str = NAME) -> Iterator[tuple[str, Any]]:
     """Names and PEFT's layers, whose attributes no type checker can follow."""
     for name, module in transformer.named_modules():
-        if isinstance(module, LoraLayer) and NAME in module.lora_A:
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             yield name, module
 
 
-def _layer(transformer: nn.Module, name: str) -> Any:
-    layer = transformer.get_submodule(name)
-    assert isinstance(layer, LoraLayer)
-    return layer
-
-
-def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+def _parameters(transformer: nn.Module, adapter_name: str = NAME) -> dict[str, nn.Parameter]:
     """a, b and, with DoRA, the magnitude of every adapted module."""
     return {
         f"{name}.{part}": parameter
-        for name, layer in _layers(transformer)
+        for name, layer in _layers(transformer, adapter_name)
         for part, parameter in layer.named_parameters()
         if part.startswith("lora_")
     }
-
-
-def _split(name: str) -> tuple[str, str]:
-    """`x.lora_A.default.weight` -> x, `lora_A.weight`; PEFT's files have no ".weight" after the magnitude."""
-    module, _, part = name.rpartition(".lora_")
-    half = part.split(".")[0]
-    return module, "lora_magnitude_vector" if half == "magnitude_vector" else f"lora_{half}.weight"
 
 
 def _check_seed(seed: Seed, modules: dict[str, tuple[int, int]]) -> None:
@@ -466,29 +413,18 @@ def _at_most(factors: LowRank, limit: int) -> tuple[LowRank, float]:
     return LowRank(factors.a.float().cpu(), factors.b.float().cpu()), energy
 
 
-def _write(transformer: nn.Module, requested: dict[str, LowRank]) -> None:
+def _write(layers: Mapping[str, Any], requested: Mapping[str, LowRank], adapter_name: str) -> None:
     for name, factors in requested.items():
-        layer = _layer(transformer, name)
-        layer.lora_A[NAME].weight.copy_(factors.a)
-        layer.lora_B[NAME].weight.copy_(factors.b / layer.scaling[NAME])
-        if NAME in layer.lora_magnitude_vector:
+        layer, scaling = layers[name], layers[name].scaling[adapter_name]
+        a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        a.copy_(factors.a)
+        b.copy_(factors.b / scaling)
+        if adapter_name in layer.lora_magnitude_vector:
             # PEFT made it when b was 0. As the norms of W + dW it leaves W + dW as it is.
-            magnitude = layer.lora_magnitude_vector[NAME]
+            magnitude = layer.lora_magnitude_vector[adapter_name]
             device = magnitude.weight.device
-            a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-            magnitude.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=layer.scaling[NAME])
+            magnitude.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=scaling)
             magnitude.weight.data = magnitude.weight.data.float().to(device)
-
-
-def _plain(value: Any) -> Any:
-    """A PEFT configuration as JSON has it; sets sorted, so that equal runs write equal files."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return getattr(value, "value", value)
 
 
 def _first(names: Iterable[str], separator: str = ", ", count: int = 3) -> str:

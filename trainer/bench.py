@@ -86,7 +86,7 @@ class Bench:
 
     def _norm_matched(self, seed: Seed, number: int) -> Seed:
         """The control that has the seed's singular values, at the rank of the adapter, and nothing else of it."""
-        settings = run.settings_for(seed, self._comparison.config.adapter)
+        settings = adapter.settings_for(seed, self._comparison.config.adapter)
 
         def shuffled(weights: AdapterWeights, limit: Callable[[str], int | None]) -> AdapterWeights:
             found = {}

@@ -67,10 +67,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     def write(partial: Path) -> None:
         try:
             save_file(ready, partial, dict(metadata) if metadata else None)
+            _sort_header(partial)
         except SafetensorError as error:  # so it wraps what the system says
             raise OSError(f"{path}: {error}") from error
 
     write_file(path, write)
+
+
+def _sort_header(path: Path) -> None:
+    """safetensors writes metadata in an order left to chance; equal content should be equal bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+            assert len(text) <= size
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 @contextmanager

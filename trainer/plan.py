@@ -15,6 +15,7 @@ from trainer.adapter import AdapterConfig, Initializer
 from trainer.cache import key
 from trainer.checkpoint import CheckpointConfig
 from trainer.dataset import DataConfig, Dataset, scan
+from trainer.export import ExportConfig
 from trainer.flow import FlowConfig
 from trainer.loop import TrainConfig
 from trainer.pictures import DataError
@@ -46,6 +47,7 @@ class RunConfig:
     flow: FlowConfig = FlowConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
 
 
 class Initializers(Protocol):
@@ -97,7 +99,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Of all that decides the course of training, except its length: a checkpoint belongs to one such course."""
         values = config.to_dict(self.config)
-        for name in ("output", "validation", "checkpoint"):
+        for name in ("output", "validation", "checkpoint", "export"):
             del values[name]
         del values["train"]["steps"], values["data"]["cache"]
         if self.config.train.lr_schedule != "constant":
@@ -160,6 +162,10 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         problems.append(
             '[adapter] use_dora: DoRA needs the base\'s weights unquantised; set [model] quantization = "none"'
         )
+    if run.adapter.use_dora:  # its magnitudes cannot be said as b a
+        for name in ("layouts", "rank"):
+            if getattr(run.export, name):
+                problems.append(f"[export] {name}: with [adapter] use_dora the effect is no low-rank change")
     transformer = qwen_image.transformer_on_meta(run.model.base)
     dataset, modules = None, {}
     try:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, flow, loop, qwen_image, validation
+from trainer import adapter, checkpoint, config, export, flow, loop, qwen_image, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.cache import Cache
 from trainer.dataset import Dataset, Example, batch, drops_caption
@@ -30,7 +29,6 @@ from trainer.encode import encode_pictures, encode_prompts
 from trainer.files import remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.loop import Loss
-from trainer.lowrank import concatenate, norm, truncate
 from trainer.plan import Plan, RunConfig
 from trainer.tracking import Tracker, duration
 
@@ -104,12 +102,14 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     )
     folder = plan.output / "adapter"
     if accelerator.is_main_process:
-        export(objective.transformer, folder, settings, run.model.base, constant)
         report |= {"status": "finished", "steps": result.step, "validations": result.validations}
+        export.export(objective.transformer, folder, run.export, settings, constant, report)
         report["seconds"] = {**seconds, "train": result.seconds, "total": time.monotonic() - began}
         report["peak_memory_bytes"] = peak_memory(device)
         write_json(plan.output / "run.json", report)
         log.info("done in %s: %s", duration(time.monotonic() - began), folder)
+        if run.export.push_to_hub:
+            log.info("uploaded to %s", export.push(folder, run.export.push_to_hub))
     accelerator.end_training()
     return folder
 
@@ -119,37 +119,9 @@ def install(
 ) -> tuple[AdapterConfig, dict[str, Any]]:
     """Inject an adapter and write the seed into it. What is constant in the seed is left to `adapter.hold`. Returns the
     settings that the adapter has, and the report of `apply_seed`."""
-    settings = settings_for(seed, settings)
+    settings = adapter.settings_for(seed, settings)
     adapter.inject(transformer, settings)
-    return settings, adapter.apply_seed(transformer, seed, settings, random_seed=random_seed)
-
-
-def settings_for(seed: Seed, settings: AdapterConfig) -> AdapterConfig:
-    """With the ranks that the seed asks for."""
-    pattern = {**settings.rank_pattern, **seed.rank_pattern}
-    return replace(settings, rank=seed.rank or settings.rank, rank_pattern=pattern)
-
-
-def export(
-    transformer: QwenImageTransformer2DModel,
-    folder: Path,
-    settings: AdapterConfig,
-    base: str,
-    constant: AdapterWeights | None,
-) -> None:
-    """The result: the adapter, with a constant term concatenated on rank, truncated if that is asked for."""
-    if constant is None and settings.export_rank is None:
-        adapter.save(transformer, folder, settings, base)
-        return
-    parts = [weights.factors for weights in (constant, adapter.read(transformer)) if weights is not None]
-    whole = {name: concatenate([part[name] for part in parts if name in part]) for name in sorted({*chain(*parts)})}
-    if settings.export_rank is not None:
-        kept = {name: truncate(factors, settings.export_rank) for name, factors in whole.items()}
-        energies = {name: norm(factors) ** 2 for name, factors in whole.items()}
-        lost = sum(energies[name] * (1 - share) for name, (_, share) in kept.items()) / (sum(energies.values()) or 1)
-        log.info("exported at rank %d, with %.2f%% of the energy lost", settings.export_rank, 100 * lost)
-        whole = {name: factors for name, (factors, _) in kept.items()}
-    adapter.save_whole(folder, AdapterWeights({name: x for name, x in whole.items() if len(x.a)}), base)
+    return settings, adapter.apply_seed(transformer, seed, random_seed=random_seed)
 
 
 def init_context(plan: Plan, device: torch.device, trials: "Trials") -> InitContext:

@@ -1,9 +1,11 @@
 """`python -m initializers.i2l inspect | predict | train`"""
 
 import argparse
+import hashlib
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,13 @@ from initializers.i2l.layout import (
 )
 from initializers.i2l.predict import Config, check, initialize
 from trainer import config, qwen_image
-from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, target_modules
+from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, linears, target_modules
+from trainer.export import origin
 from trainer.formats import FormatError, check_lora, write_lora
+from trainer.formats.handoff import DTYPES, hand_off
+from trainer.formats.recipes import RecipeError, read_recipe
+from trainer.formats.trainers import TRAINERS
+from trainer.formats.verdict import describe as judgement
 from trainer.lowrank import truncate
 from trainer.pictures import SUFFIXES
 
@@ -48,8 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     predict = commands.add_parser("predict", help="write the LoRA that the experts predict, without training")
     predict.add_argument("--config", type=Path, required=True, help="TOML of a run: its [init.i2l] and [model] base")
     predict.add_argument("--images", type=Path, required=True, help="folder of pictures; all of them are used")
-    predict.add_argument("--rank", type=int, required=True, help="rank of the LoRA, by exact truncation")
-    predict.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    predict.add_argument("--rank", type=int, help="rank of the LoRA, by exact truncation; --recipe may say it instead")
+    predict.add_argument("--output", type=Path, required=True, help="the .safetensors file; with --for a new folder")
+    predict.add_argument("--for", dest="trainer", choices=[*TRAINERS], help="as that trainer wants it, ready to paste")
+    recipe = "that trainer's configuration, to read rank, alpha and targets from"
+    predict.add_argument("--recipe", type=Path, metavar="FILE", help=recipe)
+    predict.add_argument("--strength", type=float, help="factor of the LoRA (default: the configuration's; 1 for auto)")
+    predict.add_argument("--dtype", choices=[*DTYPES], default="fp32", help="of the file (default: fp32)")
     draws = commands.add_parser("draw", help="let the base draw pictures of prompts, to train Bias on")
     draws.add_argument("--base", required=True, help="folder or Hugging Face id of the pipeline")
     draws.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
@@ -65,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "draw":
             return draw_prompts(options)
-        return predict_file(options.config, options.images, options.rank, options.output)
+        return predict_file(options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -158,17 +170,40 @@ def _size_lines(header: Header) -> list[str]:
     ]
 
 
-def predict_file(config_path: Path, images: Path, rank: int, output: Path) -> int:
-    """Write the experts' LoRA for all pictures of a folder, truncated to `rank`. ValueError says what is wrong."""
-    own, base = _read_config(config_path)
+def predict_file(options: argparse.Namespace) -> int:
+    """Write the experts' LoRA for all pictures of a folder, truncated. ValueError says what is wrong."""
+    own, base = _read_config(options.config)
+    if options.strength is not None:
+        own = replace(own, strength=options.strength)
+    elif own.strength == "auto":
+        print('strength = "auto" is found by trying, as train.py does; here it is 1, or --strength')
+        own = replace(own, strength=1.0)
     problems = [*check(own), *qwen_image.check_base(base)]
-    pictures = _pictures(images, problems)
-    if rank < 1:
+    if own.strength == 0:
+        problems.append("--strength 0 leaves nothing to write")
+    pictures = _pictures(options.images, problems)
+    recipe = None
+    if options.recipe and not options.trainer:
+        problems.append("--recipe: say whose it is, by --for TRAINER")
+    elif options.recipe:
+        try:
+            recipe = read_recipe(options.recipe, options.trainer)
+        except RecipeError as error:
+            problems.append(f"--recipe: {error}")
+    if options.rank is None and not options.recipe:
+        problems.append("--rank is needed; or --for TRAINER --recipe FILE, to take it from there")
+    elif options.rank is not None and options.rank < 1:
         problems.append("--rank must be at least 1")
+    elif recipe is not None and options.rank not in (None, recipe.rank):
+        problems.append(f"--rank {options.rank} contradicts the recipe, which has rank {recipe.rank}: leave one out")
+    if options.trainer and options.output.exists():
+        problems.append(f"--output: {options.output} is there already; choose another")
     if problems:
         raise config.ConfigError(problems)
     start = time.perf_counter()
     transformer: Any = qwen_image.transformer_on_meta(base)
+    modules = linears(transformer)
+    rank = options.rank or recipe.rank  # type: ignore[union-attr]
     context = InitContext(
         images=pictures,
         modules=target_modules(transformer, AdapterConfig()),
@@ -179,16 +214,32 @@ def predict_file(config_path: Path, images: Path, rank: int, output: Path) -> in
         say=lambda message: print(message, flush=True),
     )
     seed = initialize(context, own)
-    kept, factors = {}, {}
-    for module, whole in tqdm(
-        (seed.constant or seed.weights).factors.items(), desc="truncating", unit="module", leave=False, disable=None
-    ):
-        factors[module], kept[module] = truncate(whole, rank)
-    experts = ", ".join(entry["expert"] for entry in seed.report["experts"])
-    write_lora(output, AdapterWeights(factors), {"made_by": "i2l", "experts": experts})
-    incoming = seed.report["incoming_rank"]
-    print(f"{output}: {len(factors)} modules, rank {min(rank, incoming)} of {incoming}, from {len(pictures)} pictures")
-    print(f"energy kept: {min(kept.values()):.1%} at least, {sum(kept.values()) / len(kept):.1%} on average")
+    whole = seed.constant or seed.weights
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
+    if options.trainer:
+        done = hand_off(
+            whole,
+            options.trainer,
+            modules,
+            options.output,
+            name=options.output.name,
+            metadata=origin(base, seed.report, None, digests, 0),
+            recipe=recipe,
+            wanted_rank=options.rank,
+            dtype=options.dtype,
+        )
+        print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), judgement(done.verdict)]))
+    else:
+        kept, factors = {}, {}
+        for module, x in tqdm(whole.factors.items(), desc="truncating", unit="module", leave=False, disable=None):
+            factors[module], kept[module] = truncate(x, rank)
+        average = sum(kept.values()) / len(kept)
+        metadata = origin(base, seed.report, average, digests, 0)
+        write_lora(options.output, AdapterWeights(factors), metadata, DTYPES[options.dtype])
+        incoming = seed.report["incoming_rank"]
+        print(f"{options.output}: {len(factors)} modules, rank {min(rank, incoming)} of {incoming}, ", end="")
+        print(f"from {len(pictures)} pictures")
+        print(f"energy kept: {min(kept.values()):.1%} at least, {average:.1%} on average")
     print(
         f"{time.perf_counter() - start:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in seed.report['seconds'].items())})"
     )

@@ -1,0 +1,212 @@
+"""The result of a run: the LoRA for PEFT and diffusers, in further layouts if asked for, with a model card."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusers import QwenImageTransformer2DModel
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor
+
+from trainer import adapter
+from trainer.adapter import AdapterConfig, AdapterWeights
+from trainer.files import new_folder, write_json, write_tensors, write_text
+from trainer.formats.layouts import LAYOUTS
+from trainer.formats.lora import (
+    DIFFUSERS_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    interface_metadata,
+    peft_description,
+    plain,
+    write_lora,
+)
+from trainer.lowrank import concatenate, norm, truncate
+from trainer.qwen_image import DTYPES
+
+log = logging.getLogger("trainer")
+
+CARD = Path(__file__).with_name("model_card.md.jinja")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`[export]`"""
+
+    layouts: tuple[str, ...] = ()
+    """Layouts in which the LoRA is written besides those for PEFT and diffusers: "diffusion_model" (for ComfyUI and
+    ai-toolkit), "kohya" (musubi-tuner, OneTrainer), "transformer", "bare", "bare.default"."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the files in those layouts."""
+    rank: int | None = None
+    """Truncate the saved LoRA to this rank, exactly; the log tells how much energy that costs. Default: all of it."""
+    push_to_hub: str = ""
+    """Hugging Face repository, such as "me/my-character", to which the finished LoRA is uploaded; made, private, if it
+    is not there. Default: nothing leaves this machine."""
+
+    def problems(self) -> list[str]:
+        known = [name for name in LAYOUTS if name != "peft"]  # which is always there
+        found = [f'layouts: "{name}" is none of {", ".join(known)}' for name in self.layouts if name not in known]
+        if self.rank is not None and self.rank < 1:
+            found.append(f"rank must be at least 1, not {self.rank}")
+        if self.push_to_hub and self.push_to_hub.count("/") != 1:
+            found.append(f'push_to_hub: "{self.push_to_hub}" is no repository (owner/name)')
+        return found
+
+
+def export(
+    transformer: QwenImageTransformer2DModel,
+    folder: Path,
+    config: ExportConfig,
+    settings: AdapterConfig,
+    constant: AdapterWeights | None,
+    report: Mapping[str, Any],
+) -> None:
+    """Write the adapter, with a constant term concatenated on rank, into `folder`, whole or not at all.
+
+    `PeftModel.from_pretrained` reads adapter_config.json and adapter_model.safetensors. diffusers' `load_lora_weights`
+    would find no key of its own in that file, warn and load nothing; given the folder, it takes
+    pytorch_lora_weights.safetensors first, where the scale is already in b, so that it needs no alpha. `report` is the
+    run's own: what it says of the start goes into the files' metadata, and into the model card README.md.
+    """
+    base = report["config"]["model"]["base"]
+    energy = (report["init"]["applied"]["energy_kept"] or {}).get("mean")
+    pictures = [entry["sha256"] for entry in report["data"]["train"]]
+    metadata = origin(base, report["init"], energy, pictures, report["config"]["train"]["steps"])
+    name = Path(report["config"]["output"]).name
+    whole = None
+    if constant is not None or config.rank is not None:
+        whole = _truncated(_whole(transformer, constant), config.rank)
+        description = peft_description(whole, base)
+        halves = {
+            f"{module}.lora_{half}.weight": tensor
+            for module, factors in whole.factors.items()
+            for half, tensor in zip("AB", factors, strict=True)
+        }
+        peft, diffusers = halves, halves
+    else:
+        own = {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(settings.module_types)}
+        description = plain({**adapter.peft_config(settings).to_dict(), **own})
+        peft, diffusers = _as_it_is(transformer, settings)
+    with new_folder(folder) as partial:
+        named = {f"base_model.model.{key}": tensor for key, tensor in peft.items()}
+        write_tensors(partial / PEFT_FILE, named, {"format": "pt", **metadata})
+        named = {f"transformer.{key}": tensor for key, tensor in diffusers.items()}
+        write_tensors(partial / DIFFUSERS_FILE, named, {"format": "pt", **metadata})
+        write_json(partial / PEFT_CONFIG, description)
+        for layout in config.layouts:
+            weights = _whole(transformer, None) if whole is None else whole
+            ranks = {len(factors.a) for factors in weights.factors.values()}
+            shown = interface_metadata(layout, name, ranks, trigger=report["config"]["data"]["trigger"])
+            entries = {**metadata, **shown}
+            write_lora(partial / f"{name}-{layout}.safetensors", weights, entries, DTYPES[config.dtype], layout=layout)
+        samples = _last_samples(Path(report["config"]["output"]), partial)
+        write_text(partial / "README.md", model_card(report, samples, config.layouts, name))
+
+
+def _whole(transformer: QwenImageTransformer2DModel, constant: AdapterWeights | None) -> AdapterWeights:
+    parts = [weights.factors for weights in (constant, adapter.read(transformer)) if weights is not None]
+    names = sorted({*chain(*parts)})
+    return AdapterWeights({name: concatenate([part[name] for part in parts if name in part]) for name in names})
+
+
+def _truncated(weights: AdapterWeights, rank: int | None) -> AdapterWeights:
+    if rank is None:
+        return weights
+    kept = {name: truncate(factors, rank) for name, factors in weights.factors.items()}
+    energies = {name: norm(factors) ** 2 for name, factors in weights.factors.items()}
+    lost = sum(energies[name] * (1 - share) for name, (_, share) in kept.items()) / (sum(energies.values()) or 1)
+    log.info("exported at rank %d, with %.2f%% of the energy lost", rank, 100 * lost)
+    return AdapterWeights({name: factors for name, (factors, _) in kept.items() if len(factors.a)})
+
+
+def _as_it_is(transformer: QwenImageTransformer2DModel, settings: AdapterConfig) -> tuple[dict[str, Tensor], ...]:
+    """PEFT's tensors, and diffusers', by module and half: with DoRA there are magnitudes among them."""
+    peft, diffusers = {}, {}
+    scales = adapter.scales(transformer)
+    for name, tensor in adapter.tensors(transformer).items():
+        # `x.lora_A.default.weight` -> `x.lora_A.weight`; there is no ".weight" after the magnitude
+        module, _, part = name.rpartition(".lora_")
+        half = part.split(".")[0]
+        key = f"{module}.lora_magnitude_vector" if half == "magnitude_vector" else f"{module}.lora_{half}.weight"
+        peft[key] = tensor
+        diffusers[key] = tensor * scales[module] if half == "B" else tensor
+    return peft, diffusers
+
+
+def origin(
+    base: str, init: Mapping[str, Any], energy_kept: float | None, pictures: Sequence[str], steps: int
+) -> dict[str, str]:
+    """Where a LoRA comes from, as metadata of its files: one key, `warm_start`, with JSON in it.
+
+    init: the initializer's report; pictures: their SHA-256.
+    """
+    found = {
+        "base_model": base,
+        "initializer": init["method"],
+        "experts": [expert["expert"] for expert in init.get("experts", [])],
+        "strength": init.get("strength"),
+        "energy_kept": energy_kept,
+        "pictures": list(pictures),
+        "steps": steps,
+    }
+    return {"warm_start": json.dumps(found)}
+
+
+def _last_samples(output: Path, folder: Path) -> list[str]:
+    """Copy the last samples of a run into `folder`; their names."""
+    files = sorted(output.glob("samples/step-*.png"))
+    last = [file for file in files if file.name[:11] == files[-1].name[:11]]
+    for file in last:
+        (folder / "samples").mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / "samples" / file.name)
+    return [f"samples/{file.name}" for file in last]
+
+
+def model_card(report: Mapping[str, Any], samples: list[str], layouts: tuple[str, ...], name: str) -> str:
+    """README.md for Hugging Face: YAML with what the Hub reads, then how the LoRA was made and how to load it."""
+    config = report["config"]
+    base, trigger = config["model"]["base"], config["data"]["trigger"]
+    is_id = not Path(base).is_dir()
+    data = ModelCardData(
+        base_model=base if is_id else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "qwen-image", "text-to-image", "diffusers"],
+        instance_prompt=trigger or None,
+    )
+    prompts = config["validation"]["prompts"]
+    card = ModelCard.from_template(
+        data,
+        template_str=CARD.read_text(encoding="utf-8"),
+        name=name,
+        base=base,
+        trigger=trigger,
+        config=config,
+        init=report["init"],
+        pictures=len(report["data"]["train"]),
+        validations=report.get("validations", []),
+        samples=list(zip(prompts, samples, strict=False)),
+        files=[f"{name}-{layout}.safetensors" for layout in layouts],
+    )
+    return str(card)
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload the folder to Hugging Face, into a private repository if it is new; its address. OSError if that fails."""
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repository, private=True, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="LoRA with its model card")
+    except (HfHubHTTPError, OSError) as error:
+        raise OSError(
+            f"[export] push_to_hub: the upload to {repository} failed ({error}). The LoRA is whole in {folder}; "
+            f"log in with `hf auth login`, then upload it with `hf upload {repository} {folder}`"
+        ) from error
+    return address

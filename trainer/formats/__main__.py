@@ -1,0 +1,130 @@
+"""`python -m trainer.formats convert | check`"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer import adapter, qwen_image
+from trainer.adapter import AdapterWeights
+from trainer.flow import generator
+from trainer.formats.handoff import DTYPES, hand_off
+from trainer.formats.layouts import LAYOUTS
+from trainer.formats.lora import PEFT_FILE, FormatError, open_lora, write_lora
+from trainer.formats.recipes import Recipe, read_recipe
+from trainer.formats.trainers import TRAINERS
+from trainer.formats.verdict import describe, judge
+from trainer.lowrank import pad, rank, relative_difference, truncate
+
+DROPPED_METADATA = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""Of the tensors as they were, or of a scale that is now in b."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.formats",
+        description="LoRA files for Qwen-Image: from one layout to another, and what a trainer will do with one.",
+        epilog="Exit codes: 0 done; 1 check: the trainer's start would not equal the file; 2 something is wrong with "
+        "the arguments or the file.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="write a LoRA as a trainer, or a layout, wants it")
+    convert.add_argument("file", type=Path, help="a .safetensors file in any layout, or a folder of PEFT or diffusers")
+    convert.add_argument("out", type=Path, help="with --for a new folder, with --layout a new file")
+    to = convert.add_mutually_exclusive_group(required=True)
+    to.add_argument("--for", dest="trainer", choices=[*TRAINERS], help="with its configuration's lines beside the file")
+    to.add_argument("--layout", choices=[*LAYOUTS], help="only the file; peft: a folder")
+    convert.add_argument(
+        "--rank", type=int, help="of the new file, by exact truncation (default: the recipe's, or as it is)"
+    )
+    convert.add_argument("--dtype", choices=[*DTYPES], default="fp32", help="default: fp32")
+    check = commands.add_parser("check", help="what a trainer will do with a LoRA file")
+    check.add_argument("file", type=Path)
+    check.add_argument("--for", dest="trainer", choices=[*TRAINERS], required=True)
+    for command in (convert, check):
+        command.add_argument(
+            "--recipe",
+            type=Path,
+            metavar="FILE",
+            help="that trainer's configuration, to read rank, alpha and targets from",
+        )
+        command.add_argument("--base", default="Qwen/Qwen-Image", help="the model (default: Qwen/Qwen-Image)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return _check(options) if options.command == "check" else _convert(options)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _recipe(options: argparse.Namespace) -> Recipe | None:
+    return read_recipe(options.recipe, options.trainer) if options.recipe else None
+
+
+def _check(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
+    verdict = judge(options.file, options.trainer, base_modules(options.base), recipe)
+    if options.recipe is None and options.trainer != "comfyui":
+        print("no --recipe: taken at the file's rank, with that trainer's defaults otherwise")
+    print(describe(verdict))
+    return 0 if verdict.equal else 1
+
+
+def base_modules(base: str) -> dict[str, tuple[int, int]]:
+    """in_features and out_features of the model's Linear layers, from its configuration alone."""
+    if problems := qwen_image.check_base(base):
+        raise FormatError("; ".join(f"--{problem}" for problem in problems))
+    return adapter.linears(qwen_image.transformer_on_meta(base))
+
+
+def _convert(options: argparse.Namespace) -> int:
+    problems = []
+    if options.out.exists():
+        problems.append(f"{options.out} is there already: choose another name")
+    if options.rank is not None and options.rank < 1:
+        problems.append("--rank must be at least 1")
+    if options.layout and options.recipe:
+        problems.append("--recipe has no effect with --layout: choose --for TRAINER")
+    file = open_lora(options.file)
+    if problems:
+        raise FormatError("\n".join(problems))
+    weights, metadata = file.read()
+    metadata = {key: value for key, value in metadata.items() if key not in DROPPED_METADATA}
+    if options.layout:
+        return _convert_layout(options, weights, metadata)
+    done = hand_off(
+        weights,
+        options.trainer,
+        base_modules(options.base),
+        options.out,
+        name=options.out.name,
+        metadata=metadata,
+        recipe=_recipe(options),
+        wanted_rank=options.rank,
+        dtype=options.dtype,
+    )
+    print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), describe(done.verdict)]))
+    return 0
+
+
+def _convert_layout(options: argparse.Namespace, weights: AdapterWeights, metadata: dict[str, str]) -> int:
+    """Rows in the order of their singular values, dW as it was, or at `--rank`."""
+    path = options.out / PEFT_FILE if options.layout == "peft" else options.out
+    if options.layout != "peft" and path.suffix != ".safetensors":
+        raise FormatError(f"{path}: the file's name must end in .safetensors")
+    factors, worst = {}, 0.0
+    for name, x in weights.factors.items():
+        wanted = options.rank or rank(x)
+        short = truncate(x, wanted)[0]
+        factors[name] = pad(short, wanted, generator("hand off", name))
+        worst = max(worst, relative_difference(x, factors[name]))
+    write_lora(path, AdapterWeights(factors), metadata, DTYPES[options.dtype], layout=options.layout)
+    rounded = f"before rounding to {options.dtype}, dW differs by {worst:.0e} at most"
+    print(f"{options.out}: {len(factors)} modules; {rounded}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

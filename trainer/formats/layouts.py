@@ -1,0 +1,131 @@
+"""The layouts of LoRA files for Qwen-Image: one table. A layout is how modules and their factors are named.
+
+A key is prefix + module + half, and optionally there is an `.alpha` for each module:
+
+    prefix     none | "transformer." | "diffusion_model." | "base_model.model."    module names with dots
+               "lora_unet_" (kohya)                                                module names with underscores
+    half       lora_A | lora_down | lora.down (rank, in_features);  lora_B | lora_up | lora.up (out_features, rank)
+               then optionally ".default", then ".weight"
+
+To add a layout, add an entry to `LAYOUTS`, and its keys to the golden list in tests/test_formats.py.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from trainer.adapter import TARGETS
+
+OUTER_MODULES = (
+    "img_in",
+    "txt_in",
+    "proj_out",
+    "norm_out.linear",
+    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.timestep_embedder.linear_2",
+)
+"""Qwen-Image's Linear layers outside of its blocks."""
+
+PEFT_PREFIX = "base_model.model."
+KOHYA_PREFIX = "lora_unet_"
+
+
+@dataclass(frozen=True)
+class Layout:
+    prefix: str
+    halves: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    """Of a and of b."""
+    flat: bool = False
+    """Module names have underscores instead of dots."""
+    alpha: bool = False
+    """Each module has an `.alpha`: the file's dW is alpha / rank * b a. Without it, b a."""
+
+    def keys(self, module: str) -> tuple[str, str, str]:
+        """Of a, b and alpha of a module, by its name in the transformer."""
+        stem = self.prefix + (module.replace(".", "_") if self.flat else module)
+        return f"{stem}.{self.halves[0]}", f"{stem}.{self.halves[1]}", f"{stem}.alpha"
+
+
+LAYOUTS: dict[str, Layout] = {
+    "diffusion_model": Layout("diffusion_model."),
+    "transformer": Layout("transformer."),
+    "kohya": Layout(KOHYA_PREFIX, ("lora_down.weight", "lora_up.weight"), flat=True, alpha=True),
+    "onetrainer": Layout("transformer.", ("lora_down.weight", "lora_up.weight"), alpha=True),
+    "bare": Layout(""),
+    "bare.default": Layout("", ("lora_A.default.weight", "lora_B.default.weight")),
+    "peft": Layout(PEFT_PREFIX),
+}
+"""`peft` needs adapter_config.json beside it, which holds alpha; `bare.default` is what i2L writes; `onetrainer` is the
+only one that its old versions take."""
+
+_KEY = re.compile(
+    r"(?P<module>.+)\.(?:(?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?(?:\.weight)?|(?P<alpha>alpha))"
+)
+_PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.")
+_IS_A = {"lora_A": True, "lora_down": True, "lora.down": True, "lora_B": False, "lora_up": False, "lora.up": False}
+_FLAT_TYPES = {name.replace(".", "_"): name for name in TARGETS["all"]}
+_FLAT_OUTER = {name.replace(".", "_"): name for name in OUTER_MODULES}
+
+
+@dataclass
+class ModuleKeys:
+    """The keys of one module in a file."""
+
+    a: str | None = None
+    b: str | None = None
+    alpha: str | None = None
+
+
+def module_name(name: str) -> str | None:
+    """The transformer's own name of a module in a file, or None if Qwen-Image has no such module."""
+    if name.startswith(KOHYA_PREFIX):
+        flat = name.removeprefix(KOHYA_PREFIX)
+        if match := re.fullmatch(r"transformer_blocks_(\d+)_(.+)", flat):
+            kind = _FLAT_TYPES.get(match[2])
+            return f"transformer_blocks.{match[1]}.{kind}" if kind else None
+        return _FLAT_OUTER.get(flat)
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    match = re.fullmatch(r"transformer_blocks\.\d+\.(.+)", name)
+    known = match[1] in TARGETS["all"] if match else name in OUTER_MODULES
+    return name if known else None
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """The keys of a file by module, and what is none."""
+
+    modules: dict[str, ModuleKeys]
+    foreign: list[str]
+    """Module names that Qwen-Image does not have."""
+    unread: list[str]
+    """Keys that are no part of a LoRA."""
+    twice: list[tuple[str, str]]
+    """A module, and the key that repeats a part of it."""
+
+
+def sort_keys(keys: Collection[str]) -> Sorted:
+    modules: dict[str, ModuleKeys] = {}
+    found = Sorted(modules, [], [], [])
+    for key in sorted(keys):
+        match = _KEY.fullmatch(key)
+        if match is None:
+            found.unread.append(key)
+        elif (name := module_name(match["module"])) is None:
+            found.foreign.append(match["module"])
+        else:
+            part = "alpha" if match["alpha"] else "a" if _IS_A[match["half"]] else "b"
+            if getattr(modules.setdefault(name, ModuleKeys()), part) is not None:
+                found.twice.append((name, key))
+            setattr(modules[name], part, key)
+    return found
+
+
+def layouts_of(modules: Mapping[str, ModuleKeys]) -> list[str]:
+    """The names of the layouts in which all factors are, as they are written; empty if in none. A file without
+    `.alpha` may be in a layout that has it: alpha then is the rank."""
+    return [
+        name
+        for name, layout in LAYOUTS.items()
+        if all((keys.a, keys.b) == layout.keys(module)[:2] for module, keys in modules.items())
+    ]
