@@ -269,10 +269,10 @@ def test_a_seed_that_does_not_arrive_is_an_error(
     adapter.inject(model, config)
     write = adapter._write
 
-    def damaged(transformer: nn.Module, requested: dict[str, LowRank]) -> None:
+    def damaged(found: dict[str, Any], requested: dict[str, LowRank], adapter_name: str) -> None:
         copy = dict(requested)
         damage(copy)
-        write(transformer, copy)
+        write(found, copy, adapter_name)
 
     monkeypatch.setattr(adapter, "_write", damaged)
     with pytest.raises(

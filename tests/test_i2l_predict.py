@@ -353,8 +353,8 @@ def test_downloads(world: Path) -> None:
     assert names == [predict.FILES["style"], *encoders.ENCODER_FILES]
 
 
-def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file it writes is the best LoRA of its rank, and is read back as such."""
+def small_base(world: Path) -> None:
+    """The shapes of a transformer, without weights, where the predict command looks for them."""
     from diffusers import QwenImageTransformer2DModel
 
     with torch.device("meta"):
@@ -367,6 +367,11 @@ def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         )
     transformer.save_config(world / "base" / "transformer")
     (world / "base" / "vae").mkdir(exist_ok=True)
+
+
+def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file it writes is the best LoRA of its rank, and is read back as such."""
+    small_base(world)
     text = f"""
         [model]
         base = "{world / "base"}"
@@ -410,9 +415,10 @@ def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_predict_for_a_trainer(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_base(world)
     text = f"""
         [model]
-        base = "{world / "model"}"
+        base = "{world / "base"}"
         [init.i2l]
         experts = ["style"]
         weights = "{world / "i2l"}"

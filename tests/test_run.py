@@ -32,7 +32,7 @@ from peft import PeftModel
 import initializers
 import initializers.random
 import trainer.files
-from trainer import adapter, checkpoint, qwen_image, tracking, validation
+from trainer import adapter, checkpoint, export, qwen_image, tracking, validation
 from trainer import run as program
 from trainer.adapter import InitContext, Seed
 from trainer.plan import Plan, describe, load_config, prepare
@@ -168,7 +168,7 @@ def die_in(owner: Any, name: str, call: int) -> None:
         (tracking.Tracker, "scalars", 6, 2),  # lines of steps 0 to 4 are written, with that of validation
         (trainer.files, "save_file", 2, 2),  # in the second checkpoint
         (trainer.files, "save_file", 6, 6),  # in the adapter
-        (adapter, "save", 0, 6),
+        (export, "export", 0, 6),
     ],
 )
 def test_a_killed_run_can_be_resumed_to_the_same_bytes(
@@ -306,9 +306,8 @@ def test_a_disk_full_at_any_write_costs_no_more_than_the_way_from_the_last_check
         disk = FullDisk(patch, None)
         assert run(run_toml, tmp_path / "through", *settings, cache) == FINISHED
     expected, writes = adapter_bytes(tmp_path / "through"), disk.calls
-    assert (
-        writes == 2 + 1 + 2 + 3 + 2 + 3 + 3 + 1
-    )  # cache, run.json, samples, checkpoint, samples, ..., adapter, run.json
+    # cache, run.json, samples, checkpoint, samples, checkpoint, adapter with its card, run.json
+    assert writes == 2 + 1 + 2 + 3 + 2 + 3 + 4 + 1
     for at in range(writes):
         output = tmp_path / str(at)
         if at >= 2:  # encoded already
@@ -424,6 +423,8 @@ def test_exactly_these_files_are_left_and_the_pictures_are_untouched(
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/pytorch_lora_weights.safetensors",
+        "adapter/README.md",
+        "adapter/samples/step-000006-0.png",
         *(
             f"checkpoints/step-0000000{step}/{name}"
             for step in (4, 6)
