@@ -133,6 +133,10 @@ def _unfit(model: nn.Module, name: str, kinds: set[type]) -> list[str]:
     for kind in kinds:
         if not issubclass(kind, LoraLayer | LoHaLayer | LoKrLayer) or issubclass(kind, AdaLoraLayer):
             problems.append(f"{kind.__name__}: only LoRA, LoHa and LoKr can take a low-rank start")
+    for _, layer in lycoris.layers(model, name):
+        if not layer.get_base_layer().weight.is_floating_point():
+            problems.append("LoHa and LoKr of PEFT do not work on a quantised base: take a LoRA")
+            break
     found = getattr(model, "peft_config", {}).get(name)
     start = getattr(found, "init_lora_weights", None)
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):

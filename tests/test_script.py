@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model, inject_adapter_in_model
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from initializers import warm_start
 from tests.test_adapter import layers, output, tiny
 from tests.test_trainers import deltas, modules, weights
-from trainer import lycoris
+from trainer import adapter, lycoris
 from trainer.adapter import TARGETS, AdapterError
 from trainer.config import ConfigError
 from trainer.formats import write_lora
@@ -237,3 +238,47 @@ def test_what_cannot_take_a_start_is_refused(lora: str) -> None:
     with pytest.raises(ConfigError, match="low-rank start"):
         warm_start(ada, init=lora)
     assert modules()
+
+
+def quantised(kind: str) -> Any:
+    """The tiny model with bitsandbytes' own layers, on the CPU; diffusers would ask for a GPU to load them."""
+    model = tiny()
+    for name, layer in [*model.named_modules()]:
+        if not isinstance(layer, nn.Linear) or not name.startswith("transformer_blocks"):
+            continue
+        size, weight = (layer.in_features, layer.out_features), layer.weight.data
+        if kind == "nf4":
+            new: Any = bnb.nn.Linear4bit(*size, compute_dtype=torch.float32, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        new.bias = layer.bias
+        model.set_submodule(name, new.to("cpu"))
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+    return model
+
+
+@pytest.mark.parametrize(("kind", "dora"), [("nf4", False), ("int8", False), ("nf4", True)])
+def test_quantised_bases(kind: str, dora: bool, lora: str) -> None:
+    model = quantised(kind)
+    base = output(model)
+    assert 1e-5 < (base - output(tiny())).norm() / base.norm() < 0.1
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=6, lora_alpha=3, target_modules=TWELVE, use_dora=dora))
+    expected_kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
+    assert {type(layer).__name__ for layer in layers(model).values()} == {expected_kind}
+    assert warm_start(model, init=lora)["seeded"] == 24
+    seeded = output(model)
+    reference = quantised(kind)
+    adapter.hold(reference, weights())
+    expected = output(reference)
+    assert (seeded - expected).norm() < 1e-4 * (expected - base).norm()
+    assert_seeded(model)
+
+
+def test_lycoris_on_a_quantised_base_is_refused(lora: str) -> None:
+    model = quantised("nf4")
+    inject_adapter_in_model(LoHaConfig(r=6, target_modules=TWELVE), model)
+    with pytest.raises(ConfigError, match="quantised"):
+        warm_start(model, init=lora)

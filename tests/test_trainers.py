@@ -365,6 +365,25 @@ def load_pairs(file: Path) -> dict[str, LowRank]:
     return found
 
 
+def test_musubi_s_recipe_may_be_a_command_line(tmp_path: Path) -> None:
+    (tmp_path / "run.sh").write_text(
+        "accelerate launch qwen_image_train_network.py --network_module networks.lora_qwen_image \\\n"
+        "  --network_dim=8 --network_args \"exclude_patterns=['.*attn.*']\" \"include_patterns=['.*to_q']\" --seed 1\n"
+    )
+    recipe = read_recipe(tmp_path / "run.sh", "musubi-tuner")
+    assert (recipe.rank, recipe.alpha) == (8, 1)  # its default, not the rank
+    assert len(recipe.targets(modules())) == 28 - 16 + 2
+
+
+def test_the_energy_that_is_left_stands_in_the_file(tmp_path: Path) -> None:
+    origin = {"warm_start": json.dumps({"initializer": "i2l", "energy_kept": 0.5})}
+    done = hand_off(weights(), "comfyui", modules(), tmp_path / "x", name="x", metadata=origin, wanted_rank=2)
+    found = json.loads(read_lora(done.file)[1]["warm_start"])
+    squares = {n: torch.linalg.svdvals(d).square() for n, d in deltas(weights()).items()}
+    share = float(sum(s[:2].sum() for s in squares.values()) / sum(s.sum() for s in squares.values()))
+    assert found == {"initializer": "i2l", "energy_kept": pytest.approx(0.5 * share)}
+
+
 @pytest.mark.parametrize("trainer", RECIPES)
 def test_the_lines_that_are_written_are_a_recipe(trainer: str, tmp_path: Path) -> None:
     made_for(trainer, tmp_path / "made", wanted_rank=RANK)

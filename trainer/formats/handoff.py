@@ -80,7 +80,10 @@ def hand_off(
     file_name = f"{name}.safetensors"
     with new_folder(folder) as partial:
         ready = AdapterWeights(factors)
-        entries = {**metadata, **interface_metadata(target.layout, name, [given.rank], alpha=alpha)}
+        entries = {
+            **_with_energy(metadata, kept, energies),
+            **interface_metadata(target.layout, name, [given.rank], alpha=alpha),
+        }
         write_lora(partial / file_name, ready, entries, DTYPES[dtype], layout=target.layout, alpha=alpha)
         extra = []
         if trainer == "musubi-tuner" and given.alpha != 1:
@@ -99,6 +102,21 @@ def hand_off(
         verdict = judge(partial / file_name, trainer, modules, recipe)
         write_text(partial / "README.md", readme(trainer, file_name, extra, lines, snippet, given.rank))
     return Handoff(folder, folder / file_name, lines, verdict)
+
+
+def _with_energy(
+    metadata: Mapping[str, str], kept: Mapping[str, float], energies: Mapping[str, float]
+) -> dict[str, str]:
+    """With the share of the whole LoRA's energy that is left, in what the file says of its origin."""
+    found = dict(metadata)
+    if "warm_start" in found:
+        origin = json.loads(found["warm_start"])
+        share = sum(energies.get(module, 0.0) * value for module, value in kept.items()) / (
+            sum(energies.values()) or 1.0
+        )
+        origin["energy_kept"] = share * (1.0 if origin.get("energy_kept") is None else origin["energy_kept"])
+        found["warm_start"] = json.dumps(origin)
+    return found
 
 
 def _types(modules: Sequence[str] | Mapping[str, object]) -> list[str]:
