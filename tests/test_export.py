@@ -27,6 +27,7 @@ def report(folder: Path) -> dict[str, Any]:
             "output": str(folder),
             "model": {"base": "some/base"},
             "data": {"trigger": "zorp", "resolution": 64},
+            "adapter": {"use_dora": False},
             "train": {**train, "lr_schedule": "constant", "optimizer": "adamw"},
             "validation": {"prompts": ["zorp at night"]},
         },
@@ -152,6 +153,9 @@ def test_the_model_card_says_how_to_load_it_and_shows_samples(run_toml: Path, tm
     folder = tmp_path / "my_char" / "adapter"
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "diffusers" and card.data.instance_prompt == "zorp" and "lora" in card.data.tags
+    lines = card.content.splitlines()
+    row = next(number for number, line in enumerate(lines) if line.startswith("| a big creature"))
+    assert lines[row + 1] == "|---|" and lines[row + 2] == "| ![](samples/step-000004-0.png) |"  # a table in Markdown
     for part in (
         "load_lora_weights",
         "my_char-kohya.safetensors",

@@ -80,10 +80,8 @@ def hand_off(
     file_name = f"{name}.safetensors"
     with new_folder(folder) as partial:
         ready = AdapterWeights(factors)
-        entries = {
-            **_with_energy(metadata, kept, energies),
-            **interface_metadata(target.layout, name, [given.rank], alpha=alpha),
-        }
+        shown = interface_metadata(target.layout, name, [given.rank], alpha=alpha)
+        entries = {**_with_energy(metadata, kept, energies), **shown}
         write_lora(partial / file_name, ready, entries, DTYPES[dtype], layout=target.layout, alpha=alpha)
         extra = []
         if trainer == "musubi-tuner" and given.alpha != 1:
