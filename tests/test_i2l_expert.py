@@ -8,7 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from initializers.i2l.expert import Expert, factors, load_expert, merge_pictures, save_expert
+from initializers.i2l.expert import (
+    Expert,
+    Factors,
+    factor_shapes,
+    load_expert,
+    merge_pictures,
+    predict,
+    read_geometry,
+    save_expert,
+)
 from initializers.i2l.layout import Geometry, LayoutError, Residual, expert_layout
 
 WIDTH = 5632  # true embedding width: the longest sum in the forward pass
@@ -37,6 +46,15 @@ REFERENCE_GROUPS = {
     3: [("txt_mlp.net.2", 4, 1), ("txt_mod.1", 1, 6)],
 }
 Array = NDArray[np.float64]
+
+
+def predict_all(path: Path, embeddings: Tensor, residual: Tensor | None = None) -> dict[str, Factors]:
+    """All of it, in the shapes that were announced."""
+    found = dict(predict(path, embeddings, residual))
+    announced = factor_shapes(read_geometry(path), len(embeddings))
+    assert list(found) == list(announced)
+    assert all(tuple(tuple(x.shape) for x in pair) == announced[name] for name, pair in found.items())
+    return found
 
 
 def random_expert(geometry: Geometry, seed: int = 0) -> Expert:
@@ -125,7 +143,7 @@ def test_streaming_is_the_module_and_the_reference(geometry: Geometry, tmp_path:
     expert = random_expert(geometry)
     save_expert(expert, tmp_path / "expert.safetensors")
     embeddings, residual = random_inputs(geometry, 3)
-    predicted = factors(tmp_path / "expert.safetensors", embeddings, residual)
+    predicted = predict_all(tmp_path / "expert.safetensors", embeddings, residual)
     streamed = {name: merge_pictures(pair) for name, pair in predicted.items()}
     module = {name: merge_pictures(pair) for name, pair in expert(embeddings, residual).items()}
     expected = reference_delta(
@@ -145,7 +163,7 @@ def test_streaming_computes_in_fp32_from_half_precision(tmp_path: Path) -> None:
     expert = random_expert(STYLE)
     save_expert(expert, tmp_path / "expert.safetensors", torch.bfloat16)
     embeddings, _ = random_inputs(STYLE, 2)
-    predicted = factors(tmp_path / "expert.safetensors", embeddings.bfloat16())
+    predicted = predict_all(tmp_path / "expert.safetensors", embeddings.bfloat16())
     streamed = {name: merge_pictures(pair) for name, pair in predicted.items()}
     rounded = {name: weight.bfloat16() for name, weight in expert.state_dict().items()}
     expected = reference_delta([reference(rounded, 2, 8, x.bfloat16().float(), None) for x in embeddings])
@@ -233,6 +251,6 @@ def test_wrong_inputs_are_named(tmp_path: Path) -> None:
     state["blocks.0.layers.1.proj_a.proj_out.weight"][0, 0] = torch.nan
     save_expert(expert, tmp_path / "expert.safetensors")
     with pytest.raises(ValueError, match=r"NaN or infinity in what it predicts for transformer_blocks\.0\.attn\.to_k"):
-        factors(tmp_path / "expert.safetensors", embeddings, residual)
+        predict_all(tmp_path / "expert.safetensors", embeddings, residual)
     with pytest.raises(LayoutError, match="cannot be read"):
-        factors(tmp_path / "nothing.safetensors", embeddings, residual)
+        predict_all(tmp_path / "nothing.safetensors", embeddings, residual)

@@ -92,7 +92,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    factors: dict[str, LowRank]
+    factors: Mapping[str, LowRank]
     """Module name -> effective factors, fp32. Names are the transformer's: `transformer_blocks.0.attn.to_q`."""
 
 
@@ -192,30 +192,40 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
     start = time.perf_counter()
     sizes = linears(transformer)
     layers = dict(_layers(transformer, adapter_name))
-    modules = {name: sizes[name] for name in layers}
-    _check_seed(seed, modules)
-    energies = {name: norm(factors) ** 2 for name, factors in seed.weights.factors.items()}
-    requested: dict[str, LowRank] = {}
-    padded, kept = [], {}
-    for name, (in_features, out_features) in modules.items():
-        wanted = layers[name].r[adapter_name]
-        factors, energy = _at_most(seed.weights.factors.get(name, zeros(in_features, out_features)), wanted)
-        if energies.get(name):
-            kept[name] = energy
-            if rank(factors) < wanted:
-                padded.append(name)
+    given = seed.weights.factors
+    if given and not given.keys() & layers.keys():
+        raise AdapterError(
+            f"the seed has none of the modules that are to be trained. It has {_first(sorted(given))}; "
+            f"to be trained are {_first(sorted(layers))}"
+        )
+    requested, problems, padded = dict[str, LowRank](), list[str](), 0
+    kept, energies, lost = dict[str, float](), dict[str, float](), dict[str, float]()
+    for name, layer in layers.items():  # each asked for once: a seed may be made as it is asked for, and fill no memory
+        whole = given[name] if name in given else zeros(*sizes[name])
+        if problem := _misfit(whole, sizes[name]):
+            problems.append(f"{name} {problem}")
+            continue
+        wanted = layer.r[adapter_name]
+        factors, energy = _at_most(whole, wanted)
+        if size := norm(whole):
+            energies[name], kept[name] = size**2, energy
+            padded += rank(factors) < wanted
         requested[name] = pad(factors, wanted, generator(random_seed, "adapter", name))
+    if problems:
+        raise AdapterError(f"the seed does not fit: {_first(problems, '; ')}")
     _write(layers, requested, adapter_name)
-    error = prove(transformer, AdapterWeights(requested), adapter_name)
-    dropped = {name: energy for name, energy in energies.items() if name not in modules and energy}
+    largest = prove(transformer, AdapterWeights(requested), adapter_name)
+    for name in given:
+        if name not in layers and (size := norm(given[name])):
+            lost[name] = energies[name] = size**2
     total = sum(energies.values())
     return {
         "seeded": len(kept),
-        "padded": len(padded),
-        "random": len(modules) - len(kept),
-        "dropped": {name: energy / total for name, energy in sorted(dropped.items())},
+        "padded": padded,
+        "random": len(layers) - len(kept),
+        "dropped": {name: energy / total for name, energy in sorted(lost.items())},
         "energy_kept": {"min": min(kept.values()), "mean": sum(kept.values()) / len(kept)} if kept else None,
-        "largest_error": error,
+        "largest_error": largest,
         "seconds": round(time.perf_counter() - start, 2),
     }
 
@@ -379,24 +389,16 @@ def _parameters(transformer: nn.Module, adapter_name: str = NAME) -> dict[str, n
     }
 
 
-def _check_seed(seed: Seed, modules: dict[str, tuple[int, int]]) -> None:
-    factors = seed.weights.factors
-    if factors and not factors.keys() & modules.keys():
-        raise AdapterError(
-            f"the seed has none of the modules that are to be trained. It has {_first(sorted(factors))}; "
-            f"to be trained are {_first(sorted(modules))}"
-        )
-    problems = []
-    for name, (a, b) in factors.items():
-        if name in modules and (a.shape[1], b.shape[0]) != modules[name]:
-            expected = "{} -> {}".format(*modules[name])
-            problems.append(f"{name} is {a.shape[1]} -> {b.shape[0]} in the seed and {expected} in the model")
-        elif a.shape[0] != b.shape[1]:
-            problems.append(f"{name} has rank {a.shape[0]} in a and {b.shape[1]} in b")
-        elif not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
-            problems.append(f"{name} contains NaN or infinity")
-    if problems:
-        raise AdapterError(f"the seed does not fit: {_first(problems, '; ')}")
+def _misfit(factors: LowRank, size: tuple[int, int]) -> str | None:
+    """What is wrong with the factors of a module of that size (in_features, out_features)."""
+    a, b = factors
+    if (a.shape[1], b.shape[0]) != size:
+        return f"is {a.shape[1]} -> {b.shape[0]} in the seed and {size[0]} -> {size[1]} in the model"
+    if a.shape[0] != b.shape[1]:
+        return f"has rank {a.shape[0]} in a and {b.shape[1]} in b"
+    if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+        return "contains NaN or infinity"
+    return None
 
 
 def _at_most(factors: LowRank, limit: int) -> tuple[LowRank, float]:

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,31 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             _sort_header(partial)
         except SafetensorError as error:  # so it wraps what the system says
             raise OSError(f"{path}: {error}") from error
+
+    write_file(path, write)
+
+
+def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """A safetensors file of fp32 tensors, in the order of `shapes`, written one by one as they come: there may be more
+    of them than fit into memory. safetensors itself writes all at once.
+
+    Format: 8 bytes with the header's size, the header as JSON, the tensors (https://huggingface.co/docs/safetensors).
+    """
+    header, end = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            expected = iter(shapes)
+            for name, tensor in tensors:
+                assert name == next(expected) and list(tensor.shape) == header[name]["shape"], name
+                file.write(tensor.detach().float().cpu().contiguous().numpy().data)
+            assert next(expected, None) is None
 
     write_file(path, write)
 

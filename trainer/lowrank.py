@@ -5,7 +5,7 @@ Everything is computed in float64 and returned in fp32, on the device of the fac
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,10 +83,10 @@ def with_random_directions(x: LowRank, generator: torch.Generator) -> LowRank:
     return LowRank(a.T.float().to(x.a), b.float().to(x.b))
 
 
-def ranks_for_energy(parts: Mapping[str, LowRank], energy: float) -> tuple[int, dict[str, int]]:
+def ranks_for_energy(parts: Iterable[tuple[str, LowRank]], energy: float) -> tuple[int, dict[str, int]]:
     """The smallest rank, the same for all, at which they together keep this share of their energy; and for each the
     smallest at which it alone does. At least 1."""
-    squares = {name: singular_values(x).square() for name, x in parts.items()}
+    squares = {name: singular_values(x).square() for name, x in parts}
     longest = max(len(values) for values in squares.values())
     together = torch.zeros(longest, dtype=torch.float64)
     for values in squares.values():

@@ -37,11 +37,12 @@ def apply_seed(
     if a LoHa does not hold the truncated factors.
     """
     found = dict(layers(transformer, adapter_name))
-    seeded = {name: factors for name, factors in weights.factors.items() if name in found and norm(factors)}
-    if weights.factors and not seeded:
+    whole = dict(weights.factors)
+    seeded = {name: factors for name, factors in whole.items() if name in found and norm(factors)}
+    if whole and not seeded:
         raise AdapterError("the seed has none of the modules that this adapter has")
     lost: dict[str, float] = {}
-    energies = {name: norm(factors) ** 2 for name, factors in weights.factors.items()}
+    energies = {name: norm(factors) ** 2 for name, factors in whole.items()}
     for name, factors in seeded.items():
         layer = found[name]
         if isinstance(layer, LoHaLayer):
@@ -53,7 +54,7 @@ def apply_seed(
         "adapter": type(next(iter(found.values()))).__name__,
         "seeded": len(seeded),
         "random": len(found) - len(seeded),
-        "dropped": sorted(weights.factors.keys() - found.keys()),
+        "dropped": sorted(whole.keys() - found.keys()),
         "energy_lost": {
             "max": max(lost.values(), default=0.0),
             "all": sum(lost[name] * energies[name] for name in seeded) / total,

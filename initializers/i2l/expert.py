@@ -5,7 +5,8 @@ b = B_out (B_in x + r)    (out_features, rank)         dW = b a, at scale 1
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -138,36 +139,57 @@ def read_geometry(path: Path) -> Geometry:
         raise LayoutError(f"{path}: {error}") from None
 
 
-def factors(
+def factor_shapes(geometry: Geometry, num_pictures: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Of a and b of every module, in the order in which `predict` gives them."""
+    return {
+        layer.module: (
+            (num_pictures, geometry.rank, layer.in_features),
+            (num_pictures, layer.out_features, geometry.rank),
+        )
+        for index in range(len(GROUPS) * geometry.num_blocks)
+        for layer in block_layers(geometry, index)
+    }
+
+
+def predict(
     path: Path,
     embeddings: Tensor,
     residual: Tensor | None = None,
     *,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> dict[str, Factors]:
-    """What the expert in `path` predicts from each picture; fp32, on the CPU. Computed where `embeddings` are.
+) -> Iterator[tuple[str, Factors]]:
+    """What the expert in `path` predicts from each picture, module by module; fp32, where `embeddings` are.
 
-    Each weight is read once, for all pictures, and one block is in memory at a time. `progress` wraps the loop.
+    Each weight is read once, for all pictures. Two blocks are in memory at a time: one is read while the other
+    computes. `progress` wraps the loop. ValueError if there is NaN in what comes out.
     """
     geometry = read_geometry(path)
     embeddings = embeddings.float()
     residual = None if residual is None else residual.float().to(embeddings.device)
     _check_inputs(geometry, embeddings, residual)
-    result: dict[str, Factors] = {}
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        for index in progress(range(len(GROUPS) * geometry.num_blocks)):
+    num_blocks = len(GROUPS) * geometry.num_blocks
+    with safe_open(path, framework="pt") as file, ThreadPoolExecutor(1) as reader, torch.no_grad():
+
+        def read(index: int) -> _Block:
             with torch.device("meta"):
                 block = _Block(geometry, index)
+            # to the device in the file's own precision: fp32 would be twice the way
             weights = {
-                name: file.get_tensor(f"blocks.{index}.{name}").to(embeddings.device, torch.float32)
+                name: file.get_tensor(f"blocks.{index}.{name}").to(embeddings.device).float()
                 for name in block.state_dict()
             }
             block.load_state_dict(weights, assign=True)
+            return block
+
+        ahead = reader.submit(read, 0)
+        for index in progress(range(num_blocks)):
+            block = ahead.result()
+            if index + 1 < num_blocks:
+                ahead = reader.submit(read, index + 1)
             for module, pair in block(embeddings, residual).items():
-                result[module] = (pair[0].cpu(), pair[1].cpu())
                 if not all(bool(factor.isfinite().all()) for factor in pair):
                     raise ValueError(f"{path}: NaN or infinity in what it predicts for {module}")
-    return result
+                yield module, pair
 
 
 def merge_pictures(pair: Factors, pictures: Sequence[int] | None = None) -> LowRank:

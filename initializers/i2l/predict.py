@@ -1,7 +1,7 @@
 """The initializer: pictures -> encoders -> experts -> one LoRA."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from initializers.i2l.recognise import (
 )
 from trainer.adapter import AdapterWeights, InitContext, Seed
 from trainer.files import sample
-from trainer.lowrank import rank, ranks_for_energy, scale
+from trainer.lowrank import LowRank, ranks_for_energy, scale
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 MAX_TRIALS = 8  # pictures on which strengths are tried
@@ -160,8 +160,10 @@ def initialize(context: InitContext, config: Config) -> Seed:
         with timed(seconds, "strength"):
             strength, tried = _choose_strength(context, config, predictions, indices)
     with timed(seconds, "merge"):
-        whole = predictions.combine(config.expert_weights, range(len(pictures)))
-        factors = {module: scale(x, strength) for module, x in whole.items()} if strength else {}
+        factors: Mapping[str, LowRank] = {}
+        if strength:
+            factors = predictions.combine(config.expert_weights, range(len(pictures)), strength)
+        ranks = predictions.ranks(len(pictures))
     report: dict[str, Any] = {
         "method": "i2l",
         "mode": config.mode,
@@ -169,18 +171,18 @@ def initialize(context: InitContext, config: Config) -> Seed:
         "expert_weights": config.expert_weights,
         "pictures": [path.name for path in pictures],
         "strength": strength,
-        "modules": len(whole),
-        "incoming_rank": max(rank(x) for x in whole.values()),
+        "modules": len(ranks),
+        "incoming_rank": max(ranks.values()),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
     }
     if tried is not None:
         report["tried"] = tried
     weights = AdapterWeights(factors)
     if config.mode == "merge":
-        return Seed(AdapterWeights({}), report, constant=weights if factors else None)
+        return Seed(AdapterWeights({}), report, constant=AdapterWeights(dict(factors)) if factors else None)
     if config.energy is None or not factors:
         return Seed(weights, report)
-    trained = {name: x for name, x in factors.items() if name in context.modules}
+    trained = ((name, factors[name]) for name in factors if name in context.modules)
     uniform, pattern = ranks_for_energy(trained, config.energy)
     if not config.rank_per_module:
         context.say(f"i2L: rank {uniform} keeps {config.energy:.0%} of the energy")
@@ -233,7 +235,7 @@ def _choose_strength(
     losses = torch.zeros(len(places), len(STRENGTHS))
     for row, index in enumerate(tqdm(places, "i2L strength", unit="picture", leave=False, disable=None)):
         others = [other for other in range(len(indices)) if other != index]
-        whole = predictions.combine(config.expert_weights, others)
+        whole = dict(predictions.combine(config.expert_weights, others))
         for column, strength in enumerate(STRENGTHS):
             seed = {module: scale(x, strength) for module, x in whole.items()} if strength else {}
             losses[row, column] = context.try_seed(AdapterWeights(seed), indices[index])

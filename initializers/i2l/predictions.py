@@ -1,10 +1,12 @@
 """What each expert says to each picture, from the cache or predicted now."""
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,30 +22,63 @@ from initializers.i2l.recognise import ORDER, Source
 from trainer import qwen_image
 from trainer.adapter import InitContext
 from trainer.cache import key
-from trainer.files import sample, write_tensors
+from trainer.files import sample, stream_tensors
 from trainer.formats import read_lora
-from trainer.lowrank import LowRank, concatenate, scale
+from trainer.lowrank import LowRank, concatenate, rank, scale
 from trainer.pictures import open_picture
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What each expert says to each picture, before anything is chosen."""
+    """What each expert says to each picture, before anything is chosen. It lies in files, mapped into memory."""
 
     by_picture: dict[str, dict[str, Factors]]
     """kind -> module -> (a: B rank in, b: B out rank)"""
     static: dict[str, LowRank]
     """Bias"""
+    folder: tempfile.TemporaryDirectory[str] | None
+    """Where the files are if nobody wants to keep them."""
 
-    def combine(self, weights: Mapping[str, float], pictures: Sequence[int]) -> dict[str, LowRank]:
-        """One LoRA: the mean over `pictures` of every expert, then Bias."""
-        parts: dict[str, list[LowRank]] = {}
-        for kind, predicted in self.by_picture.items():
-            for module, pair in predicted.items():
-                parts.setdefault(module, []).append(scale(merge_pictures(pair, pictures), weights.get(kind, 1.0)))
+    def combine(
+        self, weights: Mapping[str, float], pictures: Sequence[int], strength: float = 1.0
+    ) -> Mapping[str, LowRank]:
+        """One LoRA: the mean over `pictures` of every expert, then Bias; all times `strength`. Each module is made when
+        it is asked for, so that only as much is in memory as is looked at."""
+        return _Combined(self, dict(weights), list(pictures), strength)
+
+    def ranks(self, num_pictures: int) -> dict[str, int]:
+        """Of each module, with so many pictures."""
+        found: dict[str, int] = {}
+        for predicted in self.by_picture.values():
+            for module, (a, _) in predicted.items():
+                found[module] = found.get(module, 0) + num_pictures * a.shape[1]
         for module, factors in self.static.items():
-            parts.setdefault(module, []).append(scale(factors, weights.get("bias", 1.0)))
-        return {module: concatenate(group) for module, group in parts.items()}
+            found[module] = found.get(module, 0) + rank(factors)
+        return found
+
+
+class _Combined(Mapping[str, LowRank]):
+    def __init__(self, predictions: Predictions, weights: dict[str, float], pictures: list[int], strength: float):
+        self._predictions, self._weights, self._pictures, self._strength = predictions, weights, pictures, strength
+        self._names = list(dict.fromkeys(chain(*predictions.by_picture.values(), predictions.static)))
+
+    def __getitem__(self, module: str) -> LowRank:
+        parts = [
+            scale(merge_pictures(found[module], self._pictures), self._weights.get(kind, 1.0))
+            for kind, found in self._predictions.by_picture.items()
+            if module in found
+        ]
+        if module in self._predictions.static:
+            parts.append(scale(self._predictions.static[module], self._weights.get("bias", 1.0)))
+        if not parts:
+            raise KeyError(module)
+        return scale(concatenate(parts), self._strength)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def predict_pictures(
@@ -55,12 +90,17 @@ def predict_pictures(
 ) -> Predictions:
     """From the cache, or predicted now and kept there."""
     by_picture, static, missing = dict[str, dict[str, Factors]](), dict[str, LowRank](), list[Source]()
+    passing = None if context.cache is not None else tempfile.TemporaryDirectory(prefix="i2l-")
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
-    files = {source.kind: _cache_file(context, encoders_from, source, digests) for source in found}
+    files = {
+        source.kind: _cache_file(context, encoders_from, source, digests)
+        for source in found
+        if context.cache is not None and source.geometry is not None
+    }
     for source in found:
         if source.geometry is None:
             static = dict(read_lora(source.path)[0].factors)
-        elif (file := files[source.kind]) is not None and (cached := _read_predictions(file)) is not None:
+        elif context.cache is not None and (cached := _read_predictions(files[source.kind])) is not None:
             context.say(f"i2L: {source.kind}, as predicted before")
             by_picture[source.kind] = cached
         else:
@@ -71,24 +111,35 @@ def predict_pictures(
         with timed(seconds, source.kind):
             residual = residuals[source.resolution] if source.resolution is not None else None
             progress = _progress(f"i2L {source.kind}", "block")
-            predicted = expert.factors(source.path, embeddings.to(context.device), residual, progress=progress)
-        by_picture[source.kind] = predicted
-        if (file := files[source.kind]) is not None:
-            halves = {
-                f"{name}.{half}": x for name, pair in predicted.items() for half, x in zip("ab", pair, strict=True)
-            }
-            write_tensors(file, halves)
-    return Predictions({kind: by_picture[kind] for kind in ORDER if kind in by_picture}, static)
+            predicted = expert.predict(source.path, embeddings.to(context.device), residual, progress=progress)
+            file = files[source.kind] if passing is None else Path(passing.name) / f"{source.kind}.safetensors"
+            assert source.geometry is not None
+            _stream(file, expert.factor_shapes(source.geometry, len(pictures)), predicted)
+        found_now = _read_predictions(file)
+        assert found_now is not None
+        by_picture[source.kind] = found_now
+    ordered = {kind: by_picture[kind] for kind in ORDER if kind in by_picture}
+    return Predictions(ordered, static, passing)
 
 
-def _cache_file(context: InitContext, encoders_from: str, source: Source, digests: Sequence[str]) -> Path | None:
+def _stream(
+    file: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    predicted: Iterable[tuple[str, Factors]],
+) -> None:
+    """As they come: those of many pictures would not fit into memory."""
+    halves = {f"{name}.{half}": shape for name, pair in shapes.items() for half, shape in zip("ab", pair, strict=True)}
+    tensors = ((f"{name}.{half}", x) for name, pair in predicted for half, x in zip("ab", pair, strict=True))
+    stream_tensors(file, halves, tensors)
+
+
+def _cache_file(context: InitContext, encoders_from: str, source: Source, digests: Sequence[str]) -> Path:
     """Named by all that the prediction depends on."""
-    if context.cache is None or source.geometry is None:
-        return None
     looked = encoders.identity(encoders_from)
     if source.resolution is not None:
         looked += qwen_image.identity(context.base)
     name = key("i2l", sample(source.path), looked, context.device.type, list(digests))
+    assert context.cache is not None
     return context.cache / "i2l" / f"{source.kind}-{name[:32]}.safetensors"
 
 
