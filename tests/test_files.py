@@ -166,3 +166,17 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Pa
     files.remove_leftovers(tmp_path)
     assert all((tmp_path / name).exists() for name in kept)
     assert not any((tmp_path / name).exists() for name in gone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_streamed_file_is_what_safetensors_writes(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(2, 2, 2).transpose(0, 2), "none": torch.zeros(0, 4)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    files.stream_tensors(tmp_path / "x.safetensors", shapes, iter(tensors.items()), dtype)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor.to(dtype))
+    with pytest.raises(AssertionError):  # what was announced must come
+        files.stream_tensors(tmp_path / "y.safetensors", shapes, iter([("b", tensors["b"])]))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -75,16 +76,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_file(path, write)
 
 
-def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """A safetensors file of fp32 tensors, in the order of `shapes`, written one by one as they come: there may be more
-    of them than fit into memory. safetensors itself writes all at once.
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def stream_tensors(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """A safetensors file, its tensors in the order of `shapes`, written one by one as they come: there may be more of
+    them than fit into memory. safetensors itself writes all at once.
 
     Format: 8 bytes with the header's size, the header as JSON, the tensors (https://huggingface.co/docs/safetensors).
     """
     header, end = dict[str, Any](), 0
     for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
 
@@ -94,7 +103,7 @@ def stream_tensors(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Ite
             expected = iter(shapes)
             for name, tensor in tensors:
                 assert name == next(expected) and list(tensor.shape) == header[name]["shape"], name
-                file.write(tensor.detach().float().cpu().contiguous().numpy().data)
+                file.write(tensor.detach().to(dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             assert next(expected, None) is None
 
     write_file(path, write)

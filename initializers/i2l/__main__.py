@@ -1,4 +1,4 @@
-"""`python -m initializers.i2l inspect | predict | train`"""
+"""`python -m initializers.i2l inspect | predict | draw | train | bench`"""
 
 import argparse
 import hashlib
@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         from initializers.i2l import train
 
         return int(train.main(arguments[1:]) or 0)
+    if arguments[:1] == ["bench"]:
+        from initializers.i2l import bench
+
+        return bench.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m initializers.i2l", description="i2L: pictures in, a LoRA out")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="which expert a file is, and whether it is complete")
@@ -71,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     draws.add_argument("--num-inference-steps", type=int, default=30, help="default: 30")
     draws.add_argument("--true-cfg-scale", type=float, default=4.0, help="guidance; default: 4, as Qwen-Image's")
     commands.add_parser("train", help="train an expert; see train --help")
+    commands.add_parser("bench", help="time and memory at full size, with random weights; see bench --help")
     options = parser.parse_args(arguments)
     if options.command == "inspect":
         return inspect_file(options.file)

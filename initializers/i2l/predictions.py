@@ -100,7 +100,7 @@ def predict_pictures(
     for source in found:
         if source.geometry is None:
             static = dict(read_lora(source.path)[0].factors)
-        elif context.cache is not None and (cached := _read_predictions(files[source.kind])) is not None:
+        elif context.cache is not None and (cached := read_predictions(files[source.kind])) is not None:
             context.say(f"i2L: {source.kind}, as predicted before")
             by_picture[source.kind] = cached
         else:
@@ -114,15 +114,15 @@ def predict_pictures(
             predicted = expert.predict(source.path, embeddings.to(context.device), residual, progress=progress)
             file = files[source.kind] if passing is None else Path(passing.name) / f"{source.kind}.safetensors"
             assert source.geometry is not None
-            _stream(file, expert.factor_shapes(source.geometry, len(pictures)), predicted)
-        found_now = _read_predictions(file)
+            stream_predictions(file, expert.factor_shapes(source.geometry, len(pictures)), predicted)
+        found_now = read_predictions(file)
         assert found_now is not None
         by_picture[source.kind] = found_now
     ordered = {kind: by_picture[kind] for kind in ORDER if kind in by_picture}
     return Predictions(ordered, static, passing)
 
 
-def _stream(
+def stream_predictions(
     file: Path,
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     predicted: Iterable[tuple[str, Factors]],
@@ -143,7 +143,7 @@ def _cache_file(context: InitContext, encoders_from: str, source: Source, digest
     return context.cache / "i2l" / f"{source.kind}-{name[:32]}.safetensors"
 
 
-def _read_predictions(file: Path) -> dict[str, Factors] | None:
+def read_predictions(file: Path) -> dict[str, Factors] | None:
     if not file.is_file():
         return None
     try:

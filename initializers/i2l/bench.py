@@ -1,0 +1,200 @@
+"""How long i2L takes at full size, and how much memory: python -m initializers.i2l bench
+
+Experts of the published sizes with random weights are written to the disk, one after another, and read as real ones are;
+how long reading the file alone takes stands beside. Image embeddings and hidden states are random too: encoders are
+not part of this. Memory is what is beyond the page cache (RssAnon).
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from initializers.i2l import expert
+from initializers.i2l.layout import FILES, PUBLISHED, Geometry, expert_layout
+from initializers.i2l.predictions import Predictions, read_predictions, stream_predictions
+from trainer.cli import guarded
+from trainer.files import stream_tensors, write_json
+from trainer.lowrank import truncate
+
+EXPERTS = ("style", "coarse", "fine")
+DTYPE = torch.bfloat16  # of the published files
+CHUNK = 1 << 24  # bytes read at once, when reading alone is measured
+
+
+class Peak:
+    """The most anonymous memory of this process while the block runs, above what it had at its beginning, in bytes."""
+
+    def __enter__(self) -> "Peak":
+        self.bytes, self._before, self._done = 0, _anonymous(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.bytes = max(self.bytes, _anonymous() - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def _anonymous() -> int:
+    """RssAnon of /proc/self/status: what is not backed by a file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon: this needs Linux")
+
+
+def _bytes_from_disk() -> int:
+    line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes"))
+    return int(line.split()[1])
+
+
+def _forget(path: Path) -> None:
+    """Out of the page cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def make_expert(path: Path, geometry: Geometry, quiet: bool) -> None:
+    """Random weights, of a size that keeps what comes out finite. The same block of numbers over and over: how long it
+    takes does not depend on them."""
+    shapes = expert_layout(geometry)
+    random = torch.Generator().manual_seed(0)
+    numbers = (torch.randn(max(a * b for a, b in shapes.values()), generator=random) * 0.02).to(DTYPE)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, (rows, columns) in tqdm(shapes.items(), f"write {path.name}", unit="tensor", disable=quiet):
+            yield name, numbers[: rows * columns].view(rows, columns)
+
+    stream_tensors(path, shapes, tensors(), DTYPE)
+
+
+def read_alone(path: Path) -> float:
+    """Seconds for the file's bytes, and nothing else, from the disk."""
+    _forget(path)
+    buffer, began = bytearray(CHUNK), time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - began
+
+
+def measure(kind: str, path: Path, geometry: Geometry, num_pictures: int, folder: Path) -> dict[str, Any]:
+    """Predict for so many pictures, first from the disk, then from the page cache."""
+    random = torch.Generator().manual_seed(1)
+    embeddings = torch.randn(num_pictures, geometry.embedding_size, generator=random) * 0.1
+    residual = None
+    if geometry.residual is not None:
+        size = (num_pictures, geometry.residual.num_tokens, geometry.residual.width)
+        residual = torch.randn(size, generator=random) * 0.05
+    result: dict[str, Any] = {"expert": kind, "pictures": num_pictures, "seconds_reading_alone": read_alone(path)}
+    output = folder / f"{kind}.predicted.safetensors"
+    _forget(path)
+    before = _bytes_from_disk()
+    for source in ("disk", "page_cache"):
+        began = time.perf_counter()
+        with Peak() as peak:
+            shapes = expert.factor_shapes(geometry, num_pictures)
+            stream_predictions(output, shapes, expert.predict(path, embeddings, residual))
+        result[f"seconds_from_{source}"] = time.perf_counter() - began
+        result[f"peak_bytes_from_{source}"] = peak.bytes
+        if source == "disk":
+            result["bytes_read"] = _bytes_from_disk() - before
+    result["ratio_to_reading_alone"] = result["seconds_from_disk"] / result["seconds_reading_alone"]
+    return result
+
+
+def measure_merge(kinds: list[str], folder: Path, num_pictures: int, rank: int) -> dict[str, Any]:
+    """Combine what the experts gave, and truncate every module to `rank`, one at a time."""
+    found = {kind: read_predictions(folder / f"{kind}.predicted.safetensors") for kind in kinds}
+    predictions = Predictions({kind: pair for kind, pair in found.items() if pair is not None}, {}, None)
+    whole = predictions.combine({}, range(num_pictures))
+    began = time.perf_counter()
+    with Peak() as peak:
+        for module in tqdm(whole, "truncate", unit="module", leave=False, disable=None):
+            truncate(whole[module], rank)
+    incoming = max(predictions.ranks(num_pictures).values())
+    seconds = time.perf_counter() - began
+    return {"modules": len(whole), "from_rank": incoming, "to_rank": rank, "seconds": seconds, "peak_bytes": peak.bytes}
+
+
+def bench(kinds: list[str], pictures: list[int], rank: int, folder: Path, quiet: bool) -> dict[str, Any]:
+    """ValueError if the disk is too small. What was made is deleted again."""
+    geometries = {kind: PUBLISHED[kind].geometry for kind in kinds}
+    sizes = {
+        kind: sum(a * b for a, b in expert_layout(geometry).values()) * DTYPE.itemsize
+        for kind, geometry in geometries.items()
+    }
+    predicted = (
+        4
+        * max(pictures)
+        * sum(
+            sum(x[-1] * x[-2] for pair in expert.factor_shapes(g, 1).values() for x in pair)
+            for g in geometries.values()
+        )
+    )
+    needed, free = sum(sizes.values()) + predicted, shutil.disk_usage(folder).free
+    if needed > free * 0.95:
+        raise ValueError(
+            f"{folder}: {needed / 1e9:.0f} GB are needed and {free / 1e9:.0f} GB are free: choose --folder"
+        )
+    runs, merges = [], []
+    with tempfile.TemporaryDirectory(prefix="i2l-bench-", dir=folder) as name:
+        place = Path(name)
+        for kind in kinds:
+            make_expert(place / FILES[kind], geometries[kind], quiet)
+        for count in pictures:
+            for kind in kinds:
+                runs.append(measure(kind, place / FILES[kind], geometries[kind], count, place))
+                print(_line(runs[-1], sizes[kind]), flush=True)
+            merges.append({"pictures": count, **measure_merge(kinds, place, count, rank)})
+            print("truncate {modules} modules from rank {from_rank} to {to_rank}: {seconds:.1f} s".format(**merges[-1]))
+    hardware = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    return {"hardware": {**hardware, "threads": torch.get_num_threads()}, "experts": runs, "merges": merges}
+
+
+def _line(run: dict[str, Any], size: int) -> str:
+    return (
+        "{expert}, {pictures} pictures: {seconds_from_disk:.1f} s from the disk, {ratio_to_reading_alone:.2f} x reading "
+        "alone ({seconds_reading_alone:.1f} s), {seconds_from_page_cache:.1f} s from the page cache; ".format(**run)
+        + f"{size / 1e9:.2f} GB, read {run['bytes_read'] / 1e9:.2f} GB; "
+        + f"memory {max(run['peak_bytes_from_disk'], run['peak_bytes_from_page_cache']) / 1e6:.0f} MB"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m initializers.i2l bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=["style"], help="default: style (4.8 GB)")
+    parser.add_argument("--pictures", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
+    parser.add_argument("--rank", type=int, default=32, help="to which the result is truncated (default: 32)")
+    parser.add_argument("--folder", type=Path, default=Path(), help="for the files (default: here); they are deleted")
+    parser.add_argument("--output", type=Path, help="a JSON file for the report")
+    options = parser.parse_args(arguments)
+
+    def program() -> None:
+        if min(options.pictures) < 1 or options.rank < 1:
+            raise ValueError("--pictures and --rank must be at least 1")
+        report = bench(options.experts, options.pictures, options.rank, options.folder, quiet=False)
+        if options.output:
+            write_json(options.output, report)
+
+    return guarded(program)
