@@ -15,7 +15,7 @@ from initializers.i2l.layout import Published
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, geometry in (("style", STYLE), ("coarse", COARSE)):
-        monkeypatch.setitem(bench.PUBLISHED, kind, Published(geometry, "x.safetensors", "0"))
+        monkeypatch.setitem(bench.PUBLISHED, kind, Published("x.safetensors", geometry, "0"))
 
 
 def test_what_it_writes_is_an_expert(tmp_path: Path) -> None:
@@ -26,20 +26,8 @@ def test_what_it_writes_is_an_expert(tmp_path: Path) -> None:
 
 
 def test_the_report_has_every_number(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "bench",
-        "--experts",
-        "style",
-        "coarse",
-        "--pictures",
-        "1",
-        "3",
-        "--rank",
-        "6",
-        "--folder",
-        str(tmp_path),
-    ]
-    assert main([*arguments, "--output", str(tmp_path / "report.json")]) == 0
+    arguments = ["bench", "--experts", "style", "coarse", "--pictures", "1", "3", "--rank", "6"]
+    assert main([*arguments, "--folder", str(tmp_path), "--output", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(run["expert"], run["pictures"]) for run in report["experts"]] == [
         ("style", 1), ("coarse", 1), ("style", 3), ("coarse", 3),

@@ -1,7 +1,7 @@
 """How long i2L takes at full size, and how much memory: python -m initializers.i2l bench
 
-Experts of the published sizes with random weights are written to the disk, one after another, and read as real ones are;
-how long reading the file alone takes stands beside. Image embeddings and hidden states are random too: encoders are
+Experts of the published sizes with random weights are written to the disk, and read as real ones are; how long reading
+the file alone takes stands beside. Image embeddings and hidden states are random too: encoders are
 not part of this. Memory is what is beyond the page cache (RssAnon).
 """
 
@@ -150,9 +150,7 @@ def bench(kinds: list[str], pictures: list[int], rank: int, folder: Path, quiet:
     )
     needed, free = sum(sizes.values()) + predicted, shutil.disk_usage(folder).free
     if needed > free * 0.95:
-        raise ValueError(
-            f"{folder}: {needed / 1e9:.0f} GB are needed and {free / 1e9:.0f} GB are free: choose --folder"
-        )
+        raise ValueError(f"{folder}: {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free: choose --folder")
     runs, merges = [], []
     with tempfile.TemporaryDirectory(prefix="i2l-bench-", dir=folder) as name:
         place = Path(name)
@@ -169,20 +167,18 @@ def bench(kinds: list[str], pictures: list[int], rank: int, folder: Path, quiet:
 
 
 def _line(run: dict[str, Any], size: int) -> str:
+    memory = max(run["peak_bytes_from_disk"], run["peak_bytes_from_page_cache"])
     return (
-        "{expert}, {pictures} pictures: {seconds_from_disk:.1f} s from the disk, {ratio_to_reading_alone:.2f} x reading "
-        "alone ({seconds_reading_alone:.1f} s), {seconds_from_page_cache:.1f} s from the page cache; ".format(**run)
-        + f"{size / 1e9:.2f} GB, read {run['bytes_read'] / 1e9:.2f} GB; "
-        + f"memory {max(run['peak_bytes_from_disk'], run['peak_bytes_from_page_cache']) / 1e6:.0f} MB"
+        f"{run['expert']}, {run['pictures']} pictures: {run['seconds_from_disk']:.1f} s from the disk, "
+        f"{run['ratio_to_reading_alone']:.2f} x reading alone ({run['seconds_reading_alone']:.1f} s), "
+        f"{run['seconds_from_page_cache']:.1f} s from the page cache; {size / 1e9:.2f} GB, "
+        f"read {run['bytes_read'] / 1e9:.2f} GB; memory {memory / 1e6:.0f} MB"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m initializers.i2l bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m initializers.i2l bench", description=__doc__, formatter_class=raw)
     parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=["style"], help="default: style (4.8 GB)")
     parser.add_argument("--pictures", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
     parser.add_argument("--rank", type=int, default=32, help="to which the result is truncated (default: 32)")
