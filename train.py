@@ -14,7 +14,8 @@ from trainer.cli import add_run_arguments, guarded
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    return guarded(lambda: run(options))
+    again = "give the same command again" if options.compare else "continue with --resume"
+    return guarded(lambda: run(options), again=again)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

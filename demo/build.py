@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"== {name}", flush=True)
             steps[name](options.work)
 
-    return guarded(build)
+    return guarded(build, again="give the same command again")
 
 
 def pretrain(objective: Objective, config: TrainConfig, output: Path, validate_every: int) -> None:

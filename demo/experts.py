@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--creatures", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--output", type=Path, default=Path("outputs/experts"))
     options = parser.parse_args(arguments)
-    return guarded(lambda: measure_all(options.output, options.creatures))
+    return guarded(lambda: measure_all(options.output, options.creatures), again="give the same command again")
 
 
 def measure_all(output: Path, count: int) -> None:

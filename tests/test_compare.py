@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BAD_INPUT, FINISHED, files, kill_me, killed
+from helpers import BAD_INPUT, FINISHED, INTERRUPTED, files, kill_me, killed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, SiglipConfig, SiglipModel
@@ -115,6 +115,22 @@ def test_killed_in_the_middle_it_ends_with_the_same_report(
     assert {re.sub(r"tfevents.*", "", name) for name in files(tmp_path / "cut")} == {
         re.sub(r"tfevents.*", "", name) for name in files(tmp_path / "whole")
     }
+
+
+def test_stopped_by_ctrl_c_it_says_how_to_go_on(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    update = loop._update
+
+    def interrupted(*given: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_update", interrupted)
+        assert go(run_toml, tmp_path / "cut", "--compare", "random") == INTERRUPTED
+    assert "stopped after step 1; give the same command again" in caplog.text
+    assert go(run_toml, tmp_path / "cut", "--compare", "random") == FINISHED
 
 
 def test_parts_make_the_whole(run_toml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,8 +25,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     parser.epilog = EXIT_CODES
 
 
-def guarded(program: Callable[[], object]) -> int:
-    """Run a program; errors meant for users become a message and an exit code, all others a traceback."""
+def guarded(program: Callable[[], object], *, again: str = "continue with --resume") -> int:
+    """Run a program; errors meant for users become a message and an exit code, all others a traceback. `again` says how
+    to go on."""
     from trainer.loop import Interrupted, TrainingError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -34,16 +35,16 @@ def guarded(program: Callable[[], object]) -> int:
     try:
         program()
     except Interrupted as stop:
-        logging.warning("%s", stop)
+        logging.warning("%s; %s", stop, again)
         return EXIT_INTERRUPTED
     except TrainingError as error:
         logging.error("training stopped: %s", error)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        logging.error("stopped at once; what was trained since the last checkpoint is lost. Continue it with --resume")
+        logging.error("stopped at once; what was trained since the last checkpoint is lost; %s", again)
         return EXIT_FAILED
     except OSError as error:
-        logging.error("%s\nThe last checkpoint is whole. Once this is mended, continue with --resume", error)
+        logging.error("%s\nThe last checkpoint is whole. Once this is mended, %s", error, again)
         return EXIT_FAILED
     except ValueError as error:  # ConfigError, DataError, CheckpointError and their like
         logging.error("%s", error)

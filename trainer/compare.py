@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_report(options.folder, json.loads(file.read_text(encoding="utf-8")))
         print(options.folder / "report.html")
 
-    return guarded(program)
+    return guarded(program, again="give the same command again")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def train(
             if done % checkpoints.every == 0 or done == config.steps or stopping:
                 save(done)
             if stopping and done < config.steps:
-                raise Interrupted(f"stopped after step {done}; continue with --resume")
+                raise Interrupted(f"stopped after step {done}")
     return result
 
 

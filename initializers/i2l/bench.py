@@ -193,4 +193,4 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output:
             write_json(options.output, report)
 
-    return guarded(program)
+    return guarded(program, again="give the same command again")
