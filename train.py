@@ -57,10 +57,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "(under `accelerate launch` each process takes its own)",
     )
     parser.add_argument("--plan", action="store_true", help="check everything, say what the run would do, and stop")
+    parser.add_argument("--vram", type=float, metavar="GB", help="with --plan: settings that would fit such a card")
     parser.add_argument("--help-config", action="store_true", help="explain every key of the configuration, and stop")
     options = parser.parse_args(arguments)
     if options.config is None and not options.help_config:
         parser.error("--config is needed; configs/creatures.toml is a good first one")
+    if options.vram is not None and not (options.plan and options.vram > 0):
+        parser.error("--vram GB is a number above 0, and goes with --plan")
     return options
 
 
@@ -89,6 +92,8 @@ def run(options: argparse.Namespace) -> None:
     prepared = plan.prepare(run_config, start, resume=options.resume)
     if options.plan:
         print(plan.describe(prepared))
+        if options.vram:
+            print("\n" + plan.describe_fit(prepared, options.vram))
     else:
         run.execute(prepared, resume=options.resume, quiet=options.quiet)
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import tomli
+import torch
+from diffusers import QwenImageTransformer2DModel
 
 import initializers
 from initializers.i2l import train as i2l_train
-from trainer import config
+from trainer import config, memory
 from trainer.plan import RunConfig, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -83,3 +85,14 @@ def test_outputs_do_not_collide(elsewhere: Path) -> None:
     outputs = [tomli.loads(path.read_text())["output"] for path in ALL]
     assert len({*outputs}) == len(outputs)
     assert all(output.startswith("outputs/") for output in outputs)
+
+
+@pytest.mark.parametrize("vram", [80, 24, 16])
+def test_the_configurations_for_a_card_fit_it_by_estimate(vram: int) -> None:
+    path = CONFIGS / f"qwen_image_{vram}gb.toml"
+    run = load_config(path, [], initializers)[0]
+    with torch.device("meta"):
+        transformer = QwenImageTransformer2DModel()  # its defaults are the published shape
+    needs = memory.estimate(run.model.base, transformer, run.model, run.adapter, run.train, run.data.resolution**2)
+    assert needs.peak < 0.95e9 * vram
+    assert f"{needs.stages['training'] / 1e9:.1f} GB while training" in path.read_text()

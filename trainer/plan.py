@@ -10,7 +10,7 @@ from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from trainer import adapter, config, qwen_image
+from trainer import adapter, config, memory, qwen_image
 from trainer.adapter import AdapterConfig, Initializer
 from trainer.cache import key
 from trainer.checkpoint import CheckpointConfig
@@ -199,7 +199,7 @@ def describe(plan: Plan) -> str:
         f"start        {plan.start.method}",
         f"training     {run.train.steps} steps of {images_per_step} pictures: "
         f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
-        *(f"memory       {line}" for line in memory_estimate(plan)),
+        *(f"memory       {line}" for line in describe_memory(plan)),
         *(f"download     {line}" for line in [*qwen_image.downloads(run.model.base), *plan.start.downloads]),
         *(f"note         {note}" for note in data.notes),
     ]
@@ -210,40 +210,36 @@ def _trainable(plan: Plan) -> int:
     return sum(plan.config.adapter.rank_of(name) * (i + o) for name, (i, o) in plan.modules.items())
 
 
-def memory_estimate(plan: Plan) -> list[str]:
-    """Bytes of weights, adapter with optimizer, and activations, as parameter arithmetic; activations are rough."""
+def _pixels(plan: Plan) -> int:
+    return max(example.bucket[0] * example.bucket[1] for example in plan.dataset.train)
+
+
+def describe_memory(plan: Plan) -> list[str]:
+    """Estimates: nothing is loaded."""
     run = plan.config
-    weights = base_bytes(plan.transformer, run.model)
-    trainable = _trainable(plan)
-    adapter_bytes = trainable * (4 + 4 + (2 if run.train.optimizer == "adamw8bit" else 8))
-    pixels = max(e.bucket[0] * e.bucket[1] for e in plan.dataset.train)
-    activations = activation_bytes(plan.transformer, run.model, run.train, pixels)
-    total = weights + adapter_bytes + activations
-    return [
-        f"weights {size(weights)}, adapter with gradients and optimizer {size(adapter_bytes)}, "
-        f"activations about {size(activations)}: about {size(total)} while training",
-    ]
+    needs = memory.estimate(run.model.base, plan.transformer, run.model, run.adapter, run.train, _pixels(plan))
+    parts = ", ".join(f"{name} {size(value)}" for name, value in needs.parts.items())
+    stages = ", ".join(f"{name} {size(value)}" for name, value in needs.stages.items())
+    return [f"at its peak about {size(needs.peak)} on the GPU: {stages}", f"while training: {parts}"]
 
 
-def base_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig) -> float:
-    """Of the frozen weights."""
-    each = {"none": _element(model), "int8": 1.05, "nf4": 0.55}[model.quantization]
-    return sum(p.numel() for p in transformer.parameters()) * each
-
-
-def activation_bytes(
-    transformer: QwenImageTransformer2DModel, model: ModelConfig, train: TrainConfig, pixels: int
-) -> float:
-    """Roughly what the backward pass needs, for a batch of pictures of so many pixels with captions of 128 tokens."""
-    parts: Any = transformer.config
-    tokens = pixels // qwen_image.picture_multiple(model.base) ** 2 + 128
-    hidden = parts.num_attention_heads * parts.attention_head_dim
-    kept = 2 if train.gradient_checkpointing else 34  # tensors of tokens x hidden that a block keeps for backward
-    return float(train.batch_size * tokens * hidden * parts.num_layers * kept * _element(model))
-
-
-def _element(model: ModelConfig) -> int:
-    return 4 if model.dtype == "fp32" else 2
+def describe_fit(plan: Plan, vram: float) -> str:
+    """Which settings would fit a card with so many GB, the smallest change first."""
+    run = plan.config
+    ways = memory.ways_to_fit(run.model.base, plan.transformer, run.model, run.adapter, run.train, _pixels(plan))
+    usable = 0.95e9 * vram
+    lines = [f"on a card with {vram:g} GB, by estimates:"]
+    for keys, needs in ways:
+        stage = max((name for name in needs.stages if name != memory.ENCODING), key=lambda name: needs.stages[name])
+        what = "as it is" if not keys else " ".join(f"--set {key}" for key in keys)
+        verdict = "fits" if needs.peak <= usable else "does not fit"
+        lines.append(f"  {verdict:<13}{size(needs.peak):>9} while {stage}: {what}")
+        if needs.peak <= usable:
+            if needs.stages[memory.ENCODING] > usable:
+                lines.append("  captions are encoded on the CPU: the text encoder is too large for this card")
+            return "\n".join(lines)
+    lines.append("  nothing here fits: a smaller [adapter] rank or fewer target_modules help a little")
+    return "\n".join(lines)
 
 
 def size(num_bytes: float) -> str:

@@ -111,15 +111,15 @@ def transformer_on_meta(base: str) -> QwenImageTransformer2DModel:
 
     Where that file cannot be had, the class's own defaults stand in: they are Qwen-Image's.
     """
-    config = _config(QwenImageTransformer2DModel, base, "transformer")
+    config = part_config(QwenImageTransformer2DModel, base, "transformer")
     if not config:
         log.warning("%s cannot be reached: planning with the published shape of Qwen-Image", base)
     with torch.device("meta"):
         return QwenImageTransformer2DModel.from_config(config)
 
 
-def _config(kind: Any, base: str, part: str) -> dict[str, Any]:
-    """The part's config.json; empty if `base` is a Hugging Face id that is neither cached nor to be had now."""
+def part_config(kind: Any, base: str, part: str) -> dict[str, Any]:
+    """config.json of a part; empty if `base` is a Hugging Face id that is neither cached nor to be had now."""
     if Path(base).is_dir():
         return dict(kind.load_config(base, subfolder=part))
     cached = isinstance(huggingface_hub.try_to_load_from_cache(base, f"{part}/config.json"), str)
@@ -148,14 +148,30 @@ def load_vae(base: str, device: torch.device) -> AutoencoderKLQwenImage:
 
 def picture_multiple(base: str) -> int:
     """Width and height of a picture must be a multiple of this many pixels: the VAE's step times the 2x2 patch."""
-    vae = _config(AutoencoderKLQwenImage, base, "vae")
+    vae = part_config(AutoencoderKLQwenImage, base, "vae")
     return 2 * 2 ** len(vae["temperal_downsample"]) if vae else 16
+
+
+def roomy(num_bytes: float, device: torch.device, what: str) -> torch.device:
+    """`device`, or the CPU if so many bytes would not fit into what is free of it."""
+    if device.type != "cuda" or num_bytes * 1.1 < torch.cuda.mem_get_info(device)[0]:
+        return device
+    log.info("%s (%.1f GB) does not fit on the GPU: it runs on the CPU, which takes longer", what, num_bytes / 1e9)
+    return torch.device("cpu")
+
+
+def text_encoder_bytes(base: str) -> float:
+    """Of its weights: of the files in a folder, else of Qwen2.5-VL-7B in bf16 (8.29 B parameters)."""
+    folder = Path(base) / "text_encoder"
+    files = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    return float(sum(files)) if files else 16.6e9
 
 
 class PromptEncoder:
     """Prompts to `prompt_embeds`, by the pipeline's own code."""
 
     def __init__(self, base: str, device: torch.device, dtype: torch.dtype):
+        device = roomy(text_encoder_bytes(base), device, "the text encoder")
         text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
         self._pipeline = QwenImagePipeline(
             scheduler=None,

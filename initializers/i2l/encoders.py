@@ -27,6 +27,7 @@ from transformers import (
 
 from initializers.i2l import sources
 from initializers.i2l.layout import LayoutError, layout_md5, read_header
+from trainer import qwen_image
 from trainer.files import sample, write_json, write_tensors
 
 SIGLIP_FOLDER, DINOV3_FOLDER = "SigLIP2-G384", "DINOv3-7B"
@@ -369,6 +370,7 @@ def qwen_vl_residuals(
     """
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+    device = qwen_image.roomy(qwen_image.text_encoder_bytes(base), torch.device(device), "Qwen2.5-VL")
     tokenizer = Qwen2Tokenizer.from_pretrained(base, subfolder="tokenizer")
     processor = _qwen_processor(base)
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, subfolder="text_encoder", dtype=dtype)

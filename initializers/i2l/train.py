@@ -23,7 +23,7 @@ from initializers.i2l.batch_lora import BatchLora
 from initializers.i2l.expert import Expert, Factors
 from initializers.i2l.hypernetwork import ExpertConfig, Hypernetwork, StaticLora
 from initializers.i2l.subjects import SubjectData, SubjectsConfig, read_subjects
-from trainer import checkpoint, flow, loop, plan, qwen_image, run, validation
+from trainer import checkpoint, flow, loop, memory, plan, qwen_image, run, validation
 from trainer import config as configuration
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
@@ -124,8 +124,8 @@ def describe(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]
     parameters = sum(p.numel() for p in learning.parameters())
     base = sum(p.numel() for p in transformer.parameters())
     batch, pixels = settings.train.batch_size, settings.data.resolution**2
-    weights = plan.base_bytes(transformer, settings.model)
-    activations = plan.activation_bytes(transformer, settings.model, settings.train, pixels)
+    weights = memory.weight_bytes(transformer, settings.model)
+    activations = memory.activation_bytes(transformer, settings.model, settings.train, pixels)
     factors = batch * settings.data.max_references * settings.expert.rank * 4 * 2
     factors *= sum(inside + out for inside, out in layout.module_shapes(geometry).values())
     states = {"AdamW": 4 + 4 + 8, "8-bit AdamW": 4 + 4 + 2}

@@ -1,0 +1,207 @@
+"""How much memory a run needs, before anything is loaded.
+
+Weights, adapter and optimizer are arithmetic on shapes. Activations are counted: the transformer runs once on the meta
+device, with one block and with two, and what autograd keeps is added up. Attention counts as a fused kernel that keeps
+its inputs, its output and a number for each row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from trainer import adapter, qwen_image
+from trainer.adapter import AdapterConfig
+from trainer.loop import TrainConfig
+from trainer.qwen_image import DTYPES, ModelConfig
+
+ENCODING = "encoding captions"
+PROMPT_TOKENS = 128  # of a caption, in estimates
+VAE_FEATURES = 4  # full-size feature maps alive at once while the VAE decodes
+CONTEXT_BYTES = 0.6e9  # CUDA's own
+BYTES_PER_STATE = {"adamw": 8, "adamw8bit": 2}  # both moments of one parameter
+QUANTISED = {"none": None, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes for each weight of a Linear layer
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Peak bytes of each stage of a run; one stage ends before the next begins."""
+
+    stages: Mapping[str, float]
+    parts: Mapping[str, float]
+    """Of training."""
+
+    @property
+    def peak(self) -> float:
+        """Of what must be on the GPU: captions are encoded on the CPU where the text encoder is too large for it."""
+        return max(value for name, value in self.stages.items() if name != ENCODING)
+
+
+def estimate(
+    base: str,
+    transformer: QwenImageTransformer2DModel,
+    model: ModelConfig,
+    settings: AdapterConfig,
+    train: TrainConfig,
+    pixels: int,
+) -> Needs:
+    """transformer: on the meta device; pixels: of the largest bucket."""
+    weights = weight_bytes(transformer, model)
+    modules = adapter.target_modules(transformer, settings)
+    trained = sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())
+    parts = {
+        "weights": weights,
+        "adapter": 4.0 * trained,
+        "gradients": 4.0 * trained,
+        "optimizer": float(BYTES_PER_STATE[train.optimizer] * trained),
+        "activations": activation_bytes(transformer, model, train, pixels, settings),
+    }
+    thrifty = replace(train, gradient_checkpointing=True)
+    block = activation_bytes(transformer, model, thrifty, pixels, settings, blocks=1)
+    held = parts["weights"] + parts["adapter"] + parts["gradients"] + parts["optimizer"]
+    stages = {
+        ENCODING: qwen_image.text_encoder_bytes(base),
+        "training": sum(parts.values()),
+        "drawing samples": held + max(block, vae_bytes(base, pixels)),
+    }
+    return Needs({name: value + CONTEXT_BYTES for name, value in stages.items()}, parts)
+
+
+def weight_bytes(transformer: nn.Module, model: ModelConfig) -> float:
+    """Of the frozen base; bitsandbytes quantises the weights of all Linear layers."""
+    each = DTYPES[model.dtype].itemsize
+    linear = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, nn.Linear))
+    rest = sum(p.numel() for p in transformer.parameters()) - linear
+    quantised = QUANTISED[model.quantization]
+    return linear * (each if quantised is None else quantised) + rest * each
+
+
+def activation_bytes(
+    transformer: QwenImageTransformer2DModel,
+    model: ModelConfig,
+    train: TrainConfig,
+    pixels: int,
+    settings: AdapterConfig | None = None,
+    blocks: int | None = None,
+) -> float:
+    """What the backward pass needs, for square pictures of so many pixels; of all blocks, or of so many."""
+    one, two = (_kept(transformer, model, train, pixels, settings, count) for count in (1, 2))
+    count = int(transformer.config["num_layers"]) if blocks is None else blocks
+    total = one + (count - 1) * (two - one)
+    if train.gradient_checkpointing:  # one block at a time is computed again, and keeps everything
+        plain = replace(train, gradient_checkpointing=False)
+        first, second = (_kept(transformer, model, plain, pixels, settings, number) for number in (1, 2))
+        total += second - first
+    return total
+
+
+def _kept(
+    like: QwenImageTransformer2DModel,
+    model: ModelConfig,
+    train: TrainConfig,
+    pixels: int,
+    settings: AdapterConfig | None,
+    blocks: int,
+) -> float:
+    """Bytes that autograd keeps of one forward pass on the meta device."""
+    dtype, side = DTYPES[model.dtype], max(1, round(pixels**0.5 / 16))
+    options = {name: value for name, value in like.config.items() if not name.startswith("_")} | {"num_layers": blocks}
+    with torch.device("meta"):
+        transformer: Any = QwenImageTransformer2DModel(**options)
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if settings is not None:
+        known = adapter.linears(transformer)
+        types = [kind for kind in settings.module_types if any(name.endswith(kind) for name in known)]
+        adapter.inject(transformer, replace(settings, target_modules=tuple(types), rank_pattern={}, use_dora=False))
+    if train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+    weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # or its number would be given to another one
+        return tensor
+
+    alive: list[Tensor] = []
+    batch, channels = train.batch_size, int(like.config["in_channels"]) // 4
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        latents = torch.empty(batch, channels, 1, 2 * side, 2 * side, dtype=dtype, requires_grad=settings is None)
+        prompt = torch.empty(batch, PROMPT_TOKENS, int(like.config["joint_attention_dim"]), dtype=dtype)
+        qwen_image.predict_velocity(transformer, latents, torch.empty(batch), prompt, None)
+    return float(sum(found.values()))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention that keeps what flash attention keeps."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            return _Attention.apply(named["query"], named["key"], named["value"])
+        return func(*args, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # nothing goes backward on the meta device
+        raise AssertionError
+
+
+def vae_bytes(base: str, pixels: int) -> float:
+    """The VAE in fp32 while it decodes one picture: its weights, and feature maps of the picture's size."""
+    from diffusers import AutoencoderKLQwenImage
+
+    config = qwen_image.part_config(AutoencoderKLQwenImage, base, "vae")
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage.from_config(config) if config else AutoencoderKLQwenImage()
+    weights = sum(parameter.numel() for parameter in vae.parameters())
+    return 4.0 * (weights + VAE_FEATURES * int(vae.config["base_dim"]) * pixels)
+
+
+def ways_to_fit(
+    base: str,
+    transformer: QwenImageTransformer2DModel,
+    model: ModelConfig,
+    settings: AdapterConfig,
+    train: TrainConfig,
+    pixels: int,
+) -> list[tuple[list[str], Needs]]:
+    """The configuration, and with one saving after another, in the order of what they cost: keys to set, and needs."""
+    savings: list[tuple[str, dict[str, Any]]] = []
+    if not train.gradient_checkpointing:
+        savings.append(("train.gradient_checkpointing=true", {"train": {"gradient_checkpointing": True}}))
+    if train.optimizer != "adamw8bit":
+        savings.append(("train.optimizer=adamw8bit", {"train": {"optimizer": "adamw8bit"}}))
+    if train.batch_size > 1:
+        savings.append(("train.batch_size=1", {"train": {"batch_size": 1}}))
+    if model.quantization == "none":
+        savings.append(("model.quantization=int8", {"model": {"quantization": "int8"}}))
+    if model.quantization != "nf4":
+        savings.append(("model.quantization=nf4", {"model": {"quantization": "nf4"}}))
+    for side in (768, 512):
+        if pixels > side**2:
+            savings.append((f"data.resolution={side}", {"pixels": side**2}))
+    found: list[tuple[list[str], Needs]] = [([], estimate(base, transformer, model, settings, train, pixels))]
+    keys: list[str] = []
+    for key, change in savings:
+        keys = [*(k for k in keys if k.split("=")[0] != key.split("=")[0]), key]
+        train, model = replace(train, **change.get("train", {})), replace(model, **change.get("model", {}))
+        pixels = change.get("pixels", pixels)
+        found.append((keys, estimate(base, transformer, model, settings, train, pixels)))
+    return found
