@@ -88,8 +88,9 @@ def test_outputs_do_not_collide(elsewhere: Path) -> None:
 
 
 @pytest.mark.parametrize("vram", [80, 24, 16])
-def test_the_configurations_for_a_card_fit_it_by_estimate(vram: int) -> None:
+def test_the_configurations_for_a_card_fit_it_by_estimate(vram: int, elsewhere: Path) -> None:
     path = CONFIGS / f"qwen_image_{vram}gb.toml"
+    make_folders(path)
     run = load_config(path, [], initializers)[0]
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel()  # its defaults are the published shape
