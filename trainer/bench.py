@@ -1,216 +1,208 @@
-"""The runs of a comparison: one base in memory, on which adapters are put, trained and taken off again."""
+"""How long a training step takes, and what of it is our loop: python -m trainer.bench --config FILE
 
-import json
+The same steps are done twice, in turns: by the loop, with everything that it does, and bare, which is forward, backward
+and optimizer on inputs that lie ready. Medians, since machines are noisy; and the ratio within one run.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from trainer import adapter, loop, qwen_image, run, validation
-from trainer.adapter import AdapterWeights, Seed
-from trainer.comparison import Arm, Cell, Comparison, Subject
+from trainer import config, loop, plan, qwen_image, run
+from trainer.adapter import AdapterWeights, InitContext, Seed
+from trainer.checkpoint import CheckpointConfig
+from trainer.cli import guarded
 from trainer.files import write_json
-from trainer.flow import generator
-from trainer.lowrank import truncate, with_random_directions
-from trainer.plan import Plan
-from trainer.samples import NUM_SAMPLES
+from trainer.plan import Plan, RunConfig, Start
 from trainer.tracking import Tracker
 
+TURNS = 5
+WARMUP = 5  # steps of each turn that do not count
 
-class Bench:
-    """One base in memory, on which adapters are put, trained and taken off again."""
 
-    def __init__(self, comparison: Comparison, quiet: bool):
-        self._comparison, self._quiet = comparison, quiet
-        self._accelerator = run.make_accelerator(comparison.config.model.dtype)
-        self.device = self._accelerator.device
-        run.check_device(comparison.config, self.device)
-        self._encoded: dict[str, run.Encoded] = {}
-        self._base_losses: dict[str, float] = {}
-        self._base_samples: dict[tuple[int, int], Tensor | None] = {}
-        self._seeds: tuple[tuple[str, str, int], Seed] | None = None
+class _Clock:
+    """Seconds between calls; on a GPU, of what it has finished."""
 
-    @cached_property
-    def _transformer(self) -> Any:
-        transformer = qwen_image.load_transformer(self._comparison.config.model, self.device)
-        if self._comparison.config.train.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        return transformer
+    def __init__(self, device: torch.device):
+        self.device, self._last = device, 0.0
+        self.laps: dict[str, list[float]] = {}
 
-    @cached_property
-    def _sampler(self) -> qwen_image.Sampler:
-        return qwen_image.Sampler(self._comparison.config.model.base)
+    def start(self) -> None:
+        self._wait()
+        self._last = time.perf_counter()
 
-    def close(self) -> None:
-        """Let the base go: whoever looks at the pictures has models of their own."""
-        self.__dict__.pop("_transformer", None)
-        self._accelerator.free_memory()
+    def lap(self, name: str) -> None:
+        self._wait()
+        now = time.perf_counter()
+        self.laps.setdefault(name, []).append(now - self._last)
+        self._last = now
 
-    def introduce(self, subject: Subject, arms: Sequence[Arm]) -> None:
-        """Encode its pictures and captions, and let each initializer predict, before the base is there. The first time
-        is what an initializer costs: the runs find its predictions in the cache."""
-        encoded = run.encode(subject.plan, self.device, quiet=self._quiet)
-        self._encoded[subject.name] = encoded
-        for arm in arms:
-            file = self._init_file(subject, arm)
-            if not file.exists():
-                began = time.monotonic()
-                try:
-                    seed = self._initialize(subject, arm, self._comparison.config.seed)
-                except ValueError:  # its runs will fail by it, and tell
-                    continue
-                write_json(file, {"seconds": round(time.monotonic() - began, 3), "report": seed.report})
-
-    def _init_file(self, subject: Subject, arm: Arm) -> Path:
-        return self._comparison.output / "runs" / subject.name / arm.name / "init.json"
-
-    def _initialize(self, subject: Subject, arm: Arm, seed: int) -> Seed:
-        prepared = subject.plan
-        trials = run.Trials(prepared, self._encoded[subject.name], lambda: self._transformer)
-        cache = self._comparison.output / "cache"  # of its own: what it costs must not be known from elsewhere
-        context = run.init_context(prepared, self.device, trials)
-        context = replace(context, seed=seed, say=lambda message: None, cache=cache)
-        if arm.control == "wrong-pictures":
-            other = self._comparison.other(subject)
-            assert other is not None
-            # apart, so that the other subject's own start is not found predicted already, at no cost
-            images = tuple(example.path for example in other.plan.dataset.train)
-            context = replace(context, images=images, cache=cache / "wrong-pictures")
-        result = arm.start.initialize(context, arm.start.options)
-        return self._norm_matched(result, seed) if arm.control == "norm-matched" else result
-
-    def _norm_matched(self, seed: Seed, number: int) -> Seed:
-        """The control that has the seed's singular values, at the rank of the adapter, and nothing else of it."""
-        settings = adapter.settings_for(seed, self._comparison.config.adapter)
-
-        def shuffled(weights: AdapterWeights, limit: Callable[[str], int | None]) -> AdapterWeights:
-            found = {}
-            for name, factors in weights.factors.items():
-                wanted = limit(name)
-                kept = truncate(factors, wanted)[0] if wanted else factors
-                found[name] = with_random_directions(kept, generator(number, "norm-matched", name))
-            return AdapterWeights(found)
-
-        constant = shuffled(seed.constant, lambda name: None) if seed.constant else None
-        return replace(seed, weights=shuffled(seed.weights, settings.rank_of), constant=constant)
-
-    def _seed(self, cell: Cell) -> Seed:
-        """Asked for once for all learning rates."""
-        name = (cell.subject.name, cell.arm.name, cell.seed)
-        if self._seeds is None or self._seeds[0] != name:
-            self._seeds = name, self._initialize(cell.subject, cell.arm, cell.seed)
-        return self._seeds[1]
-
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """Train, and say what came of it; what is wrong with one run is no reason to stop the others."""
-        file = self._init_file(cell.subject, cell.arm)
-        init = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"seconds": 0.0, "report": {}}
-        result = {
-            "group": cell.subject.group,
-            "subject": cell.subject.name,
-            "arm": cell.arm.name,
-            "learning_rate": cell.learning_rate,
-            "seed": cell.seed,
-            "fingerprint": self._comparison.fingerprint(cell),
-            "init_seconds": init["seconds"],
-            "init": init["report"],
-            "base_loss": self._base_loss(cell.subject),
-            "hardware": run.hardware(self.device),
-        }
-        try:
-            return {**result, "status": "finished", **self._train(cell)}
-        except (loop.TrainingError, ValueError, torch.OutOfMemoryError) as error:
-            return {**result, "status": "failed", "error": str(error), "curve": []}
-
-    def _base_loss(self, subject: Subject) -> float:
-        """Of its held-out pictures, without any adapter."""
-        if subject.name not in self._base_losses:
-            encoded = self._encoded[subject.name]
-            losses = run.stable_losses(subject.plan, self._transformer.eval(), encoded)
-            self._base_losses[subject.name] = losses["val_loss"]
-        return self._base_losses[subject.name]
-
-    def _train(self, cell: Cell) -> dict[str, Any]:
-        prepared, settings = self._comparison.plan_of(cell), self._comparison.config
-        seed, transformer = self._seed(cell), self._transformer
-        first = cell.seed == self._comparison.seeds[0]
-        plain = self._plain(prepared) if first else None
+    def _wait(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.synchronize(self.device)
 
-        def sample(step: int, tracker: Tracker) -> Mapping[str, float]:
-            if not first or step not in self._comparison.sample_steps:
-                return {}
-            self._draw(cell, prepared, step, tracker)
-            drawn = self._unrelated(prepared)
-            return {} if drawn is None or plain is None else {"drift": float((drawn - plain).square().mean())}
 
-        encoded, handles = self._encoded[cell.subject.name], []
-        try:
-            _, applied = run.install(transformer, seed, settings.adapter, random_seed=cell.seed)
-            if seed.constant is not None:
-                handles = adapter.hold(transformer, seed.constant)
-            objective = run.LoraObjective(prepared, transformer, encoded, self._accelerator, sample)
-            result = loop.train(
-                objective,
-                prepared.config.train,
-                settings.checkpoint,
-                output=cell.folder,
-                accelerator=self._accelerator,
-                validate_every=settings.validation.every,
-                resume=(cell.folder / "checkpoints").exists(),
-                quiet=self._quiet,
-                nested=True,
-                fingerprint=prepared.fingerprint(),
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
-            adapter.remove(transformer)
-            self._accelerator.free_memory()
-        return {"applied": applied, "curve": result.validations, "peak_memory_bytes": run.peak_memory(self.device)}
+class _Watched:
+    """The objective, with the time at which each step begins."""
 
-    def _draw(self, cell: Cell, prepared: Plan, step: int, tracker: Tracker) -> None:
-        """`samples/step-<step>-<prompt>-<noise>.png`"""
-        base = prepared.config.model.base
-        prompts = prepared.config.validation.prompts
-        if not prompts:
-            return
-        latents = self._latents(prepared, prompts, NUM_SAMPLES).unflatten(0, (len(prompts), NUM_SAMPLES))
-        vae = qwen_image.load_vae(base, self.device)
-        for row, (text, part) in enumerate(zip(prompts, latents, strict=True)):
-            pictures = qwen_image.decode_latents(vae, part)
-            tracker.image(step, f"samples/{text}", pictures[0])
-            for number, picture in enumerate(pictures):
-                validation.write_png(cell.folder / "samples" / f"step-{step:06d}-{row}-{number}.png", picture)
+    def __init__(self, objective: run.LoraObjective):
+        self._objective, self.begins = objective, list[float]()
+        self.module = objective.module
 
-    def _unrelated(self, prepared: Plan) -> Tensor | None:
-        """Latents of the samples that drift is measured by."""
-        prompts = prepared.config.validation.unrelated_prompts
-        return self._latents(prepared, prompts, 1) if prompts else None
+    def loss(self, step: int, micro_step: int) -> loop.Loss:
+        if micro_step == 0:
+            self.begins.append(time.perf_counter())
+        return self._objective.loss(step, micro_step)
 
-    def _plain(self, prepared: Plan) -> Tensor | None:
-        """The same of the base without an adapter."""
-        size = prepared.dataset.train[0].bucket
-        if size not in self._base_samples:
-            self._base_samples[size] = self._unrelated(prepared)
-        return self._base_samples[size]
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._objective.tensors()
 
-    def _latents(self, prepared: Plan, texts: Sequence[str], count: int) -> Tensor:
-        """`count` samples for each of the texts, those of a text together; the noises are the same for all texts."""
-        settings, prompts = prepared.config.validation, next(iter(self._encoded.values())).prompts
-        return self._sampler.latents(
-            self._transformer,
-            [prompts[text] for text in texts for _ in range(count)],
-            size=prepared.dataset.train[0].bucket,
-            seeds=[settings.seed + number for _ in texts for number in range(count)],
-            num_inference_steps=settings.num_inference_steps,
-            true_cfg_scale=settings.true_cfg_scale,
-            negative_prompt=prompts[validation.EMPTY_PROMPT],
-            batch_size=prepared.config.train.batch_size,
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._objective.load_tensors(tensors)
+
+    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+        return {}
+
+
+def measure(prepared: Plan, steps: int) -> dict[str, Any]:
+    """Seconds of one step in the loop and bare, each part of it, and the loop's overhead."""
+    settings = prepared.config
+    accelerator = run.make_accelerator(settings.model.dtype)
+    run.check_device(settings, accelerator.device)
+    encoded = run.encode(prepared, accelerator.device, quiet=False)
+    transformer = qwen_image.load_transformer(settings.model, accelerator.device)
+    run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
+    if settings.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    objective = run.LoraObjective(prepared, transformer, encoded, accelerator)
+    whole, parts = list[float](), _Clock(accelerator.device)
+    turns: list[Callable[[], None]] = [
+        lambda: whole.extend(_by_the_loop(objective, prepared, accelerator, steps)),
+        lambda: _by_parts(objective, prepared, steps, parts),
+    ]
+    for turn in range(2 * TURNS):
+        turns[turn % 2]()
+    medians = {name: statistics.median(values) for name, values in parts.laps.items()}
+    bare = sum(medians[name] for name in ("forward", "backward", "optimizer"))
+    step = statistics.median(whole)
+    pictures = settings.train.batch_size * settings.train.gradient_accumulation_steps
+    return {
+        "config": config.to_dict(settings),
+        "hardware": run.hardware(accelerator.device),
+        "versions": run.versions(),
+        "steps": TURNS * (steps - WARMUP),
+        "seconds_in_the_loop": step,
+        "seconds_bare": bare,
+        "overhead": step / bare - 1,
+        "parts": medians,
+        "pictures_per_second": pictures / step,
+        "peak_memory_bytes": run.peak_memory(accelerator.device),
+    }
+
+
+def _by_the_loop(objective: run.LoraObjective, prepared: Plan, accelerator: Any, steps: int) -> list[float]:
+    """Seconds from the beginning of a step to that of the next. Neither validation nor checkpoints."""
+    settings, watched = prepared.config.train, _Watched(objective)
+    with tempfile.TemporaryDirectory() as folder:
+        loop.train(
+            watched,
+            replace(settings, steps=steps + 1),
+            CheckpointConfig(every=10 * steps),
+            output=Path(folder),
+            accelerator=accelerator,
+            validate_every=10 * steps,
+            quiet=True,
+            nested=True,
         )
+    between = [after - before for before, after in zip(watched.begins, watched.begins[1:], strict=False)]
+    return between[WARMUP:]
+
+
+def _by_parts(objective: run.LoraObjective, prepared: Plan, steps: int, clock: _Clock) -> None:
+    """The same, step by step, with a clock: data, forward, backward, optimizer, logging."""
+    settings = prepared.config.train
+    parameters = [p for p in objective.module.parameters() if p.requires_grad]
+    optimizer, warm = loop.make_optimizer(parameters, settings), _Clock(clock.device)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Tracker(Path(folder), steps=steps, quiet=True, nested=True) as tracker,
+    ):
+        for step in range(steps):
+            now = clock if step >= WARMUP else warm
+            now.start()
+            inputs = objective.inputs(step, 0)
+            now.lap("data")
+            loss = objective.forward(inputs)
+            now.lap("forward")
+            loss.backward()
+            now.lap("backward")
+            nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            now.lap("optimizer")
+            values = {"loss": float(loss.detach()), "lr": settings.learning_rate, "grad_norm": 0.0}
+            tracker.scalars(step + 1, values)
+            tracker.progress(step + 1, values["loss"])
+            now.lap("logging")
+
+
+def describe(report: dict[str, Any]) -> str:
+    step, bare = (f"{1000 * report[name]:.2f} ms" for name in ("seconds_in_the_loop", "seconds_bare"))
+    return "\n".join(
+        [
+            f"a step: {step} in the loop, {bare} bare (forward, backward, optimizer): {report['overhead']:.1%} more",
+            f"{report['pictures_per_second']:.1f} pictures a second",
+            "parts (ms): " + ", ".join(f"{name} {1000 * value:.2f}" for name, value in report["parts"].items()),
+        ]
+    )
+
+
+def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration, but for how the adapter starts: that costs no step anything. ConfigError as in a run."""
+    problems: list[str] = []
+    table = config.apply_overrides(config.read_toml(path, problems), overrides, problems)
+    settings = None if problems else config.parse(RunConfig, {**table, "init": {}}, "", problems)
+    if settings is None or problems:
+        raise config.ConfigError(problems)
+    return settings
+
+
+def _random(context: InitContext, config: Any) -> Seed:
+    return Seed(AdapterWeights({}), {})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run's TOML")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key")
+    parser.add_argument("--steps", type=int, default=50, help=f"of each of {TURNS} turns (default: 50)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the report, as JSON")
+    options = parser.parse_args(arguments)
+
+    def program() -> None:
+        if options.steps <= WARMUP:
+            raise ValueError(f"--steps must be more than {WARMUP}, which do not count")
+        with tempfile.TemporaryDirectory() as folder:
+            settings = _read(options.config, [*options.set, f"output={folder}"])
+            prepared = plan.prepare(settings, Start("random", _random, None, [], []), resume=False)
+            report = measure(prepared, options.steps)
+        print(describe(report))
+        if options.output:
+            write_json(options.output, report)
+
+    return guarded(program, again="give the same command again")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,13 +19,13 @@ import torch
 from tqdm import tqdm
 
 from trainer import config, run
-from trainer.bench import Bench
 from trainer.cli import guarded
 from trainer.comparison import CONTROLS, Comparison, read_result
 from trainer.dataset import Example
 from trainer.files import remove_leftovers, write_json
 from trainer.report import write_report
 from trainer.samples import look, read_pictures
+from trainer.workbench import Workbench
 
 log = logging.getLogger("trainer")
 
@@ -50,7 +50,7 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     todo = [cell for cell in cells if (read_result(cell) or {}).get("status") != "finished"]
     for cell in todo:
         remove_leftovers(cell.folder)
-    bench = Bench(comparison, quiet)
+    bench = Workbench(comparison, quiet)
     for subject in tqdm(dict.fromkeys(cell.subject for cell in todo), "subjects prepared", disable=quiet):
         bench.introduce(subject, list(dict.fromkeys(cell.arm for cell in todo if cell.subject is subject)))
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="runs", unit="run", disable=quiet) as bar:

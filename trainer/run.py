@@ -248,6 +248,19 @@ def stable_losses(plan: Plan, transformer: torch.nn.Module, encoded: Encoded) ->
     return values
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Of one forward pass."""
+
+    latents: Tensor  # B C 1 h w
+    noise: Tensor
+    sigmas: Tensor  # B
+    prompt_embeds: Tensor  # B L D
+    mask: Tensor | None  # B L
+    random: torch.Generator
+    names: list[str]
+
+
 class LoraObjective:
     """Train the adapter in the transformer with the flow-matching loss."""
 
@@ -268,6 +281,11 @@ class LoraObjective:
         self._device, self._dtype = accelerator.device, qwen_image.DTYPES[plan.config.model.dtype]
 
     def loss(self, step: int, micro_step: int) -> Loss:
+        inputs = self.inputs(step, micro_step)
+        return Loss(self.forward(inputs), ", ".join(inputs.names))
+
+    def inputs(self, step: int, micro_step: int) -> "Inputs":
+        """Pictures, captions, sigmas and noise: functions of the seed and the step."""
         run, process = self._run, self._accelerator.process_index
         micro_steps = step * run.train.gradient_accumulation_steps + micro_step
         index = micro_steps * self._accelerator.num_processes + process
@@ -281,13 +299,19 @@ class LoraObjective:
         noise = torch.randn(latents.shape, generator=random)
         num_tokens = latents.shape[-1] * latents.shape[-2] // 4
         sigmas = flow.sample_sigmas(run.flow, len(latents), num_tokens, random).to(self._device)
-        latents, noise = latents.to(self._device), noise.to(self._device)
-        noisy = flow.interpolate(latents, noise, sigmas).to(self._dtype)
         embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
-        embeds, mask = embeds.to(self._device), None if mask is None else mask.to(self._device)
-        with flow.seeded(random, self._device):  # the adapter's dropout
-            predicted = qwen_image.predict_velocity(self.module, noisy, sigmas, embeds, mask)
-        return Loss(flow.losses(predicted, latents, noise).mean(), ", ".join(str(e.path) for e in examples))
+        mask = None if mask is None else mask.to(self._device)
+        latents, noise, embeds = latents.to(self._device), noise.to(self._device), embeds.to(self._device)
+        return Inputs(latents, noise, sigmas, embeds, mask, random, [str(e.path) for e in examples])
+
+    def forward(self, inputs: "Inputs") -> Tensor:
+        """The loss: scalar, attached to the graph."""
+        noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas).to(self._dtype)
+        with flow.seeded(inputs.random, self._device):  # the adapter's dropout
+            predicted = qwen_image.predict_velocity(
+                self.module, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask
+            )
+        return flow.losses(predicted, inputs.latents, inputs.noise).mean()
 
     def tensors(self) -> dict[str, Tensor]:
         return adapter.tensors(self.transformer)
