@@ -198,6 +198,10 @@ def _alpha(content: Tensors) -> None:
     content["transformer_blocks.0.attn.to_q.alpha"] = torch.ones(3)
 
 
+def _alpha_zero(content: Tensors) -> None:
+    content["transformer_blocks.0.attn.to_q.alpha"] = torch.zeros(())
+
+
 def _foreign(content: Tensors) -> None:
     content["single_transformer_blocks.3.attn.to_q.lora_A.weight"] = torch.ones(3, 20)
 
@@ -232,6 +236,7 @@ def _no_lora(content: Tensors) -> None:
         (_empty_factor, "empty factors", True),
         (_convolution, "two dimensions", True),
         (_alpha, "not one number", True),
+        (_alpha_zero, "alpha 0", True),
         (_foreign, r"no such modules: single_transformer_blocks\.3\.attn\.to_q", True),
         (_text_encoder, "no such modules: lora_te_", True),
         (_twice, r"transformer_blocks\.0\.attn\.to_q is in it twice", True),

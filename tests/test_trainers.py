@@ -384,6 +384,13 @@ def test_the_energy_that_is_left_stands_in_the_file(tmp_path: Path) -> None:
     assert found == {"initializer": "i2l", "energy_kept": pytest.approx(0.5 * share)}
 
 
+def test_rounding_is_told(tmp_path: Path) -> None:
+    done = made_for("comfyui", tmp_path / "made", dtype="bf16")
+    assert any("rounded to bf16" in line for line in done.lines)
+    assert {x.dtype for x in load_file(done.file).values()} == {torch.bfloat16}
+    assert_same({n: x.b.double() @ x.a.double() for n, x in done.verdict.loaded.items()}, deltas(weights()), 0.02)
+
+
 @pytest.mark.parametrize("trainer", RECIPES)
 def test_the_lines_that_are_written_are_a_recipe(trainer: str, tmp_path: Path) -> None:
     made_for(trainer, tmp_path / "made", wanted_rank=RANK)

@@ -16,7 +16,7 @@ from trainer.formats.recipes import Recipe, read_recipe
 from trainer.formats.snippets import SNIPPETS, readme
 from trainer.formats.trainers import TRAINERS, by_suffix
 from trainer.formats.verdict import Verdict, judge
-from trainer.lowrank import LowRank, norm, pad, rank, truncate, zeros
+from trainer.lowrank import LowRank, norm, pad, rank, relative_difference, truncate, zeros
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -54,28 +54,23 @@ def hand_off(
     target, rules = TRAINERS[trainer], TRAINERS[trainer].rules_for(True)
     if recipe is not None and wanted_rank not in (None, recipe.rank):
         raise FormatError(f"--rank {wanted_rank} contradicts the recipe, which has rank {recipe.rank}: leave one out")
-    strangers = sorted(weights.factors.keys() - modules.keys())
-    if strangers:
-        raise FormatError(f"the model has no {strangers[0]} ({len(strangers)} such modules): choose --base")
-    most = max(rank(x) for x in weights.factors.values())
-    given = recipe or Recipe(
-        rank=wanted_rank or most, alpha=float(wanted_rank or most), trains=by_suffix(_types(weights.factors))
-    )
+    own = wanted_rank or (0 if recipe else max(rank(x) for x in weights.factors.values()))
+    given = recipe or Recipe(rank=own, alpha=float(own), trains=by_suffix(_types(weights.factors)))
     trained = given.targets(modules)
-    wrong = [n for n, x in weights.factors.items() if (x.a.shape[1], x.b.shape[0]) != modules[n]]
-    if wrong:
-        raise FormatError(f"{wrong[0]} and {len(wrong) - 1} others have other sizes than the model's: choose --base")
-    factors, kept = {}, {}
-    energies = {module: norm(x) ** 2 for module, x in weights.factors.items()}
-    for module in trained:
-        found = weights.factors.get(module)
-        if found is None and rules.missing != "error":
-            continue  # the trainer itself starts it with a random and b zero
-        whole = zeros(*modules[module]) if found is None else found
-        short, kept[module] = truncate(LowRank(whole.a.cpu(), whole.b.cpu()), given.rank)
-        factors[module] = pad(short, given.rank, generator("hand off", module))
-    if not factors:
-        raise FormatError(f"none of the LoRA's {len(weights.factors)} modules is trained by the recipe")
+    short, kept, energies = dict[str, LowRank](), dict[str, float](), dict[str, float]()
+    for module, whole in weights.factors.items():  # each is asked for once: it may be made then
+        if modules.get(module) != (whole.a.shape[1], whole.b.shape[0]):
+            raise FormatError(f"the model has no {module} of this size: choose --base")
+        energies[module] = norm(whole) ** 2
+        if module in trained:
+            short[module], kept[module] = truncate(LowRank(whole.a.cpu(), whole.b.cpu()), given.rank)
+    factors = {
+        module: pad(short.get(module, zeros(*modules[module])), given.rank, generator("hand off", module))
+        for module in trained
+        if module in short or rules.missing == "error"  # else the trainer itself starts it: a random, b zero
+    }
+    if not short:
+        raise FormatError(f"none of the LoRA's {len(energies)} modules is trained by the recipe")
     alpha = given.alpha if rules.scale == "recipe" and given.alpha != given.rank else None
     file_name = f"{name}.safetensors"
     with new_folder(folder) as partial:
@@ -94,7 +89,11 @@ def hand_off(
             write_text(partial / snippet.name, snippet.text)
             if trainer == "simpletuner":  # which reads its targets from a file of their own
                 write_text(partial / "targets.json", json.dumps(types) + "\n")
-        lines = _account(weights, factors, kept, energies, trained, given)
+        lines = _account(factors, kept, energies, trained, given)
+        if dtype != "fp32":
+            rounded = {n: LowRank(*(half.to(DTYPES[dtype]).float() for half in x)) for n, x in factors.items()}
+            worst = max(relative_difference(x, rounded[n]) for n, x in factors.items() if n in short)
+            lines.append(f"rounded to {dtype}: dW differs by {worst:.1%} at most")
         if recipe is None and snippet is not None:  # that the lines say what they should is part of the proof
             recipe = read_recipe(partial / snippet.name, trainer)
         verdict = judge(partial / file_name, trainer, modules, recipe)
@@ -109,9 +108,8 @@ def _with_energy(
     found = dict(metadata)
     if "warm_start" in found:
         origin = json.loads(found["warm_start"])
-        share = sum(energies.get(module, 0.0) * value for module, value in kept.items()) / (
-            sum(energies.values()) or 1.0
-        )
+        left = sum(energies[module] * share for module, share in kept.items())
+        share = left / (sum(energies.values()) or 1.0)
         origin["energy_kept"] = share * (1.0 if origin.get("energy_kept") is None else origin["energy_kept"])
         found["warm_start"] = json.dumps(origin)
     return found
@@ -125,24 +123,23 @@ def _types(modules: Sequence[str] | Mapping[str, object]) -> list[str]:
 
 
 def _account(
-    weights: AdapterWeights,
     factors: Mapping[str, LowRank],
     kept: Mapping[str, float],
     energies: Mapping[str, float],
     trained: Sequence[str],
     recipe: Recipe,
 ) -> list[str]:
+    """What became of the LoRA. kept: the share of each module's energy; energies: of all its modules."""
     total = sum(energies.values()) or 1.0
-    seeded = [module for module in weights.factors if module in factors]
-    lines = [f"{len(seeded)} modules, rank {recipe.rank}, alpha {recipe.alpha:g}"]
-    lost = sum(energies[module] * (1 - kept[module]) for module in seeded) / total
+    lines = [f"{len(kept)} modules, rank {recipe.rank}, alpha {recipe.alpha:g}"]
+    lost = sum(energies[module] * (1 - kept[module]) for module in kept) / total
     if lost > 5e-5:
         lines.append(f"truncated to the rank: {lost:.2%} of the energy is lost")
-    if covered := [module for module in factors if module not in weights.factors]:
+    if covered := [module for module in factors if module not in energies]:
         lines.append(f"covered with a random, b zero, because it is strict: {len(covered)} modules, as {covered[0]}")
     if open_ := [module for module in trained if module not in factors]:
         lines.append(f"trained and not in the LoRA, started by the trainer itself: {len(open_)} modules, as {open_[0]}")
-    if dropped := [module for module in weights.factors if module not in factors]:
+    if dropped := [module for module in energies if module not in factors]:
         share = sum(energies[module] for module in dropped) / total
         types = ", ".join(_types(dropped))
         what = f"{len(dropped)} modules ({types}), with {share:.2%} of the energy"

@@ -214,6 +214,10 @@ def open_lora(path: Path) -> LoraFile:
                 for name, keys in modules.items()
                 if keys.alpha or own
             }
+            if none := [name for name, alpha in alphas.items() if not alpha]:
+                raise FormatError(
+                    f"{file}: {none[0]} has alpha 0, which some programs read as no effect, others as rank"
+                )
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{file}: this is no whole safetensors file ({error}). Download or copy it again.") from error
     return LoraFile(file, modules, shapes, alphas, config, metadata)
