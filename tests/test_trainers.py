@@ -582,6 +582,17 @@ def test_convert_and_check_agree(tiny_base: Path, tmp_path: Path, capsys: pytest
     assert_same(deltas(read_lora(tmp_path / "peft")[0]), deltas(found))
 
 
+def test_a_scale_that_only_metadata_tells_is_not_counted_twice(tmp_path: Path) -> None:
+    source = written(tmp_path, "transformer", alpha=2.0)  # as made for a SimpleTuner with lora_alpha 2 and rank 6
+    assert_same(deltas(read_lora(source)[0]), deltas(weights()))
+    for number, layout in enumerate(("kohya", "bare", "transformer")):
+        target = tmp_path / f"{number}.safetensors"
+        assert main(["convert", str(source), str(target), "--layout", layout]) == 0
+        found, metadata = read_lora(target)
+        assert_same(deltas(found), deltas(weights()))
+        assert metadata.get("ss_network_alpha") == ("6" if layout == "kohya" else None)
+
+
 @pytest.mark.parametrize(
     ("arguments_", "said"),
     [

@@ -11,14 +11,21 @@ from trainer.adapter import AdapterWeights
 from trainer.flow import generator
 from trainer.formats.handoff import DTYPES, hand_off
 from trainer.formats.layouts import LAYOUTS
-from trainer.formats.lora import PEFT_FILE, FormatError, open_lora, write_lora
+from trainer.formats.lora import ALPHA_KEY, PEFT_FILE, FormatError, interface_metadata, open_lora, write_lora
 from trainer.formats.recipes import Recipe, read_recipe
 from trainer.formats.trainers import TRAINERS
 from trainer.formats.verdict import describe, judge
 from trainer.lowrank import pad, rank, relative_difference, truncate
 
-DROPPED_METADATA = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-"""Of the tensors as they were, or of a scale that is now in b."""
+STALE_METADATA = (
+    "lora_adapter_metadata",
+    "ss_network_",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash",
+    ALPHA_KEY,
+)
+"""Beginnings of keys that speak of the tensors as they were, or of a scale that is now in b."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +98,7 @@ def _convert(options: argparse.Namespace) -> int:
     if problems:
         raise FormatError("\n".join(problems))
     weights, metadata = file.read()
-    metadata = {key: value for key, value in metadata.items() if key not in DROPPED_METADATA}
+    metadata = {key: value for key, value in metadata.items() if not key.startswith(STALE_METADATA)}
     if options.layout:
         return _convert_layout(options, weights, metadata)
     done = hand_off(
@@ -120,7 +127,8 @@ def _convert_layout(options: argparse.Namespace, weights: AdapterWeights, metada
         short = truncate(x, wanted)[0]
         factors[name] = pad(short, wanted, generator("hand off", name))
         worst = max(worst, relative_difference(x, factors[name]))
-    write_lora(path, AdapterWeights(factors), metadata, DTYPES[options.dtype], layout=options.layout)
+    entries = {**metadata, **interface_metadata(options.layout, path.stem, [rank(x) for x in factors.values()])}
+    write_lora(path, AdapterWeights(factors), entries, DTYPES[options.dtype], layout=options.layout)
     rounded = f"before rounding to {options.dtype}, dW differs by {worst:.0e} at most"
     print(f"{options.out}: {len(factors)} modules; {rounded}")
     return 0
