@@ -70,7 +70,8 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
             log.info("no checkpoint yet: starting from the beginning")
         trials = Trials(plan, encoded, lambda: qwen_image.load_transformer(run.model, device))
         context = init_context(plan, device, trials)
-        seed = plan.start.initialize(context, plan.start.options)
+        with accelerator.main_process_first():  # the others find what it predicted in the cache
+            seed = plan.start.initialize(context, plan.start.options)
         transformer = trials.transformer
         settings, applied = install(transformer, seed, settings, random_seed=run.seed)
         constant = seed.constant

@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 @dataclass
 class Verdict:
-    title: str
+    trainer: str
     layouts: list[str]
     loaded: dict[str, LowRank] = field(default_factory=dict)
     """What is on the modules at step 0, effective."""
@@ -51,7 +51,7 @@ def judge(path: Path, trainer: str, modules: Mapping[str, tuple[int, int]], reci
     ranks = {name: rank(x) for name, x in weights.factors.items()}
     if recipe is None:
         recipe = default_recipe(trainer, max(ranks.values()))
-    verdict = Verdict(TRAINERS[trainer].title, layouts_of(file.modules), notes=list(recipe.notes))
+    verdict = Verdict(trainer, layouts_of(file.modules), notes=list(recipe.notes))
     _check_sizes(weights, modules, verdict)
     trained = set(weights.factors) if rules.extra == "none" else set(recipe.targets(modules))
     alpha_keys = [name for name, keys in file.modules.items() if keys.alpha]
@@ -164,17 +164,13 @@ def describe(verdict: Verdict) -> str:
         )
     lines += [f"error        {error}" for error in verdict.errors]
     lines += [f"note         {note}" for note in verdict.notes]
+    title = TRAINERS[verdict.trainer].title
     if verdict.equal:
-        lines.append(f"{verdict.title} starts from this file: dW at step 0 is the file's")
+        lines.append(f"{title} starts from this file: dW at step 0 is the file's")
     else:
-        why = (
-            "it will not start"
-            if verdict.errors
-            else f"dW at step 0 differs from the file's by {verdict.difference:.0%}"
-        )
-        lines.append(
-            f"{verdict.title} does not start from this file: {why}; `convert FILE OUT --for ...` makes one that fits"
-        )
+        wrong = f"dW at step 0 differs from the file's by {verdict.difference:.0%}"
+        lines.append(f"{title} does not start from this file: {'it will not start' if verdict.errors else wrong}")
+        lines.append(f"`python -m trainer.formats convert FILE OUT --for {verdict.trainer}` makes one that fits")
     return "\n".join(lines)
 
 
