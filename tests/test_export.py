@@ -137,6 +137,8 @@ def test_a_run_leaves_the_layouts_it_is_asked_for_with_their_origin(run_toml: Pa
         assert found.factors.keys() == expected.keys()
         for module, (a, b) in expected.items():
             delta, x = b @ a, found.factors[module]
+            sizes = x.b.norm(dim=0)  # in the order of the singular values
+            assert (sizes[1:] <= sizes[:-1] * 1.01).all() and (float(sizes[0]) > 0 or not delta.any())
             assert torch.allclose(x.b @ x.a, delta, rtol=0, atol=0.02 * float(delta.abs().max()))
         origin = json.loads(metadata["warm_start"])
         assert (origin["initializer"], len(origin["pictures"]), origin["steps"]) == ("random", 4, 4)

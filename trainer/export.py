@@ -17,6 +17,7 @@ from torch import Tensor
 from trainer import adapter
 from trainer.adapter import AdapterConfig, AdapterWeights
 from trainer.files import new_folder, write_json, write_tensors, write_text
+from trainer.flow import generator
 from trainer.formats.layouts import LAYOUTS
 from trainer.formats.lora import (
     DIFFUSERS_FILE,
@@ -27,7 +28,7 @@ from trainer.formats.lora import (
     plain,
     write_lora,
 )
-from trainer.lowrank import concatenate, norm, truncate
+from trainer.lowrank import concatenate, norm, ordered, rank, truncate
 from trainer.qwen_image import DTYPES
 
 log = logging.getLogger("trainer")
@@ -101,7 +102,7 @@ def export(
         write_tensors(partial / DIFFUSERS_FILE, named, {"format": "pt", **metadata})
         write_json(partial / PEFT_CONFIG, description)
         for layout in config.layouts:
-            weights = _whole(transformer, None) if whole is None else whole
+            weights = _ordered(_whole(transformer, None) if whole is None else whole)
             ranks = {len(factors.a) for factors in weights.factors.values()}
             shown = interface_metadata(layout, name, ranks, trigger=report["config"]["data"]["trigger"])
             entries = {**metadata, **shown}
@@ -116,14 +117,20 @@ def _whole(transformer: QwenImageTransformer2DModel, constant: AdapterWeights | 
     return AdapterWeights({name: concatenate([part[name] for part in parts if name in part]) for name in names})
 
 
-def _truncated(weights: AdapterWeights, rank: int | None) -> AdapterWeights:
-    if rank is None:
+def _truncated(weights: AdapterWeights, limit: int | None) -> AdapterWeights:
+    if limit is None:
         return weights
-    kept = {name: truncate(factors, rank) for name, factors in weights.factors.items()}
+    kept = {name: truncate(factors, limit) for name, factors in weights.factors.items()}
     energies = {name: norm(factors) ** 2 for name, factors in weights.factors.items()}
     lost = sum(energies[name] * (1 - share) for name, (_, share) in kept.items()) / (sum(energies.values()) or 1)
-    log.info("exported at rank %d, with %.2f%% of the energy lost", rank, 100 * lost)
+    log.info("exported at rank %d, with %.2f%% of the energy lost", limit, 100 * lost)
     return AdapterWeights({name: factors for name, (factors, _) in kept.items() if len(factors.a)})
+
+
+def _ordered(weights: AdapterWeights) -> AdapterWeights:
+    return AdapterWeights(
+        {name: ordered(x, rank(x), generator("export", name))[0] for name, x in weights.factors.items()}
+    )
 
 
 def _as_it_is(transformer: QwenImageTransformer2DModel, settings: AdapterConfig) -> tuple[dict[str, Tensor], ...]:

@@ -114,6 +114,13 @@ def pad(x: LowRank, rank: int, generator: torch.Generator) -> LowRank:
     return concatenate([x, LowRank(rows.to(x.a), x.b.new_zeros(x.b.shape[0], missing))])
 
 
+def ordered(x: LowRank, rank: int, generator: torch.Generator) -> tuple[LowRank, float]:
+    """At exactly `rank`: truncated, rows in the order of their singular values, filled up by `pad`; and the share of
+    energy kept. What reads only the leading rows then reads the best of them."""
+    short, kept = truncate(x, rank)
+    return pad(short, rank, generator), kept
+
+
 @torch.no_grad()
 def norm(x: LowRank) -> float:
     """Frobenius norm of dW: its square is tr((b^T b) (a a^T))."""

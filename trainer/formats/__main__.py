@@ -15,7 +15,7 @@ from trainer.formats.lora import ALPHA_KEY, PEFT_FILE, FormatError, interface_me
 from trainer.formats.recipes import Recipe, read_recipe
 from trainer.formats.trainers import TRAINERS
 from trainer.formats.verdict import describe, judge
-from trainer.lowrank import pad, rank, relative_difference, truncate
+from trainer.lowrank import ordered, rank, relative_difference
 
 STALE_METADATA = (
     "lora_adapter_metadata",
@@ -124,8 +124,7 @@ def _convert_layout(options: argparse.Namespace, weights: AdapterWeights, metada
     factors, worst = {}, 0.0
     for name, x in weights.factors.items():
         wanted = options.rank or rank(x)
-        short = truncate(x, wanted)[0]
-        factors[name] = pad(short, wanted, generator("hand off", name))
+        factors[name] = ordered(x, wanted, generator("hand off", name))[0]
         worst = max(worst, relative_difference(x, factors[name]))
     entries = {**metadata, **interface_metadata(options.layout, path.stem, [rank(x) for x in factors.values()])}
     write_lora(path, AdapterWeights(factors), entries, DTYPES[options.dtype], layout=options.layout)
