@@ -46,7 +46,9 @@ def killed(work: Callable[[], object]) -> bool:
         finally:
             os._exit(99)
     status = os.waitpid(child, 0)[1]
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    if not (ended := os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+        print(f"the child was not killed: it ended with {os.waitstatus_to_exitcode(status)}")
+    return ended
 
 
 def kill_me(*_: object, **__: object) -> None:
