@@ -41,7 +41,22 @@ def warm_start(
     cache: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """See `initializers.warm_start`."""
+    """Start the adapter of a script from pictures: one line, before the optimizer is made.
+
+        transformer.add_adapter(lora_config)
+        report = warm_start(transformer, "pictures/", strength=0.8)
+
+    transformer: a `QwenImageTransformer2DModel`, quantised or not, or a `PeftModel` of one. If it has an adapter (LoRA
+    with any rank, alpha, pattern, rslora or DoRA; LoHa; LoKr), that one is seeded; else a LoRA is added, at `rank`
+    (16), `alpha` (the rank) and `target_modules` (the 12 types that i2L covers). images: a folder, paths, or PIL
+    images; only training pictures. init: an initializer's name, or a LoRA file; `options` are the keys of its table,
+    `[init.i2l]` for i2L. base: folder or Hugging Face id of the pipeline, if the transformer does not know it. cache: a
+    folder for predictions.
+
+    Returns a report: what the initializer did, which modules are seeded, random or dropped, the energy kept, and the
+    proof. A LoRA in half precision is raised to fp32, since a seed would be rounded. ConfigError lists all that is
+    wrong with the arguments; AdapterError if the seed cannot be in this adapter.
+    """
     model: nn.Module = transformer.get_base_model() if isinstance(transformer, PeftModel) else transformer
     method, preset = registry.resolve(init)
     own = _options(method, {**preset, **options})
@@ -92,19 +107,21 @@ def warm_start(
 def _apply(
     model: nn.Module, seed: Seed, settings: AdapterConfig, name: str, present: bool, random_seed: int
 ) -> dict[str, Any]:
-    if present and any(True for _ in lycoris.layers(model, name)):
-        return lycoris.apply_seed(model, seed.weights, random_seed=random_seed, adapter_name=name)
     if not present:
         adapter.inject(model, adapter.settings_for(seed, settings), name)
     raised = 0
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and name in layer.lora_A:
-            for part in (layer.lora_A[name].weight, layer.lora_B[name].weight):
-                raised += part.dtype != torch.float32
-                part.data = part.data.float()  # a seed in half precision would be rounded, and so would its steps
-    report = adapter.apply_seed(model, seed, random_seed=random_seed, adapter_name=name)
+        if isinstance(layer, BaseTunerLayer):
+            for part, parameter in layer.named_parameters():
+                if f"{part}.".split(".")[1] == name and parameter.dtype != torch.float32:
+                    raised += 1
+                    parameter.data = parameter.data.float()  # a seed would be rounded, and so would its steps
     if raised:
         log.info("warm start: the adapter was in half precision, and is in fp32 now: a seed would be rounded")
+    if any(True for _ in lycoris.layers(model, name)):
+        report = lycoris.apply_seed(model, seed.weights, random_seed=random_seed, adapter_name=name)
+        return {**report, "raised_to_fp32": raised}
+    report = adapter.apply_seed(model, seed, random_seed=random_seed, adapter_name=name)
     return {"adapter": "LoRA", **report, "raised_to_fp32": raised}
 
 

@@ -123,6 +123,21 @@ def test_half_precision_is_raised(lora: str) -> None:
     assert_seeded(transformer)
 
 
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
+def test_lycoris_in_half_precision_is_raised_too(kind: Any, lora: str) -> None:
+    model = tiny(torch.bfloat16)
+    inject_adapter_in_model(kind(r=6, target_modules=TWELVE), model)
+    for _, layer in lycoris.layers(model, "default"):
+        for name, parameter in layer.named_parameters():
+            if name.endswith(".default"):
+                parameter.data = parameter.data.bfloat16()
+    assert warm_start(model, init=lora)["raised_to_fp32"] > 0
+    kinds = {
+        x.dtype for _, layer in lycoris.layers(model, "default") for n, x in layer.named_parameters() if "default" in n
+    }
+    assert kinds == {torch.float32} and output(model).isfinite().all()
+
+
 def test_a_loha_is_the_lora_exactly(lora: str) -> None:
     model = tiny()
     inject_adapter_in_model(LoHaConfig(r=6, alpha=3, target_modules=TWELVE), model)

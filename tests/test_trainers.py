@@ -169,7 +169,7 @@ def onetrainer(folder: Path) -> Deltas:
             down, up = state.pop(f"{stem}.lora_down.weight"), state.pop(f"{stem}.lora_up.weight")
             assert down.shape[0] == settings["lora_rank"]
             found[name] = up.double() @ down.double() * (float(state.pop(f"{stem}.alpha")) / settings["lora_rank"])
-    assert not state, "NotImplementedError"
+    assert not state, "a module too many raises"
     return found
 
 

@@ -150,8 +150,8 @@ def target_modules(transformer: nn.Module, config: AdapterConfig) -> dict[str, t
         if name not in sizes:
             problems.append(f'rank_pattern: there is no module "{name}"; {_nearest(name, sizes)}')
     for wanted in config.module_types:
-        matching = {name for name in sizes if _matches(name, wanted)}
-        if wrong := sorted(name for name in others if _matches(name, wanted)):
+        matching = {name for name in sizes if matches(name, wanted)}
+        if wrong := sorted(name for name in others if matches(name, wanted)):
             problems.append(f'target_modules: "{wanted}" matches {wrong[0]}, which is no Linear layer')
         elif not matching:
             problems.append(f'target_modules: "{wanted}" matches no module; {_nearest(wanted, sizes)}')
@@ -361,7 +361,8 @@ def _other_names(transformer: nn.Module) -> list[str]:
     ]
 
 
-def _matches(name: str, wanted: str) -> bool:
+def matches(name: str, wanted: str) -> bool:
+    """PEFT's rule: the module of that name, and all whose name ends in "." and it."""
     return name == wanted or name.endswith("." + wanted)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.adapter import TOLERANCE, AdapterError, AdapterWeights
 from trainer.flow import generator
-from trainer.lowrank import LowRank, norm, pad, truncate
+from trainer.lowrank import LowRank, norm, ordered, relative_difference
 
 ITERATIONS = 200
 
@@ -64,9 +64,7 @@ def apply_seed(
 
 def _write_loha(layer: Any, factors: LowRank, name: str, random: torch.Generator) -> float:
     """The second product is one in its first rank; its others are random and zero, so that they can learn."""
-    wanted = layer.r[name]
-    short, kept = truncate(LowRank(factors.a.cpu(), factors.b.cpu()), wanted)
-    ready = pad(short, wanted, random)
+    ready, kept = ordered(LowRank(factors.a.cpu(), factors.b.cpu()), layer.r[name], random)
     first_out, first_in = layer.hada_w1_a[name], layer.hada_w1_b[name]
     second_out, second_in = layer.hada_w2_a[name], layer.hada_w2_b[name]
     first_out.copy_(ready.b / layer.scaling[name])
@@ -77,16 +75,10 @@ def _write_loha(layer: Any, factors: LowRank, name: str, random: torch.Generator
     second_in.copy_(torch.empty(second_in.shape).uniform_(-bound, bound, generator=random))
     second_in[0] = 1
     ones = (second_out.double() @ second_in.double() - 1).abs().max()
-    arrived = LowRank(first_in.double(), first_out.double() * layer.scaling[name])
-    if float(ones) or not _relative(arrived, ready) <= TOLERANCE:
-        raise AdapterError("the seed is not in the LoHa: are its factors kept in half precision?")
+    arrived = LowRank(first_in.cpu(), first_out.cpu() * layer.scaling[name])
+    if float(ones) or not relative_difference(ready, arrived) <= TOLERANCE:
+        raise AdapterError("the seed is not in the LoHa: its dW differs from what was asked")
     return 1 - kept
-
-
-def _relative(x: LowRank, y: LowRank) -> float:
-    y = LowRank(y.a.to(x.a), y.b.to(x.b))
-    size = norm(y)
-    return norm(LowRank(torch.cat([x.a, y.a]), torch.cat([x.b, -y.b], dim=1))) / size if size else 0.0
 
 
 def _write_lokr(layer: Any, factors: LowRank, name: str) -> float:

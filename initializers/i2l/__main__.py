@@ -32,7 +32,7 @@ from trainer import config, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, linears, target_modules
 from trainer.export import origin
 from trainer.formats import FormatError, check_lora, write_lora
-from trainer.formats.handoff import DTYPES, hand_off
+from trainer.formats.handoff import hand_off
 from trainer.formats.recipes import RecipeError, read_recipe
 from trainer.formats.trainers import TRAINERS
 from trainer.formats.verdict import describe as judgement
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = "that trainer's configuration, to read rank, alpha and targets from"
     predict.add_argument("--recipe", type=Path, metavar="FILE", help=recipe)
     predict.add_argument("--strength", type=float, help="factor of the LoRA (default: the configuration's; 1 for auto)")
-    predict.add_argument("--dtype", choices=[*DTYPES], default="fp32", help="of the file (default: fp32)")
+    predict.add_argument("--dtype", choices=[*qwen_image.DTYPES], default="fp32", help="of the file (default: fp32)")
     draws = commands.add_parser("draw", help="let the base draw pictures of prompts, to train Bias on")
     draws.add_argument("--base", required=True, help="folder or Hugging Face id of the pipeline")
     draws.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
@@ -240,7 +240,7 @@ def predict_file(options: argparse.Namespace) -> int:
             factors[module], kept[module] = truncate(x, rank)
         average = sum(kept.values()) / len(kept)
         metadata = origin(base, seed.report, average, digests, 0)
-        write_lora(options.output, AdapterWeights(factors), metadata, DTYPES[options.dtype])
+        write_lora(options.output, AdapterWeights(factors), metadata, qwen_image.DTYPES[options.dtype])
         incoming = seed.report["incoming_rank"]
         print(f"{options.output}: {len(factors)} modules, rank {min(rank, incoming)} of {incoming}, ", end="")
         print(f"from {len(pictures)} pictures")

@@ -4,9 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
 
 from trainer.adapter import TARGETS, AdapterWeights
 from trainer.files import new_folder, write_text
@@ -16,10 +13,8 @@ from trainer.formats.recipes import Recipe, read_recipe
 from trainer.formats.snippets import SNIPPETS, readme
 from trainer.formats.trainers import TRAINERS, by_suffix
 from trainer.formats.verdict import Verdict, judge
-from trainer.lowrank import LowRank, norm, pad, rank, relative_difference, truncate, zeros
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Dtype = Literal["fp32", "bf16", "fp16"]
+from trainer.lowrank import LowRank, norm, ordered, pad, rank, relative_difference, zeros
+from trainer.qwen_image import DTYPES, Dtype
 
 
 @dataclass(frozen=True)
@@ -63,9 +58,12 @@ def hand_off(
             raise FormatError(f"the model has no {module} of this size: choose --base")
         energies[module] = norm(whole) ** 2
         if module in trained:
-            short[module], kept[module] = truncate(LowRank(whole.a.cpu(), whole.b.cpu()), given.rank)
+            on_cpu = LowRank(whole.a.cpu(), whole.b.cpu())
+            short[module], kept[module] = ordered(on_cpu, given.rank, generator("hand off", module))
     factors = {
-        module: pad(short.get(module, zeros(*modules[module])), given.rank, generator("hand off", module))
+        module: short[module]
+        if module in short
+        else pad(zeros(*modules[module]), given.rank, generator("hand off", module))
         for module in trained
         if module in short or rules.missing == "error"  # else the trainer itself starts it: a random, b zero
     }

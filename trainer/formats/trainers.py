@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.adapter import TARGETS
+from trainer.adapter import TARGETS, matches
 from trainer.formats.layouts import LAYOUTS, OUTER_MODULES, Layout, ModuleKeys
 
 _DIFFUSION_MODEL_DOWN_UP = Layout("diffusion_model.", LAYOUTS["onetrainer"].halves)
@@ -64,9 +64,9 @@ def in_blocks(name: str) -> bool:
 
 
 def by_suffix(wanted: Iterable[str]) -> Callable[[str], bool]:
-    """PEFT's way: the module of that name, and all whose name ends in "." and it."""
+    """As PEFT takes `target_modules`."""
     endings = tuple(wanted)
-    return lambda name: any(name == ending or name.endswith("." + ending) for ending in endings)
+    return lambda name: any(matches(name, ending) for ending in endings)
 
 
 TRAINERS: Mapping[str, Trainer] = {
