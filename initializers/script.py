@@ -20,7 +20,7 @@ from initializers import registry
 from trainer import adapter, config, lycoris
 from trainer.adapter import NAME, AdapterConfig, InitContext, Seed
 from trainer.formats.lora import BASE_CHANGING
-from trainer.pictures import SUFFIXES
+from trainer.pictures import SUFFIXES, pictures_in
 
 log = logging.getLogger("trainer")
 
@@ -186,7 +186,7 @@ def _pictures(images: Images | None, folder: Path, problems: list[str]) -> tuple
     if isinstance(images, str | Path):
         path = Path(images)
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+            found = pictures_in(path)
             if not found:
                 problems.append(f"images: no picture in {path} ({', '.join(sorted(SUFFIXES))})")
             return tuple(found)

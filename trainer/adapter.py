@@ -195,8 +195,8 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
     given = seed.weights.factors
     if given and not given.keys() & layers.keys():
         raise AdapterError(
-            f"the seed has none of the modules that are to be trained. It has {_first(sorted(given))}; "
-            f"to be trained are {_first(sorted(layers))}"
+            f"the seed has none of the modules that are to be trained. It has {first(sorted(given))}; "
+            f"to be trained are {first(sorted(layers))}"
         )
     requested, problems, padded = dict[str, LowRank](), list[str](), 0
     kept, energies, lost = dict[str, float](), dict[str, float](), dict[str, float]()
@@ -212,7 +212,7 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
             padded += rank(factors) < wanted
         requested[name] = pad(factors, wanted, generator(random_seed, "adapter", name))
     if problems:
-        raise AdapterError(f"the seed does not fit: {_first(problems, '; ')}")
+        raise AdapterError(f"the seed does not fit: {first(problems, '; ')}")
     _write(layers, requested, adapter_name)
     largest = prove(transformer, AdapterWeights(requested), adapter_name)
     for name in given:
@@ -234,7 +234,7 @@ def prove(transformer: nn.Module, requested: AdapterWeights, adapter_name: str =
     """The largest relative difference between the adapter's dW and what was requested. AdapterError if above 1e-5."""
     actual = read(transformer, adapter_name).factors
     if different := sorted(actual.keys() ^ requested.factors.keys()):
-        raise AdapterError(f"the seed is not in the adapter: its modules differ, as in {_first(different)}")
+        raise AdapterError(f"the seed is not in the adapter: its modules differ, as in {first(different)}")
     errors = {name: relative_difference(factors, actual[name]) for name, factors in requested.factors.items()}
     if wrong := [name for name, error in errors.items() if not error <= TOLERANCE]:
         worst = max(wrong, key=lambda name: errors[name])
@@ -274,7 +274,7 @@ def hold(transformer: nn.Module, weights: AdapterWeights) -> list[RemovableHandl
                 )
             )
     if problems or not weights.factors:
-        raise AdapterError(f"nothing to hold: {_first(problems, '; ') or 'the seed is empty'}")
+        raise AdapterError(f"nothing to hold: {first(problems, '; ') or 'the seed is empty'}")
     return [
         transformer.get_submodule(name).register_forward_hook(_Constant(factors))
         for name, factors in weights.factors.items()
@@ -321,7 +321,7 @@ def load_tensors(transformer: nn.Module, saved: Mapping[str, Tensor]) -> None:
         ),
     ]
     if problems:
-        raise AdapterError(f"the saved tensors are of another adapter: {_first(sorted(problems), '; ')}")
+        raise AdapterError(f"the saved tensors are of another adapter: {first(sorted(problems), '; ')}")
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
 
@@ -370,7 +370,7 @@ def _nearest(wanted: str, names: Iterable[str]) -> str:
     """The names most like `wanted`, counting the ends of names as names."""
     ends = {".".join(parts[start:]) for name in names for parts in [name.split(".")] for start in range(len(parts))}
     near = difflib.get_close_matches(wanted, sorted(ends), n=3, cutoff=0.5)
-    return f"near are {', '.join(near)}" if near else f"this model has {_first(sorted(TARGETS['all']))}"
+    return f"near are {', '.join(near)}" if near else f"this model has {first(sorted(TARGETS['all']))}"
 
 
 def _layers(transformer: nn.Module, adapter_name: str = NAME) -> Iterator[tuple[str, Any]]:
@@ -430,7 +430,8 @@ def _write(layers: Mapping[str, Any], requested: Mapping[str, LowRank], adapter_
             magnitude.weight.data = magnitude.weight.data.float().to(device)
 
 
-def _first(names: Iterable[str], separator: str = ", ", count: int = 3) -> str:
+def first(names: Iterable[str], separator: str = ", ", count: int = 3) -> str:
+    """The first of them in words, and how many more there are."""
     listed = list(names)
     rest = len(listed) - count
     return separator.join(listed[:count]) + (f" and {rest} more" if rest > 0 else "")

@@ -100,3 +100,8 @@ def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
         return image, "colour profile not usable: colours taken as sRGB"
     assert made is not None  # it is only None when converting in place
     return made, "colours converted to sRGB from their own profile"
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Files of a folder that are pictures by their suffix, hidden ones aside, by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))

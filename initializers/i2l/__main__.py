@@ -37,7 +37,7 @@ from trainer.formats.recipes import RecipeError, read_recipe
 from trainer.formats.trainers import TRAINERS
 from trainer.formats.verdict import describe as judgement
 from trainer.lowrank import truncate
-from trainer.pictures import SUFFIXES
+from trainer.pictures import SUFFIXES, pictures_in
 
 _ENCODERS = {encoders.SIGLIP_MD5: "SigLIP2-G384", encoders.DINOV3_MD5: "DINOv3-7B"}
 
@@ -268,7 +268,7 @@ def _pictures(folder: Path, problems: list[str]) -> tuple[Path, ...]:
     if not folder.is_dir():
         problems.append(f"--images {folder}: there is no such folder")
         return ()
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    found = pictures_in(folder)
     if not found:
         problems.append(f"--images {folder}: no picture in it ({', '.join(sorted(SUFFIXES))})")
     return tuple(found)
