@@ -35,7 +35,7 @@ def named(tensors: list[nn.Parameter]) -> dict[str, Tensor]:
 def save(root: Path, step: int, keep: int = 2, state: dict[str, Any] | None = None) -> Path:
     tensors = parameters()
     optimizer = torch.optim.AdamW(tensors)
-    return checkpoint.save(root, step, named(tensors), optimizer, {"fingerprint": "", **(state or {})}, keep)
+    return checkpoint.save(root, step, named(tensors), optimizer.state_dict(), {"fingerprint": "", **(state or {})}, keep)
 
 
 def steps(root: Path) -> list[str]:
@@ -57,7 +57,7 @@ def test_an_optimizer_goes_on_as_if_it_had_never_stopped(kind: str, tmp_path: Pa
     tensors = parameters()
     optimizer = make_optimizer(tensors, config)
     update(tensors, optimizer, range(3))
-    checkpoint.save(tmp_path, 3, named(tensors), optimizer, {"fingerprint": ""}, 2)
+    checkpoint.save(tmp_path, 3, named(tensors), optimizer.state_dict(), {"fingerprint": ""}, 2)
     saved = checkpoint.latest(tmp_path)
     assert saved is not None and saved.step == 3
     tensors = [nn.Parameter(saved.tensors[name]) for name in named(tensors)]
@@ -198,6 +198,13 @@ def test_a_checkpoint_of_another_course_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="other settings") as caught:
         checkpoint.latest(tmp_path / "checkpoints", "yours")
     assert str(tmp_path / "run.json") in str(caught.value)
+
+
+def test_a_checkpoint_with_other_batches_in_a_step_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1, state={"batches_per_step": 2})
+    assert checkpoint.latest(tmp_path, "", 2) is not None
+    with pytest.raises(CheckpointError, match=r"with 2 batches a step .* now there would be 4"):
+        checkpoint.latest(tmp_path, "", 4)
 
 
 def test_the_state_is_json_a_person_can_read(tmp_path: Path) -> None:

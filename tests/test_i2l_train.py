@@ -299,7 +299,8 @@ def test_all_four_experts_one_after_another(
     assert [entry["expert"] for entry in report["init"]["experts"]] == ["coarse", "fine", "bias"]
 
 
-def test_two_processes_are_one_with_twice_the_batch(toml: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_are_one_with_twice_the_batch(fsdp: bool, toml: Path, tmp_path: Path) -> None:
     settings = ["train.steps=3", "validation.prompts=[]", "expert.train_encoders=false"]
     one = run(toml, f"output={tmp_path / 'one'}", *settings, "train.batch_size=4")
     # what `accelerate launch` runs on GPUs; on CPUs it would want MPI
@@ -308,6 +309,8 @@ def test_two_processes_are_one_with_twice_the_batch(toml: Path, tmp_path: Path) 
     for setting in (*settings, "train.batch_size=2"):
         command += ["--set", setting]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if fsdp:
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     curves = [
@@ -318,6 +321,8 @@ def test_two_processes_are_one_with_twice_the_batch(toml: Path, tmp_path: Path) 
     for single, shared in zip(*curves, strict=True):
         for name in ("loss", "grad_norm"):
             assert shared[name] == pytest.approx(single[name], rel=1e-4), name
+    file = "Qwen-Image-i2L-Style.safetensors"
+    assert read_geometry(tmp_path / "two" / file) == read_geometry(one / file)
 
 
 @pytest.mark.parametrize(("kind", "parameters"), [("style", "2.406"), ("coarse", "7.927"), ("fine", "7.573")])

@@ -1,7 +1,6 @@
 """The command line."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from helpers import BAD_INPUT, FINISHED, INTERRUPTED, adapter_bytes, files, metrics, run
+from helpers import BAD_INPUT, FINISHED, INTERRUPTED, files, metrics, run
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import initializers
@@ -178,25 +177,6 @@ def test_a_real_process_stops_on_sigterm_and_is_continued(run_toml: Path, tmp_pa
     assert saved is not None and saved.step >= 2
     assert run(run_toml, output, f"train.steps={saved.step + 1}", "validation.every=1000000", resume=True) == FINISHED
     assert [line["step"] for line in metrics(output) if "loss" in line] == [*range(1, saved.step + 2)]
-
-
-def test_two_processes_train_one_adapter(run_toml: Path, tmp_path: Path) -> None:
-    """What `accelerate launch` runs on two GPUs, here on two CPU processes; each has its own pictures and noise."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517"]
-    command += [str(ROOT / "train.py"), "--config", str(run_toml), "--init", "gaussian", "--quiet"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for steps in ("2", "4"):
-        arguments = ["--output", str(tmp_path / "two"), "--set", f"train.steps={steps}"]
-        arguments += ["--resume"] if steps == "4" else []
-        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stderr.count("done in ") == 1  # one process speaks
-    assert [line["step"] for line in metrics(tmp_path / "two") if "loss" in line] == [1, 2, 3, 4]
-    assert run(run_toml, tmp_path / "one", "init.method=gaussian") == FINISHED
-    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
-    assert one[0]["val_loss"] == two[0]["val_loss"]  # the same start
-    assert one[1]["loss"] != two[1]["loss"]  # the mean of two batches
-    assert adapter_bytes(tmp_path / "one").keys() == adapter_bytes(tmp_path / "two").keys()
 
 
 def metrics_so_far(output: Path) -> list[dict[str, float]]:

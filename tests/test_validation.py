@@ -68,8 +68,17 @@ def test_each_prompt_is_drawn_from_its_own_fixed_noise(transformer: torch.nn.Mod
     prompts = [item(1).prompt, item(1).prompt, item(2).prompt]
 
     def draw(seed: int = 3, scale: float = 1.0) -> list[Image.Image]:
-        config = ValidationConfig(prompts=("a", "b", "c"), num_inference_steps=2, seed=seed, true_cfg_scale=scale)
-        return validation.draw_samples(transformer, config, str(tiny_base), prompts, item(3).prompt, (48, 64))  # type: ignore[arg-type]
+        latents = qwen_image.Sampler(str(tiny_base)).latents(
+            transformer,  # type: ignore[arg-type]
+            prompts,
+            size=(48, 64),
+            seeds=[seed + row for row in range(3)],
+            num_inference_steps=2,
+            true_cfg_scale=scale,
+            negative_prompt=item(3).prompt,
+        )
+        vae = qwen_image.load_vae(str(tiny_base), torch.device("cpu"))
+        return [picture for one in latents for picture in qwen_image.decode_latents(vae, one[None])]
 
     pictures = draw()
     assert [picture.size for picture in pictures] == [(48, 64)] * 3

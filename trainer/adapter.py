@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trainer.flow import generator
 from trainer.lowrank import LowRank, norm, pad, rank, relative_difference, truncate, zeros
+from trainer.parallel import like
 
 NAME = "default"  # of the adapter in PEFT
 TOLERANCE = 1e-5  # of the proof: fp32 rounds at 6e-8, a wrong scale or a swapped module is off by far more
@@ -323,7 +324,7 @@ def load_tensors(transformer: nn.Module, saved: Mapping[str, Tensor]) -> None:
     if problems:
         raise AdapterError(f"the saved tensors are of another adapter: {first(sorted(problems), '; ')}")
     for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+        parameter.copy_(like(saved[name], parameter))
 
 
 def peft_config(config: AdapterConfig) -> LoraConfig:

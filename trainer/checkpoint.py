@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,16 +49,18 @@ def save(
     root: Path,
     step: int,
     tensors: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Mapping[str, Any],
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
     """Write `root/step-<step>`, then delete all but the newest `keep`, and what a killed run left half written.
 
+    optimizer: its state dict.
+
     OSError if the disk is full; then nothing was deleted.
     """
     path = root / f"step-{step:08d}"
-    optimizer_tensors, optimizer_rest = _split(optimizer.state_dict())
+    optimizer_tensors, optimizer_rest = _split(optimizer)
     with new_folder(path) as folder:
         write_tensors(folder / "trainable.safetensors", tensors)
         write_tensors(folder / "optimizer.safetensors", optimizer_tensors)
@@ -69,15 +70,24 @@ def save(
     return path
 
 
-def latest(root: Path, fingerprint: str | None = None) -> Checkpoint | None:
-    """The newest checkpoint under `root`, or None. CheckpointError if it cannot be read, or if a `fingerprint` is
-    given and it was saved with another one."""
+def latest(root: Path, fingerprint: str | None = None, batches_per_step: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint under `root`, or None. CheckpointError if it cannot be read, or was saved with another
+    `fingerprint` or other `batches_per_step`, where they are given.
+
+    batches_per_step: gradient_accumulation_steps x processes. As long as it is the same, all that follows is the same.
+    """
     folders = _folders(root)
     saved = load(folders[-1]) if folders else None
     if saved and fingerprint is not None and saved.state["fingerprint"] != fingerprint:
         raise CheckpointError(
             f"{saved.path} was written by a run with other settings: resume with the configuration in "
             f"{root.parent / 'run.json'}, or choose another --output."
+        )
+    if saved and batches_per_step is not None and saved.state["batches_per_step"] != batches_per_step:
+        raise CheckpointError(
+            f"{saved.path} was written by a run with {saved.state['batches_per_step']} batches a step "
+            f"(gradient_accumulation_steps x processes), and now there would be {batches_per_step}: other pictures "
+            "from here on. Change one of the two so that the product is the same, or choose another --output."
         )
     return saved
 
@@ -101,7 +111,7 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state dict as tensors named `index.name`, and what JSON can hold."""
     flat = dict(_flat(state["state"]))
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}

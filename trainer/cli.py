@@ -12,6 +12,8 @@ EXIT_CODES = (
     "3 stopped by a signal after saving a checkpoint."
 )
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "ncclRemoteError")
+
 
 def add_run_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     """--config, --output, --resume, --set, --quiet"""
@@ -42,6 +44,11 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
         return EXIT_FAILED
     except KeyboardInterrupt:
         logging.error("stopped at once; what was trained since the last checkpoint is lost; %s", again)
+        return EXIT_FAILED
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST_PEER):
+            raise
+        logging.error("another process of this run has ended; its own message is above. Then %s", again)
         return EXIT_FAILED
     except OSError as error:
         logging.error("%s\nThe last checkpoint is whole. Once this is mended, %s", error, again)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trainer import config, run
+from trainer import config, parallel, run
 from trainer.cli import guarded
 from trainer.comparison import CONTROLS, Comparison, read_result
 from trainer.dataset import Example
@@ -32,6 +32,8 @@ log = logging.getLogger("trainer")
 
 def own_part() -> tuple[int, int]:
     """Under `accelerate launch`: each process does a part of the runs, and does it alone, on its own GPU."""
+    if parallel.wants_shards():
+        raise ValueError("--compare does each run on one GPU: launch it with configs/accelerate/ddp.yaml")
     count = int(os.environ.get("WORLD_SIZE", "1"))
     number, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

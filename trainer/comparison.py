@@ -129,8 +129,9 @@ class Comparison:
         shown = [example.digest for example in other.plan.dataset.train] if other else []
         held_out = [example.digest for example in prepared.dataset.held_out]
         settings = config.to_dict(self.config.validation)
-        run = prepared.fingerprint()
-        return key(run, models, self.config.train.steps, cell.arm.control, shown, held_out, settings)
+        run, train = prepared.fingerprint(), self.config.train
+        lengths = [train.steps, train.gradient_accumulation_steps]
+        return key(run, models, lengths, cell.arm.control, shown, held_out, settings)
 
     @cached_property
     def _base_identity(self) -> Any:

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from trainer import checkpoint
+from trainer import checkpoint, parallel
 from trainer.checkpoint import CheckpointConfig
 from trainer.tracking import Tracker
 
@@ -118,23 +118,31 @@ def train(
     Raises TrainingError on NaN or infinity, Interrupted after a signal, CheckpointError if the checkpoint was
     written by a run with another `fingerprint`.
     """
-    objective.module = accelerator.prepare(objective.module)
+    sharded = parallel.wants_shards()
+    if sharded:
+        parallel.shard(objective.module, accelerator.device)
+    else:
+        objective.module = accelerator.prepare(objective.module)
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
-    optimizer = accelerator.prepare(make_optimizer(parameters, config))
+    optimizer: Any = make_optimizer(parameters, config)
+    if not sharded:
+        optimizer = accelerator.prepare(optimizer)
     start, result = 0, Result(0, 0.0)
-    saved = checkpoint.latest(output / "checkpoints", fingerprint) if resume else None
+    batches = config.gradient_accumulation_steps * accelerator.num_processes
+    saved = checkpoint.latest(output / "checkpoints", fingerprint, batches) if resume else None
     if saved:
         objective.load_tensors(saved.tensors)
-        optimizer.load_state_dict(saved.optimizer)
+        parallel.load_optimizer(optimizer, saved.optimizer)
         start, result = saved.step, Result(saved.step, saved.state["seconds"], saved.state["validations"])
     seconds_before, begin = result.seconds, time.monotonic()
 
     def save(step: int) -> None:
         result.step, result.seconds = step, seconds_before + time.monotonic() - begin
+        tensors, inner = parallel.whole(objective.tensors()), parallel.whole(optimizer.state_dict())
         if accelerator.is_main_process:
-            state = {"fingerprint": fingerprint, "seconds": result.seconds, "validations": result.validations}
-            tensors, plain = objective.tensors(), getattr(optimizer, "optimizer", optimizer)
-            checkpoint.save(output / "checkpoints", step, tensors, plain, state, checkpoints.keep)
+            state = {"fingerprint": fingerprint, "batches_per_step": batches}
+            state |= {"seconds": result.seconds, "validations": result.validations}
+            checkpoint.save(output / "checkpoints", step, tensors, inner, state, checkpoints.keep)
         accelerator.wait_for_everyone()
 
     def validate(step: int, tracker: Tracker) -> None:
@@ -188,7 +196,7 @@ def _update(
         loss, batches = _backward(objective, config, accelerator, step)
         if accelerator.scaler is not None:
             accelerator.unscale_gradients(optimizer)
-        grad_norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
+        grad_norm = float(parallel.whole(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)))
         if math.isfinite(loss) and math.isfinite(grad_norm):
             break
         if accelerator.scaler is None or not math.isfinite(loss) or accelerator.scaler.get_scale() < 1:
@@ -210,7 +218,7 @@ def _backward(
     total, batches = 0.0, []
     for micro_step in range(config.gradient_accumulation_steps):
         last = micro_step == config.gradient_accumulation_steps - 1
-        with nullcontext() if last else accelerator.no_sync(objective.module):
+        with nullcontext() if last else parallel.no_sync(accelerator, objective.module):
             loss = objective.loss(step, micro_step)
             accelerator.backward(loss.value / config.gradient_accumulation_steps)
         total += float(accelerator.reduce(loss.value.detach(), "mean")) / config.gradient_accumulation_steps

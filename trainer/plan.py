@@ -10,7 +10,7 @@ from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from trainer import adapter, config, memory, qwen_image
+from trainer import adapter, config, memory, parallel, qwen_image
 from trainer.adapter import AdapterConfig, Initializer
 from trainer.cache import key
 from trainer.checkpoint import CheckpointConfig
@@ -97,11 +97,12 @@ class Plan:
         return Path(self.config.output)
 
     def fingerprint(self) -> str:
-        """Of all that decides the course of training, except its length: a checkpoint belongs to one such course."""
+        """Of all that decides the course of training, except its length, and into how many passes and processes a step
+        is divided, which the loop looks at: a checkpoint belongs to one such course."""
         values = config.to_dict(self.config)
         for name in ("output", "validation", "checkpoint", "export"):
             del values[name]
-        del values["train"]["steps"], values["data"]["cache"]
+        del values["train"]["steps"], values["train"]["gradient_accumulation_steps"], values["data"]["cache"]
         if self.config.train.lr_schedule != "constant":
             values["train"]["steps"] = self.config.train.steps
         return key(values, config.to_dict(self.start.options), [(e.digest, e.caption) for e in self.dataset.train])
@@ -158,6 +159,7 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
     if resume and not used:
         problems.append(f"output: {output} holds no run to resume; start it without --resume")
+    problems += parallel.problems(run.model.dtype, run.model.quantization, run.train.optimizer)
     if run.model.quantization != "none" and run.adapter.use_dora:
         problems.append(
             '[adapter] use_dora: DoRA needs the base\'s weights unquantised; set [model] quantization = "none"'

@@ -286,13 +286,19 @@ class Sampler:
         true_cfg_scale: float = 1.0,
         negative_prompt: Tensor | None = None,
         batch_size: int = 1,
+        device: torch.device | None = None,
     ) -> Tensor:
         """Normalised latents (N C 1 h w) of a picture of size (width, height) for each prompt (L D), whose noise is
-        fixed by its seed. `batch_size` of them are drawn at once."""
+        fixed by its seed. `batch_size` of them are drawn at once, on `device` (default: the transformer's)."""
         vae_config = AutoencoderKLQwenImage.load_config(self._base, subfolder="vae")
         channels, step = vae_config["z_dim"], 2 ** len(vae_config["temperal_downsample"])
         width, height = size[0] // step, size[1] // step
-        pipeline = QwenImagePipeline(
+        device, dtype = device or transformer.device, transformer.dtype
+
+        class Pipeline(QwenImagePipeline):  # its own guess is where the weights lie, which may be the CPU
+            _execution_device = device
+
+        pipeline = Pipeline(
             scheduler=self._scheduler,
             vae=None,
             text_encoder=None,
@@ -300,7 +306,6 @@ class Sampler:
             transformer=transformer,
         )
         pipeline.set_progress_bar_config(disable=True)
-        device, dtype = transformer.device, transformer.dtype
 
         def embeds(name: str, texts: Sequence[Tensor]) -> dict[str, Tensor]:
             stacked, mask = stack_prompts(texts)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, export, flow, loop, qwen_image, validation
+from trainer import adapter, checkpoint, config, export, flow, loop, parallel, qwen_image, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.cache import Cache
 from trainer.dataset import Dataset, Example, batch, drops_caption
@@ -44,9 +44,11 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     accelerator = make_accelerator(run.model.dtype)
     device, seconds = accelerator.device, {}
     check_device(run, device)
+    loading = parallel.loading_device(device)
+    batches = run.train.gradient_accumulation_steps * accelerator.num_processes
     for note in plan.dataset.notes:
         log.info("note: %s", note)
-    saved = checkpoint.latest(plan.output / "checkpoints", plan.fingerprint()) if resume else None
+    saved = checkpoint.latest(plan.output / "checkpoints", plan.fingerprint(), batches) if resume else None
     tick = time.monotonic()
     with accelerator.main_process_first():  # the others find it all in the cache
         if resume and accelerator.is_main_process:  # else the folder may hold what is not ours
@@ -61,15 +63,15 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         log.info("resuming after step %d", saved.step)
         report["init"] = json.loads((plan.output / "run.json").read_text(encoding="utf-8"))["init"]
         settings = replace(settings, **report["init"]["adapter"])
-        transformer = qwen_image.load_transformer(run.model, device)
+        transformer = qwen_image.load_transformer(run.model, loading)
         adapter.inject(transformer, settings)
         if (plan.output / CONSTANT_FILE).exists():
             constant = read_lora(plan.output / CONSTANT_FILE)[0]
     else:
         if resume:
             log.info("no checkpoint yet: starting from the beginning")
-        trials = Trials(plan, encoded, lambda: qwen_image.load_transformer(run.model, device))
-        context = init_context(plan, device, trials)
+        trials = Trials(plan, encoded, lambda: qwen_image.load_transformer(run.model, loading))
+        context = init_context(plan, device, None if parallel.wants_shards() else trials)
         with accelerator.main_process_first():  # the others find what it predicted in the cache
             seed = plan.start.initialize(context, plan.start.options)
         transformer = trials.transformer
@@ -102,6 +104,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         fingerprint=plan.fingerprint(),
     )
     folder = plan.output / "adapter"
+    parallel.gather(objective.transformer)
     if accelerator.is_main_process:
         report |= {"status": "finished", "steps": result.step, "validations": result.validations}
         export.export(objective.transformer, folder, run.export, settings, constant, report)
@@ -125,7 +128,7 @@ def install(
     return settings, adapter.apply_seed(transformer, seed, random_seed=random_seed)
 
 
-def init_context(plan: Plan, device: torch.device, trials: "Trials") -> InitContext:
+def init_context(plan: Plan, device: torch.device, trials: "Trials | None") -> InitContext:
     """What an initializer is told of a run: nothing of held-out pictures."""
     return InitContext(
         images=tuple(example.path for example in plan.dataset.train),
@@ -176,11 +179,7 @@ def check_device(run: RunConfig, device: torch.device) -> None:
 
 
 def make_accelerator(dtype: str) -> Accelerator:
-    """fp16 needs loss scaling; in bf16 the frozen base runs in bf16 and the adapter in fp32, without autocast."""
-    mixed = "fp16" if dtype == "fp16" and torch.cuda.is_available() else "no"
-    # the last block's text side meets no loss: it has parameters without a gradient, which DDP must be told to expect
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[unused])
+    accelerator = parallel.make_accelerator(dtype)
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)  # said once is enough
     return accelerator
@@ -237,15 +236,20 @@ def encode(plan: Plan, device: torch.device, *, quiet: bool) -> Encoded:
     return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
 
 
-def stable_losses(plan: Plan, transformer: torch.nn.Module, encoded: Encoded) -> dict[str, float]:
-    """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`."""
+def stable_losses(
+    plan: Plan, transformer: torch.nn.Module, encoded: Encoded, accelerator: Accelerator
+) -> dict[str, float]:
+    """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`. Shared out among the processes."""
     run, values = plan.config, dict[str, float]()
-    device, dtype = next(transformer.parameters()).device, qwen_image.DTYPES[run.model.dtype]
+    device, dtype = accelerator.device, qwen_image.DTYPES[run.model.dtype]
     for name, examples in (("val_loss", plan.dataset.held_out), ("train_stable_loss", plan.dataset.train)):
         items = [encoded.item(example) for example in examples[: run.validation.num_pictures]]
         if items:
             size = 2 * run.train.batch_size  # without gradients there is room for it
-            values[name] = validation.stable_loss(transformer, items, device, dtype, batch_size=size)
+            rows = parallel.shared_out(accelerator, len(items))
+            own = [items[row] for row in rows]
+            errors = validation.stable_errors(transformer, own, device, dtype, batch_size=size)
+            values[name] = float(parallel.collect(accelerator, len(items), rows, errors).mean())
     return values
 
 
@@ -287,15 +291,15 @@ class LoraObjective:
 
     def inputs(self, step: int, micro_step: int) -> "Inputs":
         """Pictures, captions, sigmas and noise: functions of the seed and the step."""
-        run, process = self._run, self._accelerator.process_index
-        micro_steps = step * run.train.gradient_accumulation_steps + micro_step
-        index = micro_steps * self._accelerator.num_processes + process
+        run, processes = self._run, self._accelerator.num_processes
+        part = micro_step * processes + self._accelerator.process_index  # of the step, however it is divided
+        index = step * run.train.gradient_accumulation_steps * processes + part
         examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
         texts = [
             "" if drops_caption(run.data.caption_dropout, seed=run.seed, index=index, position=i) else e.caption
             for i, e in enumerate(examples)
         ]
-        random = flow.generator(run.seed, "noise", step, micro_step, process)
+        random = flow.generator(run.seed, "noise", step, part, 0)
         latents = torch.stack([self._encoded.latents[_name(e)] for e in examples])  # B C 1 h w
         noise = torch.randn(latents.shape, generator=random)
         num_tokens = latents.shape[-1] * latents.shape[-2] // 4
@@ -321,11 +325,9 @@ class LoraObjective:
         adapter.load_tensors(self.transformer, tensors)
 
     def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
-        """Stable losses and sample pictures, on the first process."""
-        if not self._accelerator.is_main_process:
-            return {}
+        """Stable losses and sample pictures, shared out among the processes; the first one writes."""
         self.transformer.eval()
-        values = stable_losses(self._plan, self.transformer, self._encoded)
+        values = stable_losses(self._plan, self.transformer, self._encoded, self._accelerator)
         values.update(self._sample(step, tracker))
         self.transformer.train()
         return values
@@ -334,15 +336,24 @@ class LoraObjective:
         settings, prompts = self._run.validation, self._encoded.prompts
         if not settings.prompts:
             return {}
-        pictures = validation.draw_samples(
+        count, base = len(settings.prompts), self._run.model.base
+        rows = parallel.shared_out(self._accelerator, count)
+        latents = qwen_image.Sampler(base).latents(
             self.transformer,
-            settings,
-            self._run.model.base,
-            [prompts[text] for text in settings.prompts],
-            prompts[validation.EMPTY_PROMPT] if settings.true_cfg_scale > 1 else None,
-            self._plan.dataset.train[0].bucket,
+            [prompts[settings.prompts[row]] for row in rows],
+            size=self._plan.dataset.train[0].bucket,
+            seeds=[settings.seed + row for row in rows],
+            num_inference_steps=settings.num_inference_steps,
+            true_cfg_scale=settings.true_cfg_scale,
+            negative_prompt=prompts[validation.EMPTY_PROMPT],
             batch_size=self._run.train.batch_size,
+            device=self._device,
         )
+        latents = parallel.collect(self._accelerator, count, rows, latents)
+        if not self._accelerator.is_main_process:
+            return {}
+        vae = qwen_image.load_vae(base, self._device)  # brought in to decode, and let go
+        pictures = [picture for one in latents for picture in qwen_image.decode_latents(vae, one[None])]
         folder = self._plan.output / "samples"
         validation.save_samples(folder, step, pictures)
         for text, picture in zip(settings.prompts, pictures, strict=True):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -53,7 +52,6 @@ class Item:
     prompt: Tensor  # L D
 
 
-@torch.no_grad()
 def stable_loss(
     transformer: torch.nn.Module,
     items: Sequence[Item],
@@ -63,7 +61,22 @@ def stable_loss(
     batch_size: int = NUM_SIGMAS,
     seed: int = 0,
 ) -> float:
-    """Mean velocity error over all items at sigmas (i + 0.5) / 8, each item with noise of its own, always the same.
+    """The mean of `stable_errors`."""
+    return float(stable_errors(transformer, items, device, dtype, batch_size=batch_size, seed=seed).mean())
+
+
+@torch.no_grad()
+def stable_errors(
+    transformer: torch.nn.Module,
+    items: Sequence[Item],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch_size: int = NUM_SIGMAS,
+    seed: int = 0,
+) -> Tensor:
+    """The velocity error of each item (first axis) at sigmas (i + 0.5) / 8 (second axis), each item with noise of its
+    own, always the same.
 
     Most of the noise of a training loss is the draw of sigmas and noise; here both are fixed, so that two values
     differ only by the model. `batch_size` sigmas are looked at together; another `seed` is another draw of the noise.
@@ -79,32 +92,7 @@ def stable_loss(
             prompt = item.prompt.to(device).expand(len(rows), -1, -1)
             predicted = qwen_image.predict_velocity(transformer, noisy, sigmas, prompt, None)
             losses.append(flow.losses(predicted, latents, noise))
-    return float(torch.cat(losses).mean())
-
-
-def draw_samples(
-    transformer: QwenImageTransformer2DModel,
-    config: ValidationConfig,
-    base: str,
-    prompts: Sequence[Tensor],
-    negative_prompt: Tensor | None,
-    size: tuple[int, int],
-    *,
-    batch_size: int = 1,
-) -> list[Image.Image]:
-    """One picture of `size` (width, height) for each prompt. The VAE is brought in to decode, and let go."""
-    latents = qwen_image.Sampler(base).latents(
-        transformer,
-        prompts,
-        size=size,
-        seeds=[config.seed + row for row in range(len(prompts))],
-        num_inference_steps=config.num_inference_steps,
-        true_cfg_scale=config.true_cfg_scale,
-        negative_prompt=negative_prompt,
-        batch_size=batch_size,
-    )
-    vae = qwen_image.load_vae(base, transformer.device)
-    return [picture for one in latents for picture in qwen_image.decode_latents(vae, one[None])]
+    return torch.cat(losses).view(len(items), NUM_SIGMAS)
 
 
 def save_samples(folder: Path, step: int, pictures: Sequence[Image.Image]) -> None:

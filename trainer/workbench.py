@@ -131,7 +131,7 @@ class Workbench:
         """Of its held-out pictures, without any adapter."""
         if subject.name not in self._base_losses:
             encoded = self._encoded[subject.name]
-            losses = run.stable_losses(subject.plan, self._transformer.eval(), encoded)
+            losses = run.stable_losses(subject.plan, self._transformer.eval(), encoded, self._accelerator)
             self._base_losses[subject.name] = losses["val_loss"]
         return self._base_losses[subject.name]
 

@@ -23,7 +23,7 @@ from initializers.i2l.batch_lora import BatchLora
 from initializers.i2l.expert import Expert, Factors
 from initializers.i2l.hypernetwork import ExpertConfig, Hypernetwork, StaticLora
 from initializers.i2l.subjects import SubjectData, SubjectsConfig, read_subjects
-from trainer import checkpoint, flow, loop, memory, plan, qwen_image, run, validation
+from trainer import checkpoint, flow, loop, memory, parallel, plan, qwen_image, run, validation
 from trainer import config as configuration
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
@@ -105,6 +105,7 @@ def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]
         problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
     if resume and not used:
         problems.append(f"output: {output} holds no run to resume; start it without --resume")
+    problems += parallel.problems(settings.model.dtype, settings.model.quantization, settings.train.optimizer)
     subjects = read_subjects(settings.data, square=settings.expert.train_encoders, problems=problems)
     if problems:
         raise configuration.ConfigError(problems)
@@ -203,6 +204,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
         quiet=quiet,
         fingerprint=fingerprint,
     )
+    parallel.gather(objective.network)
     if accelerator.is_main_process:
         file = objective.network.save(output)
         report |= {"status": "finished", "steps": result.step, "validations": result.validations}
@@ -275,12 +277,13 @@ class HypernetworkObjective:
         return dict(self.network.state_dict())
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.network.load_state_dict(tensors)
+        own = self.network.state_dict()
+        self.network.load_state_dict({name: parallel.like(tensor, own[name]) for name, tensor in tensors.items()})
 
     def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
         """On held-out subjects: the loss with the right reference, with the next subject's, with none, and, where
         frozen experts are at work, with them alone."""
-        if not self._accelerator.is_main_process:
+        if not (self._accelerator.is_main_process or parallel.is_sharded(self.network)):
             return {}
         pairs = self._data.held_out_pairs()
         count = len(pairs.targets)
@@ -325,6 +328,8 @@ class HypernetworkObjective:
                             batch_size=len(right),
                         )
                     )
+            if not self._accelerator.is_main_process:  # it only helped to predict
+                continue
             vae = qwen_image.load_vae(self._settings.model.base, self._accelerator.device)
             columns = [qwen_image.decode_latents(vae, part) for part in latents]
             pictures: list[list[Image.Image]] = [

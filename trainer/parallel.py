@@ -1,0 +1,161 @@
+"""Several processes, as `accelerate launch` starts them: DDP, or parameters sharded over all of them by torch's FSDP2.
+
+Sharded tensors are torch's DTensors. What is saved is always whole, so that a checkpoint does not depend on how many
+processes wrote it.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+WAITING = timedelta(hours=6)  # of the others while one process downloads, encodes and predicts
+
+
+def make_accelerator(dtype: str) -> Accelerator:
+    """fp16 needs loss scaling; in bf16 the frozen base runs in bf16 and the adapter in fp32, without autocast."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers leaves models empty on other processes
+    mixed = "fp16" if dtype == "fp16" and torch.cuda.is_available() else "no"
+    # the last block's text side meets no loss: it has parameters without a gradient, which DDP must be told to expect
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=mixed, kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=WAITING)])
+
+
+def problems(dtype: str, quantization: str, optimizer: str) -> list[str]:
+    """What speaks against the settings of `accelerate launch`."""
+    found = []
+    if _set("ACCELERATE_USE_DEEPSPEED"):
+        found.append("accelerate: DeepSpeed is not supported; configs/accelerate/fsdp2.yaml shards as its ZeRO 3 does")
+    if _set("ACCELERATE_USE_MEGATRON_LM"):
+        found.append("accelerate: Megatron-LM is not supported; take one of configs/accelerate")
+    if not wants_shards():
+        return found
+    if "WORLD_SIZE" not in os.environ:
+        found.append("accelerate: FSDP needs processes that `accelerate launch` starts, also if it is only one")
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        found.append("accelerate: fsdp_version must be 2, as in configs/accelerate/fsdp2.yaml")
+    for name, value, good in (
+        ("[model] quantization", quantization, ("none",)),
+        ("[model] dtype", dtype, ("bf16", "fp32")),
+        ("[train] optimizer", optimizer, ("adamw",)),
+    ):
+        if value not in good:
+            found.append(f'{name}: "{value}" cannot be sharded by FSDP; use {" or ".join(good)}')
+    return found
+
+
+def wants_shards() -> bool:
+    """Whether `accelerate launch` was told to use FSDP."""
+    return _set("ACCELERATE_USE_FSDP")
+
+
+def _set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def loading_device(device: torch.device) -> torch.device:
+    """Where a model is to be loaded: what will be sharded may be too large for one GPU."""
+    return torch.device("cpu") if wants_shards() else device
+
+
+def shard(module: nn.Module, device: torch.device) -> None:
+    """Replace the parameters by this process's parts, on `device`, or on the CPU if accelerate was told to offload.
+
+    Each item of a ModuleList is brought together when it is needed, and let go again. Mixed precisions are allowed, as
+    long as all that is trained has the same.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    offload = _set("FSDP_OFFLOAD_PARAMS") and device.type != "cpu"
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # none is changed in place
+    for block in _blocks(module):
+        fully_shard(block, mesh=mesh, offload_policy=policy)
+    fully_shard(module, mesh=mesh, offload_policy=policy)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The items of the outermost ModuleLists."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def no_sync(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
+    """Gradients stay with each process: there are more to come."""
+    if not isinstance(module, FSDPModule):
+        with accelerator.no_sync(module):
+            yield
+        return
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+def gather(module: nn.Module) -> None:
+    """Make what was trained whole again, to be read; the module cannot be run any more. By all processes together."""
+    for name, parameter in [*module.named_parameters()]:
+        if parameter.requires_grad and isinstance(parameter, DTensor):
+            parent, _, own = name.rpartition(".")
+            module.get_submodule(parent)._parameters[own] = nn.Parameter(parameter.full_tensor())
+
+
+def whole(values: Any) -> Any:
+    """The same nested dicts and lists with whole tensors in place of sharded ones. By all processes together."""
+    if isinstance(values, dict):
+        return {name: whole(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [whole(value) for value in values]
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value` sharded as `parameter` is; itself if that is whole, or if it is no tensor of that shape."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put a whole state back, sharded as the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        index: {
+            name: like(value, parameters[index]) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": own})
+
+
+def shared_out(accelerator: Accelerator, count: int) -> list[int]:
+    """Which of `count` things this process does: every process as many, so some are done twice where they do not divide
+    evenly, because sharded models need all processes in each forward pass."""
+    rounds = -(-count // accelerator.num_processes)
+    return [(accelerator.process_index + i * accelerator.num_processes) % count for i in range(rounds)]
+
+
+def collect(accelerator: Accelerator, count: int, rows: list[int], values: Tensor) -> Tensor:
+    """`values` (one for each of `rows`, any shape) of all processes, in order: `count` of them, on every process."""
+    if accelerator.num_processes == 1:
+        return values
+    placed = torch.zeros(count, *values.shape[1:], dtype=values.dtype, device=accelerator.device)
+    first = accelerator.process_index + accelerator.num_processes * torch.arange(len(rows))
+    own = (first < count).tolist()  # not what is done twice
+    placed[[row for row, mine in zip(rows, own, strict=True) if mine]] = values.to(accelerator.device)[own]
+    return accelerator.reduce(placed, "sum")
