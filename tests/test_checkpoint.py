@@ -35,7 +35,8 @@ def named(tensors: list[nn.Parameter]) -> dict[str, Tensor]:
 def save(root: Path, step: int, keep: int = 2, state: dict[str, Any] | None = None) -> Path:
     tensors = parameters()
     optimizer = torch.optim.AdamW(tensors)
-    return checkpoint.save(root, step, named(tensors), optimizer.state_dict(), {"fingerprint": "", **(state or {})}, keep)
+    values = {"fingerprint": "", **(state or {})}
+    return checkpoint.save(root, step, named(tensors), optimizer.state_dict(), values, keep)
 
 
 def steps(root: Path) -> list[str]:

@@ -94,6 +94,27 @@ def test_weights_are_arithmetic() -> None:
     assert memory.weight_bytes(model, replace(BF16, quantization="nf4")) == pytest.approx(0.5625 * linear + 2 * rest)
 
 
+def test_fp8_needs_one_block_as_it_is_computed(tiny_base: Path) -> None:
+    model, train_config = on_meta(**SMALL), TrainConfig(gradient_checkpointing=True)
+    needs = memory.estimate(
+        str(tiny_base), model, replace(BF16, quantization="fp8"), AdapterConfig(), train_config, 64**2
+    )
+    block = 2 * sum(p.numel() for p in model.transformer_blocks[0].parameters())
+    assert needs.parts["one block cast"] == block
+    assert needs.parts["weights"] == memory.weight_bytes(model, replace(BF16, quantization="int8"))
+
+
+def test_offloaded_weights_leave_three_blocks_on_the_gpu(tiny_base: Path) -> None:
+    model, train_config = on_meta(**{**SMALL, "num_layers": 9}), TrainConfig(gradient_checkpointing=True)
+    needs = memory.estimate(str(tiny_base), model, BF16, AdapterConfig(), train_config, 64**2)
+    offloaded = memory.offloaded_bytes(model, BF16, needs)
+    block = 2 * sum(p.numel() for p in model.transformer_blocks[0].parameters())
+    held = sum(value for name, value in needs.parts.items() if name != "activations")
+    assert held == sum(memory.held(model, BF16, AdapterConfig(), train_config).values())
+    adapted = held - needs.parts["weights"]
+    assert needs.stages["training"] - offloaded == pytest.approx(adapted + 6 * block)
+
+
 def test_the_real_one() -> None:
     """Qwen-Image: 20.43 B parameters; 60 blocks without checkpointing keep tens of GB at 1024 x 1024."""
     model = on_meta()
@@ -112,7 +133,8 @@ def test_plan_names_the_settings_that_fit(run_toml: Path, capsys: pytest.Capture
     assert "while training: weights" in shown and "activations" in shown
     assert train.main([*base, "--vram", "0.5"]) == FINISHED
     lines = capsys.readouterr().out.splitlines()
-    assert "nothing here fits" in lines[-1] and any("--set train.gradient_checkpointing=true" in line for line in lines)
+    assert "nothing here fits" in lines[-2] and any("--set train.gradient_checkpointing=true" in line for line in lines)
+    assert "does not fit" in lines[-1] and "fsdp2_offload.yaml" in lines[-1]
     for wrong in (["--vram", "24"], ["--plan", "--vram", "0"]):
         with pytest.raises(SystemExit) as stop:
             train.main(["--config", str(run_toml), *wrong])

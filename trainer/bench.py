@@ -77,7 +77,7 @@ def measure(prepared: Plan, steps: int) -> dict[str, Any]:
     """Seconds of one step in the loop and bare, each part of it, and the loop's overhead."""
     settings = prepared.config
     accelerator = run.make_accelerator(settings.model.dtype)
-    run.check_device(settings, accelerator.device)
+    run.check_machine(prepared, accelerator.device)
     encoded = run.encode(prepared, accelerator.device, quiet=False)
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)

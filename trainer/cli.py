@@ -30,6 +30,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, example: str) -> None:
 def guarded(program: Callable[[], object], *, again: str = "continue with --resume") -> int:
     """Run a program; errors meant for users become a message and an exit code, all others a traceback. `again` says how
     to go on."""
+    import torch
+
     from trainer.loop import Interrupted, TrainingError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -44,6 +46,9 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
         return EXIT_FAILED
     except KeyboardInterrupt:
         logging.error("stopped at once; what was trained since the last checkpoint is lost; %s", again)
+        return EXIT_FAILED
+    except torch.OutOfMemoryError as error:
+        logging.error("the GPU's memory is full: %s\n--plan --vram GB lists settings that fit; then %s", error, again)
         return EXIT_FAILED
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST_PEER):

@@ -41,7 +41,8 @@ class TrainConfig:
     """After the warm-up: stay, fall in a line to 0, or fall in half a cosine to 0."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises in a line from 0."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """AdamW in fp32, or with bitsandbytes' 8-bit moments; paged, these go to the CPU when a GPU's memory is short."""
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
@@ -241,11 +242,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw8bit":
+    kind: Any = torch.optim.AdamW
+    if config.optimizer != "adamw":
         import bitsandbytes  # its import probes for CUDA libraries: only where it is used
 
-        return bitsandbytes.optim.AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+        kind = kinds[config.optimizer]
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def _any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -21,10 +21,10 @@ from trainer.qwen_image import DTYPES, ModelConfig
 
 ENCODING = "encoding captions"
 PROMPT_TOKENS = 128  # of a caption, in estimates
-VAE_FEATURES = 4  # full-size feature maps alive at once while the VAE decodes
 CONTEXT_BYTES = 0.6e9  # CUDA's own
-BYTES_PER_STATE = {"adamw": 8, "adamw8bit": 2}  # both moments of one parameter
-QUANTISED = {"none": None, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes for each weight of a Linear layer
+BYTES_PER_STATE = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}  # both moments of one parameter
+QUANTISED = {"none": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes for each weight of a Linear layer
+BLOCKS_AT_HAND = 3  # with weights on the CPU: one in use, one on its way in, one on its way out
 
 
 @dataclass(frozen=True)
@@ -50,29 +50,48 @@ def estimate(
     pixels: int,
 ) -> Needs:
     """transformer: on the meta device; pixels: of the largest bucket."""
-    weights = weight_bytes(transformer, model)
-    modules = adapter.target_modules(transformer, settings)
-    trained = sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())
-    parts = {
-        "weights": weights,
-        "adapter": 4.0 * trained,
-        "gradients": 4.0 * trained,
-        "optimizer": float(BYTES_PER_STATE[train.optimizer] * trained),
-        "activations": activation_bytes(transformer, model, train, pixels, settings),
-    }
+    parts = held(transformer, model, settings, train)
+    total = sum(parts.values())
+    parts["activations"] = activation_bytes(transformer, model, train, pixels, settings)
+    if model.quantization == "fp8":  # the block that is computed again, in the model's precision
+        parts["one block cast"] = block_bytes(transformer, model)
     thrifty = replace(train, gradient_checkpointing=True)
     block = activation_bytes(transformer, model, thrifty, pixels, settings, blocks=1)
-    held = parts["weights"] + parts["adapter"] + parts["gradients"] + parts["optimizer"]
     stages = {
         ENCODING: qwen_image.text_encoder_bytes(base),
         "training": sum(parts.values()),
-        "drawing samples": held + max(block, vae_bytes(base, pixels)),
+        "drawing samples": total + max(block, vae_bytes(base, pixels)),
     }
     return Needs({name: value + CONTEXT_BYTES for name, value in stages.items()}, parts)
 
 
+def held(transformer: nn.Module, model: ModelConfig, settings: AdapterConfig, train: TrainConfig) -> dict[str, float]:
+    """Bytes of what stays in memory from the first step to the last, by arithmetic on shapes."""
+    modules = adapter.target_modules(transformer, settings)
+    trained = sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())
+    return {
+        "weights": weight_bytes(transformer, model),
+        "adapter": 4.0 * trained,
+        "gradients": 4.0 * trained,
+        "optimizer": float(BYTES_PER_STATE[train.optimizer] * trained),
+    }
+
+
+def block_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig) -> float:
+    """Of one block's weights, not quantised."""
+    return float(sum(p.numel() for p in transformer.transformer_blocks[0].parameters()) * DTYPES[model.dtype].itemsize)
+
+
+def offloaded_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig, needs: Needs) -> float:
+    """On the GPU while training, if the weights, adapter and optimizer stay on the CPU until a block is needed."""
+    outside = sum(p.numel() for p in transformer.parameters()) * DTYPES[model.dtype].itemsize
+    block = block_bytes(transformer, model)
+    outside -= len(transformer.transformer_blocks) * block
+    return outside + BLOCKS_AT_HAND * block + needs.parts["activations"] + CONTEXT_BYTES
+
+
 def weight_bytes(transformer: nn.Module, model: ModelConfig) -> float:
-    """Of the frozen base; bitsandbytes quantises the weights of all Linear layers."""
+    """Of the frozen base; quantised are the weights of all Linear layers (in fp8 not the few of its norms)."""
     each = DTYPES[model.dtype].itemsize
     linear = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, nn.Linear))
     rest = sum(p.numel() for p in transformer.parameters()) - linear
@@ -171,7 +190,7 @@ def vae_bytes(base: str, pixels: int) -> float:
     with torch.device("meta"):
         vae = AutoencoderKLQwenImage.from_config(config) if config else AutoencoderKLQwenImage()
     weights = sum(parameter.numel() for parameter in vae.parameters())
-    return 4.0 * (weights + VAE_FEATURES * int(vae.config["base_dim"]) * pixels)
+    return 4.0 * weights + qwen_image.feature_bytes(vae, pixels)
 
 
 def ways_to_fit(

@@ -58,6 +58,15 @@ def wants_shards() -> bool:
     return _set("ACCELERATE_USE_FSDP")
 
 
+def offloads() -> bool:
+    """Whether sharded weights are to stay in the CPU's memory."""
+    return wants_shards() and _set("FSDP_OFFLOAD_PARAMS")
+
+
+def num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _set(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
@@ -74,8 +83,7 @@ def shard(module: nn.Module, device: torch.device) -> None:
     long as all that is trained has the same.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    offload = _set("FSDP_OFFLOAD_PARAMS") and device.type != "cpu"
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    policy = CPUOffloadPolicy() if offloads() and device.type != "cpu" else OffloadPolicy()
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # none is changed in place
     for block in _blocks(module):
         fully_shard(block, mesh=mesh, offload_policy=policy)

@@ -159,6 +159,11 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
     if resume and not used:
         problems.append(f"output: {output} holds no run to resume; start it without --resume")
+    if run.model.quantization == "fp8" and not run.train.gradient_checkpointing:
+        problems.append(
+            '[model] quantization: "fp8" saves nothing without [train] gradient_checkpointing = true, since what is '
+            "kept for the backward pass includes every weight as it was cast"
+        )
     problems += parallel.problems(run.model.dtype, run.model.quantization, run.train.optimizer)
     if run.model.quantization != "none" and run.adapter.use_dora:
         problems.append(
@@ -231,16 +236,24 @@ def describe_fit(plan: Plan, vram: float) -> str:
     ways = memory.ways_to_fit(run.model.base, plan.transformer, run.model, run.adapter, run.train, _pixels(plan))
     usable = 0.95e9 * vram
     lines = [f"on a card with {vram:g} GB, by estimates:"]
+
+    def tell(num_bytes: float, stage: str, what: str) -> bool:
+        verdict = "fits" if num_bytes <= usable else "does not fit"
+        lines.append(f"  {verdict:<13}{size(num_bytes):>9} while {stage}: {what}")
+        return num_bytes <= usable
+
     for keys, needs in ways:
         stage = max((name for name in needs.stages if name != memory.ENCODING), key=lambda name: needs.stages[name])
-        what = "as it is" if not keys else " ".join(f"--set {key}" for key in keys)
-        verdict = "fits" if needs.peak <= usable else "does not fit"
-        lines.append(f"  {verdict:<13}{size(needs.peak):>9} while {stage}: {what}")
-        if needs.peak <= usable:
+        if tell(needs.peak, stage, "as it is" if not keys else " ".join(f"--set {key}" for key in keys)):
             if needs.stages[memory.ENCODING] > usable:
                 lines.append("  captions are encoded on the CPU: the text encoder is too large for this card")
-            return "\n".join(lines)
-    lines.append("  nothing here fits: a smaller [adapter] rank or fewer target_modules help a little")
+            break
+    else:
+        lines.append("  nothing here fits: a smaller [adapter] rank or fewer target_modules help a little")
+    if run.model.quantization == "none" and ways[0][1].peak > usable:
+        offloaded = memory.offloaded_bytes(plan.transformer, run.model, ways[0][1])
+        where = "as it is, the weights in the CPU's memory, slower: accelerate launch --config_file "
+        tell(offloaded, "training", f"{where}configs/accelerate/fsdp2_offload.yaml train.py ...")
     return "\n".join(lines)
 
 

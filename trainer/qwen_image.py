@@ -29,7 +29,20 @@ from trainer.flow import generator
 
 log = logging.getLogger("trainer")
 
+VAE_FEATURES = 4  # full-size feature maps alive at once while the VAE decodes
+
 Dtype = Literal["bf16", "fp16", "fp32"]
+Attention = Literal[
+    "native",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_math",
+    "flash_varlen",
+    "_flash_varlen_3",
+    "flex",
+    "xformers",
+]
+GPU_ATTENTION = ("_native_cudnn", "flash_varlen", "_flash_varlen_3", "flex", "xformers")
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -41,8 +54,14 @@ class ModelConfig:
     """A folder in diffusers' layout, or a Hugging Face id such as "Qwen/Qwen-Image"."""
     dtype: Dtype = "bf16"
     """Of the base model's weights and of the computation. The adapter stays in fp32."""
-    quantization: Literal["none", "nf4", "int8"] = "none"
-    """Of the frozen transformer's linear layers, by bitsandbytes."""
+    quantization: Literal["none", "fp8", "int8", "nf4"] = "none"
+    """Of the frozen transformer's linear layers: int8 and nf4 by bitsandbytes; fp8 (e4m3) only stores them so, and each
+    is cast to `dtype` when it is needed."""
+    attention: Attention = "native"
+    """How diffusers computes attention: as torch chooses, by one of torch's kernels, or by flash-attn 2 or 3 or
+    xformers, to be installed. These are what diffusers has that trains and takes prompts of different lengths."""
+    compile: bool = False
+    """torch.compile of each block: minutes at the beginning, faster steps. Needs a C++ compiler."""
 
     def problems(self) -> list[str]:
         return check_base(self.base)
@@ -92,7 +111,7 @@ def downloads(base: str) -> list[str]:
 
 
 def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTransformer2DModel:
-    """The transformer, frozen, on `device`."""
+    """The transformer, frozen, on `device`. ModelError if it lacks a package for `attention`."""
     options: dict[str, Any] = {"torch_dtype": DTYPES[config.dtype]}
     if config.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -100,10 +119,25 @@ def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTran
         )
     elif config.quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if "quantization_config" in options:
+        options["device_map"] = {"": device}
     transformer = QwenImageTransformer2DModel.from_pretrained(config.base, subfolder="transformer", **options)
-    if config.quantization == "none":
+    if config.quantization == "fp8":
+        transformer.enable_layerwise_casting(torch.float8_e4m3fn, DTYPES[config.dtype])
+    if "quantization_config" not in options:
         transformer = transformer.to(device)
+    set_attention(transformer, config.attention)
     return transformer.eval().requires_grad_(False)
+
+
+def set_attention(transformer: QwenImageTransformer2DModel, name: str) -> None:
+    """Choose diffusers' attention backend. ModelError if its package is not installed."""
+    if name == "native":
+        return
+    try:
+        transformer.set_attention_backend(name)
+    except (RuntimeError, ImportError) as error:
+        raise ModelError(f'[model] attention: "{name}" cannot be used here: {error}') from error
 
 
 def transformer_on_meta(base: str) -> QwenImageTransformer2DModel:
@@ -152,9 +186,17 @@ def picture_multiple(base: str) -> int:
     return 2 * 2 ** len(vae["temperal_downsample"]) if vae else 16
 
 
+def fits(num_bytes: float, device: torch.device) -> bool:
+    """Whether so many bytes fit into what is free of a GPU; on a CPU yes."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    return num_bytes * 1.1 < torch.cuda.mem_get_info(device)[0]
+
+
 def roomy(num_bytes: float, device: torch.device, what: str) -> torch.device:
     """`device`, or the CPU if so many bytes would not fit into what is free of it."""
-    if device.type != "cuda" or num_bytes * 1.1 < torch.cuda.mem_get_info(device)[0]:
+    if fits(num_bytes, device):
         return device
     log.info("%s (%.1f GB) does not fit on the GPU: it runs on the CPU, which takes longer", what, num_bytes / 1e9)
     return torch.device("cpu")
@@ -221,9 +263,16 @@ def encode_pictures(vae: AutoencoderKLQwenImage, pictures: Sequence[Image.Image]
     return ((latents - mean) / std).cpu()
 
 
+def feature_bytes(vae: AutoencoderKLQwenImage, pixels: int) -> float:
+    """Of the feature maps in fp32 that are alive at once while the VAE decodes so many pixels: an estimate."""
+    return 4.0 * VAE_FEATURES * int(vae.config["base_dim"]) * pixels
+
+
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKLQwenImage, latents: Tensor) -> list[Image.Image]:
-    """Pictures of normalised latents B C 1 h w."""
+    """Pictures of normalised latents B C 1 h w; in tiles where the GPU has no room for whole ones."""
+    pixels = latents.shape[0] * latents.shape[-2] * latents.shape[-1] * 4 ** len(vae.config["temperal_downsample"])
+    vae.use_tiling = not fits(feature_bytes(vae, pixels), vae.device)
     mean, std = _statistics(vae, latents.to(vae.device))
     pixels = vae.decode(latents.to(vae.device).float() * std + mean).sample[:, :, 0]
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -16,12 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, export, flow, loop, parallel, qwen_image, validation
+from trainer import adapter, checkpoint, config, export, flow, loop, memory, parallel, qwen_image, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.cache import Cache
 from trainer.dataset import Dataset, Example, batch, drops_caption
@@ -29,7 +30,7 @@ from trainer.encode import encode_pictures, encode_prompts
 from trainer.files import remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.loop import Loss
-from trainer.plan import Plan, RunConfig
+from trainer.plan import Plan, size
 from trainer.tracking import Tracker, duration
 
 log = logging.getLogger("trainer")
@@ -43,7 +44,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     run, began = plan.config, time.monotonic()
     accelerator = make_accelerator(run.model.dtype)
     device, seconds = accelerator.device, {}
-    check_device(run, device)
+    check_machine(plan, device)
     loading = parallel.loading_device(device)
     batches = run.train.gradient_accumulation_steps * accelerator.num_processes
     for note in plan.dataset.notes:
@@ -90,6 +91,8 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         write_json(plan.output / "run.json", {"status": "running", **report})
     if run.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if run.model.compile:
+        transformer.compile_repeated_blocks()
 
     objective = LoraObjective(plan, transformer, encoded, accelerator)
     result = loop.train(
@@ -167,13 +170,34 @@ class Trials:
                 handle.remove()
 
 
-def check_device(run: RunConfig, device: torch.device) -> None:
+def check_machine(plan: Plan, device: torch.device) -> None:
     """ConfigError if the configuration asks for what this machine lacks; `--plan` may ask for another machine."""
-    problems = []
-    if device.type != "cuda" and run.model.dtype == "fp16":
-        problems.append('[model] dtype: "fp16" needs a CUDA GPU, and there is none here; use "fp32" or "bf16"')
-    if device.type != "cuda" and run.model.quantization != "none":
-        problems.append(f'[model] quantization: "{run.model.quantization}" needs a CUDA GPU, and there is none here')
+    run, problems = plan.config, list[str]()
+    needs_gpu = [
+        ("[model] dtype", run.model.dtype, ("fp16",), '; use "fp32" or "bf16"'),
+        ("[model] quantization", run.model.quantization, ("int8", "nf4"), '; use "fp8" or "none"'),
+        ("[model] attention", run.model.attention, qwen_image.GPU_ATTENTION, '; use "native"'),
+        ("[train] optimizer", run.train.optimizer, ("paged_adamw8bit",), '; use "adamw" or "adamw8bit"'),
+    ]
+    for name, value, values, advice in needs_gpu:
+        if device.type != "cuda" and value in values:
+            problems.append(f'{name}: "{value}" needs a CUDA GPU, and there is none here{advice}')
+    if device.type == "cuda":
+        try:
+            qwen_image.set_attention(plan.transformer, run.model.attention)
+        except qwen_image.ModelError as error:
+            problems.append(str(error))
+    on_gpu = device.type == "cuda" and not parallel.offloads()
+    there = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
+    if on_gpu and parallel.wants_shards():
+        there *= parallel.num_processes()
+    needed = sum(memory.held(plan.transformer, run.model, run.adapter, run.train).values())
+    if needed > there:
+        what = "the GPU has" if on_gpu else "the CPU has" if device.type == "cuda" else "there is no GPU, the CPU has"
+        problems.append(
+            f"[model] base, with adapter and optimizer, needs {size(needed)} of memory; {what} {size(there)}. "
+            "--plan --vram GB lists settings that need less"
+        )
     if problems:
         raise config.ConfigError(problems)
 

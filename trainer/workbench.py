@@ -29,7 +29,7 @@ class Workbench:
         self._comparison, self._quiet = comparison, quiet
         self._accelerator = run.make_accelerator(comparison.config.model.dtype)
         self.device = self._accelerator.device
-        run.check_device(comparison.config, self.device)
+        run.check_machine(comparison.subjects[0].plan, self.device)
         self._encoded: dict[str, run.Encoded] = {}
         self._base_losses: dict[str, float] = {}
         self._base_samples: dict[tuple[int, int], Tensor | None] = {}

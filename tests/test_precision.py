@@ -1,0 +1,210 @@
+"""How the base is held and computed: quantised, in fp8, with other attention, compiled; by whole runs of train.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers.quantizers.bitsandbytes.bnb_quantizer as bnb_quantizer
+import psutil
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from helpers import BAD_INPUT, FAILED, FINISHED, adapter_bytes, metrics, run
+from torch import Tensor, nn
+
+from trainer import adapter, loop, qwen_image
+from trainer.adapter import AdapterConfig, AdapterWeights
+from trainer.formats import read_lora, write_lora
+from trainer.lowrank import LowRank, relative_difference
+from trainer.qwen_image import ModelConfig
+
+CPU = torch.device("cpu")
+KINDS = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers asks for a GPU before it quantises, and so do we; bitsandbytes itself works on a CPU."""
+    for name in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
+        monkeypatch.setattr(getattr(bnb_quantizer, name), "validate_environment", lambda *_, **__: None)
+    # in eval mode it would pack weights for a CPU's kernel that has no backward, and keep them so
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    monkeypatch.setattr("trainer.run.check_machine", lambda *_: None)
+
+
+@pytest.fixture
+def lora(tmp_path: Path, tiny_base: Path) -> Path:
+    """A LoRA of the adapter's rank on all its modules."""
+    modules = adapter.target_modules(qwen_image.transformer_on_meta(str(tiny_base)), AdapterConfig())
+    random = torch.Generator().manual_seed(3)
+    factors = {
+        name: LowRank(torch.randn(4, i, generator=random) * 0.05, torch.randn(o, 4, generator=random) * 0.05)
+        for name, (i, o) in modules.items()
+    }
+    write_lora(tmp_path / "start.safetensors", AdapterWeights(factors), {})
+    return tmp_path / "start.safetensors"
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_a_quantised_base_is_seeded_trained_and_exported(
+    kind: str, run_toml: Path, tiny_base: Path, lora: Path, tmp_path: Path, without_a_gpu: None
+) -> None:
+    loaded = qwen_image.load_transformer(ModelConfig(base=str(tiny_base), dtype="fp32", quantization=kind), CPU)  # type: ignore[arg-type]
+    assert {type(layer).__name__ for layer in loaded.modules() if isinstance(layer, nn.Linear)} == {KINDS[kind]}
+    settings = (f"model.quantization={kind}", f"init.method={lora}", "export.layouts=['transformer']")
+    still = (*settings, "train.learning_rate=1e-12", "train.weight_decay=0.0", "train.steps=1")
+    assert run(run_toml, tmp_path / "still", *still) == FINISHED
+    report = json.loads((tmp_path / "still" / "run.json").read_text())["init"]["applied"]
+    assert report["seeded"] == 24 and report["random"] == 0 and report["largest_error"] < 1e-5
+    exported = read_lora(tmp_path / "still" / "adapter" / "still-transformer.safetensors")[0].factors
+    wanted = read_lora(lora)[0].factors
+    assert exported.keys() == wanted.keys()
+    assert max(relative_difference(wanted[name], exported[name]) for name in wanted) < 1e-5
+
+    assert run(run_toml, tmp_path / "out", *settings) == FINISHED
+    assert run(run_toml, tmp_path / "two", *settings, "train.steps=2") == FINISHED
+    assert run(run_toml, tmp_path / "two", *settings, resume=True) == FINISHED
+    whole, resumed = (adapter_bytes(tmp_path / name)["adapter_model.safetensors"] for name in ("out", "two"))
+    assert whole == resumed
+    trained = read_lora(tmp_path / "out" / "adapter" / "out-transformer.safetensors")[0].factors
+    moved = [relative_difference(wanted[name], trained[name]) for name in wanted]
+    assert sum(change > 1e-3 for change in moved) >= 20
+    assert run(run_toml, tmp_path / "plain", *still, "model.quantization=none") == FINISHED
+    plain, quantised = (metrics(tmp_path / name)[0]["val_loss"] for name in ("plain", "still"))
+    assert plain != quantised and plain == pytest.approx(quantised, rel=0.1)
+
+
+def test_fp8_only_stores_the_weights(tiny_base: Path) -> None:
+    """Loss and gradients are those of a base whose Linear weights were rounded to fp8 and back."""
+
+    def prepared(quantization: str, round_like: Any = None) -> Any:
+        config = ModelConfig(base=str(tiny_base), dtype="bf16", quantization=quantization)  # type: ignore[arg-type]
+        transformer: Any = qwen_image.load_transformer(config, CPU)
+        if round_like is not None:
+            for name, parameter in transformer.named_parameters():
+                stored_name = name if name in round_like else name.replace(".weight", ".base_layer.weight")
+                stored_name = stored_name if stored_name in round_like else name.replace(".bias", ".base_layer.bias")
+                if round_like[stored_name].dtype == torch.float8_e4m3fn:
+                    parameter.data = parameter.data.to(torch.float8_e4m3fn).to(torch.bfloat16)
+        adapter.inject(transformer, AdapterConfig(rank=4))
+        for name, parameter in adapter.tensors(transformer).items():
+            parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+        transformer.enable_gradient_checkpointing()
+        return transformer.train()
+
+    random = torch.Generator().manual_seed(0)
+    latents, prompt = torch.randn(2, 16, 1, 8, 8, generator=random), torch.randn(2, 5, 64, generator=random)
+
+    def gradients(transformer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        sigmas = torch.tensor([0.3, 0.7])
+        velocity = qwen_image.predict_velocity(transformer, latents.bfloat16(), sigmas, prompt, None)
+        loss = velocity.float().square().mean()
+        loss.backward()
+        found = {name: p.grad for name, p in transformer.named_parameters() if p.grad is not None}
+        return loss.detach(), found
+
+    stored = prepared("fp8")
+    rounded = prepared("none", dict(stored.named_parameters()))
+    linear = [p for layer in stored.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()]
+    assert sum(p.dtype == torch.float8_e4m3fn for p in linear) > 40
+    (loss, found), (expected_loss, expected) = gradients(stored), gradients(rounded)
+    assert torch.equal(loss, expected_loss) and len(found) == len(expected) > 30
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_in_fp8(run_toml: Path, tmp_path: Path, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = ("model.quantization=fp8", "model.dtype=bf16", f"init.method={lora}")
+    assert run(run_toml, tmp_path / "out", *settings) == BAD_INPUT
+    assert '"fp8" saves nothing without [train] gradient_checkpointing = true' in caplog.text
+    assert run(run_toml, tmp_path / "out", *settings, "train.gradient_checkpointing=true") == FINISHED
+    report = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert report["init"]["applied"]["seeded"] == 24 and report["init"]["applied"]["largest_error"] < 1e-5
+
+
+def test_another_attention_gives_the_same(run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    used = []
+    original = nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments: Any, **options: Any) -> Tensor:
+        used.append(torch.backends.cuda.flash_sdp_enabled())
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    curves = []
+    for name in ("native", "_native_math"):
+        used.clear()
+        assert run(run_toml, tmp_path / name, f"model.attention={name}", "validation.prompts=[]") == FINISHED
+        curves.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
+        assert used and all(used) == (name == "native")  # the other one allows the plain kernel only
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_each_block_is_compiled(run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by dynamo but not translated to C++, which takes a minute."""
+    compiled, original = list[str](), nn.Module.compile
+
+    def traced(module: nn.Module, *arguments: Any, **options: Any) -> None:
+        compiled.append(type(module).__name__)
+        original(module, *arguments, backend="aot_eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    torch._dynamo.reset()
+    settings = ("validation.prompts=[]", "init.method=gaussian", "train.gradient_checkpointing=true")
+    assert run(run_toml, tmp_path / "plain", *settings) == FINISHED
+    assert compiled == []
+    assert run(run_toml, tmp_path / "compiled", *settings, "model.compile=true") == FINISHED
+    assert compiled == ["QwenImageTransformerBlock"] * 2
+    curves = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("plain", "compiled")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_what_needs_a_gpu_is_told_at_once(run_toml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = ("model.quantization=nf4", "model.dtype=fp16", "train.optimizer=paged_adamw8bit", "model.attention=flex")
+    assert run(run_toml, tmp_path / "out", *settings) == BAD_INPUT
+    for word in ('"nf4"', '"fp16"', '"paged_adamw8bit"', '"flex"'):
+        assert f"{word} needs a CUDA GPU, and there is none here" in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_attention_without_its_package_is_told(tiny_base: Path) -> None:
+    config = ModelConfig(base=str(tiny_base), dtype="fp32", attention="flash_varlen")
+    with pytest.raises(qwen_image.ModelError, match=r'attention: "flash_varlen" cannot be used here: .*flash-attn'):
+        qwen_image.load_transformer(config, CPU)
+
+
+def test_a_base_that_memory_cannot_hold_is_told_before_it_is_loaded(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Small:
+        total = 100_000
+
+    monkeypatch.setattr(psutil, "virtual_memory", Small)
+    monkeypatch.setattr(QwenImageTransformer2DModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert run(run_toml, tmp_path / "out") == BAD_INPUT
+    assert "there is no GPU, the CPU has 0.1 MB. --plan --vram GB lists settings" in caplog.text
+
+
+def test_memory_that_runs_out_while_training_is_told(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop, "_backward", full)
+    assert run(run_toml, tmp_path / "out") == FAILED
+    assert "the GPU's memory is full" in caplog.text and "--plan --vram GB" in caplog.text
+
+
+def test_pictures_are_decoded_in_tiles_where_there_is_no_room(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = qwen_image.load_vae(str(tiny_base), CPU)
+    latents = torch.randn(1, 16, 1, 48, 48, generator=torch.Generator().manual_seed(0))
+    whole = qwen_image.decode_latents(vae, latents)[0]
+    assert not vae.use_tiling
+    asked = []
+    monkeypatch.setattr(qwen_image, "fits", lambda num_bytes, device: asked.append(num_bytes))
+    tiled = qwen_image.decode_latents(vae, latents)[0]
+    assert vae.use_tiling and tiled.size == whole.size == (384, 384)
+    assert asked == [4 * qwen_image.VAE_FEATURES * 8 * 384 * 384]
