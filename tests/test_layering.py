@@ -24,7 +24,7 @@ FLOORS = {
     7: ("trainer.run",),
     8: ("trainer.comparison",),
     9: ("trainer.samples",),
-    10: ("trainer.bench", "trainer.workbench"),
+    10: ("trainer.bench", "trainer.full_size", "trainer.workbench"),
     11: ("trainer.compare",),
     12: ("initializers",),
     13: ("demo",),

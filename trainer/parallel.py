@@ -34,7 +34,10 @@ def problems(dtype: str, quantization: str, optimizer: str) -> list[str]:
     """What speaks against the settings of `accelerate launch`."""
     found = []
     if _set("ACCELERATE_USE_DEEPSPEED"):
-        found.append("accelerate: DeepSpeed is not supported; configs/accelerate/fsdp2.yaml shards as its ZeRO 3 does")
+        found.append(
+            "accelerate: DeepSpeed is not supported, since it updates before NaN can be looked for; "
+            "configs/accelerate/fsdp2.yaml shards as its ZeRO 3 does"
+        )
     if _set("ACCELERATE_USE_MEGATRON_LM"):
         found.append("accelerate: Megatron-LM is not supported; take one of configs/accelerate")
     if not wants_shards():
