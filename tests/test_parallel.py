@@ -93,6 +93,14 @@ def test_fsdp_gives_the_adapter_of_one_process_and_goes_on_where_it_stopped(
     assert all((first[name] - second[name]).norm() <= 1e-3 * first[name].norm() for name in first)
 
 
+def test_ddp_with_a_base_in_fp8(run_toml: Path, tmp_path: Path) -> None:
+    settings = ("model.dtype=bf16", "model.quantization=fp8", "train.gradient_checkpointing=true", "train.steps=2")
+    both(run_toml, tmp_path / "two", *settings, env=DDP)
+    assert run(run_toml, tmp_path / "one", *settings, "train.gradient_accumulation_steps=2") == FINISHED
+    curves = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("one", "two")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
 def test_fsdp_with_a_bf16_base_and_accumulation(run_toml: Path, tmp_path: Path) -> None:
     """An adapter in fp32 beside weights in bf16, in one unit."""
     settings = ("model.dtype=bf16", "init.method=gaussian", "train.gradient_accumulation_steps=2", "train.steps=2")

@@ -146,7 +146,7 @@ def _wait(device: torch.device) -> None:
 def describe(report: dict[str, Any]) -> str:
     rate = report["matmul_flop_a_second"]
     flop = max((entry["flop"] for entry in report["variants"]), default=0)  # the same for all
-    lines = [f"{report['hardware']['name']}: {rate / 1e12:.1f} TFLOP/s in a plain product"]
+    lines = [f"{report['hardware']['name']}: {rate / 1e12:.3g} TFLOP/s in a plain product"]
     for entry in report["variants"]:
         if "error" in entry:
             lines.append(f"{entry['variant']:<13} failed: {entry['error']}")
@@ -156,7 +156,7 @@ def describe(report: dict[str, Any]) -> str:
         first, load = f"{entry['seconds_first_step']:.1f} s", f"{entry['seconds_to_load']:.0f} s"
         lines.append(
             f"{entry['variant']:<13} {entry['seconds_a_step']:.2f} s a step (the first {first}, loading {load}), "
-            f"{done / 1e12:.1f} TFLOP/s ({done / rate:.0%}), peak {size(entry['peak_bytes'][kind])}, "
+            f"{done / 1e12:.3g} TFLOP/s ({done / rate:.0%}), peak {size(entry['peak_bytes'][kind])}, "
             f"estimated {size(entry['estimated_bytes'])}"
         )
     return "\n".join(lines)

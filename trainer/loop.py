@@ -123,7 +123,7 @@ def train(
     if sharded:
         parallel.shard(objective.module, accelerator.device)
     else:
-        objective.module = accelerator.prepare(objective.module)
+        objective.module = parallel.copy(accelerator, objective.module)
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
     optimizer: Any = make_optimizer(parameters, config)
     if not sharded:

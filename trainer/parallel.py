@@ -79,6 +79,13 @@ def loading_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if wants_shards() else device
 
 
+def copy(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """DDP, where there are several processes. What is frozen is the same everywhere, and is not sent around."""
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
+    return accelerator.prepare(module)
+
+
 def shard(module: nn.Module, device: torch.device) -> None:
     """Replace the parameters by this process's parts, on `device`, or on the CPU if accelerate was told to offload.
 
