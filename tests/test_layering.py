@@ -6,8 +6,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ("trainer.config", "trainer.files", "trainer.flow", "trainer.lowrank", "trainer.pictures", "trainer.statistics"),
-    1: ("trainer.adapter", "trainer.cache", "trainer.checkpoint", "trainer.dataset", "trainer.tracking"),
+    0: (
+        "trainer.config",
+        "trainer.files",
+        "trainer.flow",
+        "trainer.hubs",
+        "trainer.lowrank",
+        "trainer.pictures",
+        "trainer.statistics",
+    ),
+    1: (
+        "trainer.adapter",
+        "trainer.cache",
+        "trainer.checkpoint",
+        "trainer.dataset",
+        "trainer.sources",
+        "trainer.tracking",
+    ),
     2: ("trainer.lycoris", "trainer.qwen_image"),
     3: ("trainer.encode", "trainer.formats", "trainer.validation"),
     4: ("trainer.export", "trainer.loop", "trainer.report"),

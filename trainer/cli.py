@@ -29,6 +29,7 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
     """Run a program; errors meant for users become a message and an exit code, all others a traceback. `again` says how
     to go on."""
     from trainer.loop import Interrupted, TrainingError
+    from trainer.sources import DownloadError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quiet_libraries()
@@ -43,6 +44,9 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
     except KeyboardInterrupt:
         logging.error("stopped at once; what was trained since the last checkpoint is lost; %s", again)
         return EXIT_FAILED
+    except DownloadError as error:
+        logging.error("%s", error)
+        return EXIT_FAILED
     except OSError as error:
         logging.error("%s\nThe last checkpoint is whole. Once this is mended, %s", error, again)
         return EXIT_FAILED
@@ -53,8 +57,8 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
 
 
 def _quiet_libraries() -> None:
-    """Their bars, and their warnings about optional packages, would bury ours."""
-    for name in ("diffusers", "transformers", "accelerate"):
+    """Their bars, their warnings about optional packages and a line for each request would bury ours."""
+    for name in ("diffusers", "transformers", "accelerate", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

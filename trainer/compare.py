@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trainer import config, run
+from trainer import config, run, sources
 from trainer.cli import guarded
 from trainer.comparison import CONTROLS, Comparison, read_result
 from trainer.dataset import Example
@@ -50,6 +50,7 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     todo = [cell for cell in cells if (read_result(cell) or {}).get("status") != "finished"]
     for cell in todo:
         remove_leftovers(cell.folder)
+    sources.fetch(comparison.needs, quiet=quiet)
     bench = Workbench(comparison, quiet)
     for subject in tqdm(dict.fromkeys(cell.subject for cell in todo), "subjects prepared", disable=quiet):
         bench.introduce(subject, list(dict.fromkeys(cell.arm for cell in todo if cell.subject is subject)))

@@ -21,7 +21,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, export, flow, loop, qwen_image, validation
+from trainer import adapter, checkpoint, config, export, flow, loop, qwen_image, sources, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.cache import Cache
 from trainer.dataset import Dataset, Example, batch, drops_caption
@@ -44,6 +44,8 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     accelerator = make_accelerator(run.model.dtype)
     device, seconds = accelerator.device, {}
     check_device(run, device)
+    with accelerator.local_main_process_first():  # the others find it all on the disk
+        sources.fetch(plan.needs, quiet=quiet)
     for note in plan.dataset.notes:
         log.info("note: %s", note)
     saved = checkpoint.latest(plan.output / "checkpoints", plan.fingerprint()) if resume else None
@@ -56,6 +58,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
 
     report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
     report |= {"versions": versions(), "hardware": hardware(device), "data": data_report(plan.dataset)}
+    report["sources"] = sources.used(plan.needs)
     settings, constant = run.adapter, None
     if saved:
         log.info("resuming after step %d", saved.step)
