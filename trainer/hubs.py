@@ -66,13 +66,11 @@ class HuggingFace:
         return isinstance(huggingface_hub.try_to_load_from_cache(self.name, file, revision=self._ask().sha), str)
 
     def download(self, files: Sequence[str], *, quiet: bool) -> None:
-        if quiet:
-            utils.disable_progress_bars()
-        try:
-            huggingface_hub.snapshot_download(self.name, revision=self.revision, allow_patterns=[*files])
-        finally:
-            if quiet:
-                utils.enable_progress_bars()
+        if (
+            constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+        ):  # transformers' bars, which are off, have turned these off too
+            (utils.disable_progress_bars if quiet else utils.enable_progress_bars)()
+        huggingface_hub.snapshot_download(self.name, revision=self.revision, allow_patterns=[*files])
 
     def command(self, files: Sequence[str], *, again: bool = False) -> str:
         """What fetches names or patterns of files by hand; `again`: even those that are in the cache."""

@@ -77,13 +77,10 @@ def check_base(base: str) -> list[str]:
 
 def need(base: str, parts: Sequence[str] = PARTS) -> Need:
     """The files of some parts of `base`, to be fetched and checked."""
-    files = [f"{part}/config.json" for part in parts if part in _WEIGHTS]
+    files = [f"{part}/*.json" for part in parts]
     files += [f"{part}/{_WEIGHTS[part]}*.safetensors" for part in parts if part in _WEIGHTS]
-    files += [f"{part}/{part}_config.json" for part in parts if part not in _WEIGHTS]
-    extra = [f"{part}/*{suffix}" for part in parts for suffix in (".json", ".txt")]
-    if "text_encoder" in parts:
-        extra.append("processor/*.json")
-    return Need(base, tuple(files), tuple(extra), partial(_misfits, base, tuple(parts)))
+    extra = ("tokenizer/*.txt", "processor/*.json") if "tokenizer" in parts else ()
+    return Need(base, tuple(files), extra, partial(_misfits, base, tuple(parts)))
 
 
 def _misfits(base: str, parts: Sequence[str]) -> list[str]:
@@ -95,8 +92,8 @@ def _misfits(base: str, parts: Sequence[str]) -> list[str]:
         file = sources.local(base) / part / "config.json"
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            problems.append(f"{file}: not JSON ({error})")
+        except (OSError, ValueError) as error:
+            problems.append(f"{file}: cannot be read ({error})")
             continue
         if found.get(key) != expected:
             problems.append(f"{file}: {key} is {found.get(key)}, but {expected} is needed")

@@ -30,6 +30,7 @@ log = logging.getLogger("trainer")
 
 _ID = re.compile(r"(modelscope:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _VARIANT = re.compile(r"\.\w+(-\d+-of-\d+)?\.safetensors$")  # such as model.fp16.safetensors: other weights, not more
 
 
@@ -252,9 +253,13 @@ def _absent(where: Path, files: Iterable[str]) -> list[str]:
     """Names and patterns that match nothing in the folder, and shards that an index there names."""
     gone = []
     for file in files:
-        if not any(_matches(path.relative_to(where).as_posix(), file) for path in where.glob(file)):
+        found = [path for path in where.glob(file) if _matches(path.relative_to(where).as_posix(), file)]
+        indices = [*where.glob(f"{file}.index.json")] if file.endswith(".safetensors") else []
+        if not found:
             gone.append(file)
-        for index in where.glob(f"{file}.index.json") if file.endswith(".safetensors") else ():
+        elif not indices and all(_SHARD.search(path.name) for path in found):
+            gone.append(f"{file}.index.json")
+        for index in indices:
             shards = [index.parent / name for name in _shards(index)]
             gone += [path.relative_to(where).as_posix() for path in shards if not path.is_file()]
     return gone
