@@ -332,6 +332,16 @@ def test_a_run_by_id_and_the_same_again_offline(
         assert torch.equal(tensor, weights[1][name]) and torch.equal(tensor, weights[2][name])
 
 
+def test_what_is_wrong_with_the_model_is_told_with_all_the_rest(
+    folder: Path, run_toml: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pictures / "0.png").write_bytes(b"")
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert run(run_toml, tmp_path / "out", f"model.base={folder}") == BAD_INPUT
+    assert f"[model] base: {weights}" in caplog.text and "0.png: is empty" in caplog.text
+
+
 def test_a_download_that_stops_ends_a_run_with_a_message(
     hub: Hub, run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

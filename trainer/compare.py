@@ -50,8 +50,8 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     todo = [cell for cell in cells if (read_result(cell) or {}).get("status") != "finished"]
     for cell in todo:
         remove_leftovers(cell.folder)
-    sources.fetch(comparison.needs, quiet=quiet)
     bench = Workbench(comparison, quiet)
+    sources.fetch(comparison.needs, quiet=quiet)
     for subject in tqdm(dict.fromkeys(cell.subject for cell in todo), "subjects prepared", disable=quiet):
         bench.introduce(subject, list(dict.fromkeys(cell.arm for cell in todo if cell.subject is subject)))
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="runs", unit="run", disable=quiet) as bar:

@@ -45,17 +45,12 @@ class HuggingFace:
         return None
 
     def folder(self) -> Path | None:
-        """Where its files lie in the cache; not all of them need be there."""
+        """Where its files lie in the cache, a folder named by the commit; not all of them need be there."""
         try:
             options: dict[str, Any] = {"local_files_only": True, "allow_patterns": []}  # asks for no file in particular
             return Path(huggingface_hub.snapshot_download(self.name, revision=self.revision, **options))
         except errors.LocalEntryNotFoundError:
             return None
-
-    def commit(self) -> str | None:
-        """Of the files in the cache."""
-        folder = self.folder()
-        return None if folder is None else folder.name
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that the repository holds. HubError if it cannot be had."""
@@ -139,10 +134,6 @@ class ModelScope:
         except _modelscope().CacheNotFound:
             return None
 
-    def commit(self) -> None:
-        """The cache does not tell."""
-        return None
-
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that the repository holds. HubError if it cannot be had."""
         library = _modelscope()
@@ -163,13 +154,17 @@ class ModelScope:
 
     def download(self, files: Sequence[str], *, quiet: bool) -> None:
         """Its library always shows bars."""
-        _modelscope().HubApi().download_repo(self.name, "model", revision=self.revision, allow_patterns=[*files])
+        if files:  # no patterns would be all files
+            _modelscope().HubApi().download_repo(self.name, "model", revision=self.revision, allow_patterns=[*files])
 
     def command(self, files: Sequence[str], *, again: bool = False) -> str:
         """What fetches names or patterns of files by hand; `again`: even those that are in the cache."""
         named = " ".join(f"'{file}'" for file in files)
         revision = f" --revision {self.revision}" if self.revision else ""
         return f"modelscope download {self.name} --include {named}{revision}{' --force' if again else ''}"
+
+
+Hub = HuggingFace | ModelScope
 
 
 def _modelscope() -> Any:

@@ -24,7 +24,7 @@ from huggingface_hub import constants
 
 from trainer.config import ConfigError
 from trainer.files import LayoutError, read_header, size
-from trainer.hubs import HubError, HuggingFace, ModelScope, Unreachable
+from trainer.hubs import Hub, HubError, HuggingFace, ModelScope, Unreachable
 
 log = logging.getLogger("trainer")
 
@@ -55,7 +55,7 @@ class Need:
     """What else can be wrong with the files, from headers and configurations alone."""
 
 
-def repository(source: str) -> HuggingFace | ModelScope | None:
+def repository(source: str) -> Hub | None:
     """What `source` names, if it is no folder; None too if it is no id."""
     match = _ID.fullmatch(source)
     if match is None or Path(source).expanduser().is_dir():
@@ -79,7 +79,7 @@ def folder(source: str) -> Path | None:
 
 
 @cache
-def _cached_folder(hub: HuggingFace | ModelScope) -> Path | None:
+def _cached_folder(hub: Hub) -> Path | None:
     """Looked up once: a run stays with its commit, whatever others fetch meanwhile."""
     return hub.folder()
 
@@ -193,9 +193,9 @@ def used(needs: Iterable[Need]) -> dict[str, str]:
     return {need.source: commit(need.source) or str(local(need.source)) for need in needs}
 
 
-def _to_fetch(needs: Sequence[Need]) -> tuple[dict[HuggingFace | ModelScope, dict[str, int]], list[str]]:
+def _to_fetch(needs: Sequence[Need]) -> tuple[dict[Hub, dict[str, int]], list[str]]:
     """Repository -> file -> bytes of what is to be downloaded, and what stands in the way."""
-    todo: dict[HuggingFace | ModelScope, dict[str, int]] = {}
+    todo: dict[Hub, dict[str, int]] = {}
     problems = []
     for need in needs:
         hub, where = repository(need.source), folder(need.source)
@@ -220,7 +220,7 @@ def _to_fetch(needs: Sequence[Need]) -> tuple[dict[HuggingFace | ModelScope, dic
     return todo, problems
 
 
-def _line(hub: HuggingFace | ModelScope, files: dict[str, int]) -> str:
+def _line(hub: Hub, files: dict[str, int]) -> str:
     return f"{hub.name}: {size(sum(files.values()))} from {hub.title} to {hub.cache} ({size(_free(hub.cache))} free)"
 
 
@@ -229,7 +229,7 @@ def _free(place: Path) -> int:
     return shutil.disk_usage(next(path for path in (place, *place.absolute().parents) if path.exists())).free
 
 
-def _download(hub: HuggingFace | ModelScope, files: Sequence[str], *, quiet: bool) -> None:
+def _download(hub: Hub, files: Sequence[str], *, quiet: bool) -> None:
     try:
         hub.download(files, quiet=quiet)
     except Exception as error:  # of the network, of the disk, of the hub: each library has its own
