@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw_prompts(options: argparse.Namespace) -> int:
     """ValueError lists what is wrong with the arguments."""
-    problems = [f"--base: {problem}" for problem in sources.check(qwen_image.need(options.base))]
+    problems = [f"--{problem}" for problem in qwen_image.check_base(options.base)]
+    problems = problems or [f"--base: {problem}" for problem in sources.check(qwen_image.need(options.base))]
     prompts = []
     if options.prompts.is_file():
         prompts = [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
