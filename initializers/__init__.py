@@ -6,11 +6,11 @@ from initializers.registry import (
     UnknownInitializer,
     check,
     config_class,
-    downloads,
     embed,
     get,
     identity,
     names,
+    needs,
     resolve,
 )
 
@@ -21,11 +21,11 @@ __all__ = [
     "UnknownInitializer",
     "check",
     "config_class",
-    "downloads",
     "embed",
     "get",
     "identity",
     "names",
+    "needs",
     "resolve",
     "warm_start",
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.adapter import Initializer
+    from trainer.sources import Need
 
 _MODULES = {
     "random": "initializers.random",
@@ -60,12 +61,10 @@ def check(method: str, config: Any) -> list[str]:
     return list(config.problems()) if hasattr(config, "problems") else []
 
 
-def downloads(method: str, config: Any) -> list[str]:
-    """What the method would fetch from Hugging Face; empty if all is on this machine."""
+def needs(method: str, config: Any, base: str) -> "list[Need]":
+    """The files of models that the method loads, those of `base` included."""
     module = _module(method)
-    if not hasattr(module, "downloads"):
-        return []
-    return [f"{source}: {file}" for source, file in module.downloads(config)]
+    return list(module.needs(config, base)) if hasattr(module, "needs") else []
 
 
 def identity(method: str, config: Any) -> list[str]:

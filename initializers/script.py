@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from initializers import registry
-from trainer import adapter, config, lycoris
+from trainer import adapter, config, lycoris, sources
 from trainer.adapter import NAME, AdapterConfig, InitContext, Seed
 from trainer.formats.lora import BASE_CHANGING
 from trainer.pictures import SUFFIXES, pictures_in
@@ -50,8 +50,8 @@ def warm_start(
     with any rank, alpha, pattern, rslora or DoRA; LoHa; LoKr), that one is seeded; else a LoRA is added, at `rank`
     (16), `alpha` (the rank) and `target_modules` (the 12 types that i2L covers). images: a folder, paths, or PIL
     images; only training pictures. init: an initializer's name, or a LoRA file; `options` are the keys of its table,
-    `[init.i2l]` for i2L. base: folder or Hugging Face id of the pipeline, if the transformer does not know it. cache: a
-    folder for predictions.
+    `[init.i2l]` for i2L. base: folder or id of the pipeline, if the transformer does not know it. cache: a folder for
+    predictions.
 
     Returns a report: what the initializer did, which modules are seeded, random or dropped, the energy kept, and the
     proof. A LoRA in half precision is raised to fp32, since a seed would be rounded. ConfigError lists all that is
@@ -100,6 +100,7 @@ def warm_start(
             say=log.info,
             cache=Path(cache) if cache else None,
         )
+        sources.fetch(registry.needs(method, own, context.base))
         result = registry.get(method)(context, own)
     return {"init": result.report, **_apply(model, result, settings, name, bool(present), seed)}
 

@@ -23,8 +23,8 @@ from initializers.i2l.layout import (
     module_names,
     module_shapes,
     published_name,
-    read_header,
 )
+from trainer.files import read_header
 
 # As published: name -> layout md5, tensors, parameters in billions.
 FACTS = {

@@ -305,13 +305,13 @@ def test_problems_found_before_any_model_loads(world: Path, tmp_path: Path, monk
     (tmp_path / "empty").mkdir()
     sketchy = Config(experts=("style", "stile", "fine"), weights=str(tmp_path / "empty"), encoders="no/where")
     text = "\n".join(check(sketchy))
-    assert f"experts: {tmp_path / 'empty' / 'Qwen-Image-i2L-Style.safetensors'} is missing" in text
+    assert f"experts: {tmp_path / 'empty'} has no Qwen-Image-i2L-Style.safetensors" in text
     assert 'experts: "stile" is neither an expert (style, coarse, fine, bias) nor a file' in text
     assert check(config(world, "fine")) == ['experts: fine works only together with coarse: add "coarse"']
     text = "\n".join(check(Config(experts=("style",), encoders="no/where", weights=str(world / "i2l"))))
     assert "hf download no/where SigLIP2-G384/model.safetensors" in text and "HF_HUB_OFFLINE" in text
     text = "\n".join(check(Config(experts=("style",), encoders=str(tmp_path / "nothing"), weights=str(world / "i2l"))))
-    assert "neither a folder nor a Hugging Face id" in text
+    assert f"encoders: there is no folder {tmp_path / 'nothing'}" in text
     assert check(Config(experts=("bias",), weights=str(world / "i2l"), encoders="no/where")) == []
 
 
@@ -349,10 +349,14 @@ def test_an_expert_for_another_model_is_refused(world: Path) -> None:
     )  # the adapter drops the rest
 
 
-def test_downloads(world: Path) -> None:
-    assert predict.downloads(config(world, "style", "coarse")) == []
-    names = [file for _, file in predict.downloads(Config(experts=("style",), weights="no/where", encoders="no/where"))]
-    assert names == [predict.FILES["style"], *encoders.ENCODER_FILES]
+def test_what_is_needed_depends_on_the_experts(world: Path) -> None:
+    def needed(*experts: str) -> list[str]:
+        needs = predict.needs(Config(experts=experts, weights="no/where", encoders="other/place"), "some/model")
+        return [need.source for need in needs]
+
+    assert needed("style") == ["no/where", "other/place"] and needed("bias") == ["no/where"]
+    assert needed("coarse", "bias") == ["no/where", "no/where", "other/place", "some/model"]
+    assert needed(str(world / "i2l" / predict.FILES["style"])) == [str(world / "i2l"), "other/place"]
 
 
 def small_base(world: Path) -> None:

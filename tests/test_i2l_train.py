@@ -338,7 +338,7 @@ def test_the_plan_of_the_published_sizes(kind: str, parameters: str, subjects: P
 
 def test_a_frozen_expert_that_is_not_there_is_told_before_anything_loads(toml: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(config.ConfigError, match=r"weights: .*Coarse.safetensors is missing"):
+    with pytest.raises(config.ConfigError, match=r"weights: .* has no Qwen-Image-i2L-Coarse.safetensors"):
         train.load(toml, ["expert.kind=fine", "expert.train_encoders=false", f"expert.weights={tmp_path / 'empty'}"])
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from demo import painter, text_encoder
-from trainer import qwen_image
+from trainer import hubs, qwen_image, sources
 from trainer.flow import generator
 from trainer.qwen_image import ModelConfig
 
@@ -253,23 +252,19 @@ def test_without_a_network_a_plan_takes_the_published_shape(monkeypatch: pytest.
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    monkeypatch.setattr(QwenImageTransformer2DModel, "load_config", lambda *_, **__: pytest.fail("a download"))
-    qwen_image._online.cache_clear()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", _nothing_here)
+    hubs._model_info.cache_clear()
     shape = qwen_image.transformer_on_meta("some/where").config
     assert (shape.num_layers, shape.num_attention_heads, shape.attention_head_dim) == (60, 24, 128)
     assert qwen_image.picture_multiple("some/where") == 16 and asked == [1]
+    (line,) = sources.describe([qwen_image.need("some/where")])
+    assert "some/where is not on this machine" in line and "ConnectionError: no network" in line
+    hubs._model_info.cache_clear()
 
 
-def test_a_repository_that_does_not_exist_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = SimpleNamespace(headers={}, request=None)
-
-    def missing(*_: object, **__: object) -> None:
-        raise huggingface_hub.errors.RepositoryNotFoundError("404", response=request)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", missing)
-    qwen_image._online.cache_clear()
-    with pytest.raises(qwen_image.ModelError, match=r'\[model\] base: Hugging Face has no "some/were"'):
-        qwen_image.transformer_on_meta("some/were")
+def _nothing_here(*_: object, local_files_only: bool = False, **__: object) -> None:
+    assert local_files_only, "a download"
+    raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
 
 
 def test_pictures_must_fit_vae_and_patches(tiny_base: Path) -> None:
@@ -288,21 +283,6 @@ def test_identity_changes_with_the_weights_of_the_encoders_only(tiny_base: Path,
         weights.write_bytes(data)
         assert (qwen_image.identity(str(folder)) != first) == matters
         first = qwen_image.identity(str(folder))
-
-
-def test_what_must_be_downloaded(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert qwen_image.downloads(str(tiny_base)) == []
-
-    def not_here(*_: object, **__: object) -> None:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
-
-    def no_network(*_: object, **__: object) -> None:
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", not_here)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
-    (line,) = qwen_image.downloads("Qwen/Qwen-Image")
-    assert line.startswith("Qwen/Qwen-Image: not on this machine") and "ConnectionError" in line
 
 
 def test_the_demo_s_parts_are_the_real_classes(tiny_base: Path) -> None:

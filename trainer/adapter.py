@@ -123,7 +123,7 @@ class InitContext:
     seed: int
     device: torch.device
     base: str
-    """Folder or Hugging Face id of the pipeline."""
+    """Folder or id of the pipeline, as `[model] base`."""
     say: Callable[[str], None]
     """Prints a line."""
     cache: Path | None = None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import config, loop, plan, qwen_image, run
+from trainer import config, loop, plan, qwen_image, run, sources
 from trainer.adapter import AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import guarded
@@ -78,6 +78,7 @@ def measure(prepared: Plan, steps: int) -> dict[str, Any]:
     settings = prepared.config
     accelerator = run.make_accelerator(settings.model.dtype)
     run.check_machine(prepared, accelerator.device)
+    sources.fetch(prepared.needs)
     encoded = run.encode(prepared, accelerator.device, quiet=False)
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)

@@ -33,6 +33,7 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
     import torch
 
     from trainer.loop import Interrupted, TrainingError
+    from trainer.sources import DownloadError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quiet_libraries()
@@ -46,6 +47,9 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
         return EXIT_FAILED
     except KeyboardInterrupt:
         logging.error("stopped at once; what was trained since the last checkpoint is lost; %s", again)
+        return EXIT_FAILED
+    except DownloadError as error:
+        logging.error("%s", error)
         return EXIT_FAILED
     except torch.OutOfMemoryError as error:
         logging.error("the GPU's memory is full: %s\n--plan --vram GB lists settings that fit; then %s", error, again)
@@ -65,8 +69,8 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
 
 
 def _quiet_libraries() -> None:
-    """Their bars, and their warnings about optional packages, would bury ours."""
-    for name in ("diffusers", "transformers", "accelerate"):
+    """Their bars, their warnings about optional packages and a line for each request would bury ours."""
+    for name in ("diffusers", "transformers", "accelerate", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trainer import config, parallel, run
+from trainer import config, parallel, run, sources
 from trainer.cli import guarded
 from trainer.comparison import CONTROLS, Comparison, read_result
 from trainer.dataset import Example
@@ -53,6 +53,7 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     for cell in todo:
         remove_leftovers(cell.folder)
     bench = Workbench(comparison, quiet)
+    sources.fetch(comparison.needs, quiet=quiet)
     for subject in tqdm(dict.fromkeys(cell.subject for cell in todo), "subjects prepared", disable=quiet):
         bench.introduce(subject, list(dict.fromkeys(cell.arm for cell in todo if cell.subject is subject)))
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="runs", unit="run", disable=quiet) as bar:

@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer import config, plan, qwen_image
+from trainer import config, plan, qwen_image, sources
 from trainer.cache import key
 from trainer.pictures import SUFFIXES
 from trainer.plan import InitConfig, Initializers, Plan, RunConfig, Start
+from trainer.sources import Need
 
 CONTROLS = {
     "norm-matched": "i2l's singular values with random directions: is it only the size of the seed?",
@@ -39,8 +40,6 @@ class Request:
 class Arm:
     name: str
     start: Start
-    identity: list[str]
-    """Of the files that it reads."""
     control: str | None = None
 
 
@@ -124,7 +123,7 @@ class Comparison:
     def fingerprint(self, cell: Cell) -> str:
         """Of all that decides a run's result, the content of models and experts included."""
         prepared = self.plan_of(cell)
-        models = [self._base_identity, *cell.arm.identity]
+        models = [self._base_identity, *self._identities[cell.arm.name]]
         other = self.other(cell.subject) if cell.arm.control == "wrong-pictures" else None
         shown = [example.digest for example in other.plan.dataset.train] if other else []
         held_out = [example.digest for example in prepared.dataset.held_out]
@@ -136,6 +135,18 @@ class Comparison:
     @cached_property
     def _base_identity(self) -> Any:
         return qwen_image.identity(self.config.model.base)
+
+    @cached_property
+    def _identities(self) -> dict[str, list[str]]:
+        """Of the files that each arm reads."""
+        return {arm.name: self.initializers.identity(arm.start.method, arm.start.options) for arm in self.arms}
+
+    @property
+    def needs(self) -> list[Need]:
+        """All files of models that the runs load, and what looks at their samples."""
+        source = self.config.validation.text_image_model
+        found = [qwen_image.need(self.config.model.base), *(need for arm in self.arms for need in arm.start.needs)]
+        return [*found, text_image_need(source)] if source else found
 
     @cached_property
     def sample_steps(self) -> tuple[int, ...]:
@@ -162,8 +173,7 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
             problems += error.problems
             continue
         problems += [f"[init.{start.method}] {problem}" for problem in start.problems]
-        identity = [] if start.problems else initializers.identity(start.method, start.options)
-        arms.append(Arm(name, start, identity, control))
+        arms.append(Arm(name, start, control))
     names = [arm.name for arm in arms]
     problems += [f"--compare: {name} is there twice" for name in sorted({n for n in names if names.count(n) > 1})]
     if settings is None or not arms:
@@ -202,15 +212,23 @@ def _eyes(path: Path, overrides: Sequence[str], initializers: Initializers) -> S
 _CONTROL_SETTINGS = {"bias-only": ('init.i2l.experts=["bias"]',)}
 
 
+def text_image_need(source: str) -> Need:
+    return Need(source, ("config.json", "model*.safetensors"), ("*.json", "*.txt", "*.model"))
+
+
 def _text_image_problems(source: str) -> list[str]:
     if not source:
         return []
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(source)
+        if (file := sources.config_file(source, "config.json")) is None:
+            return []  # no network now: told when it is fetched
+        found = AutoConfig.from_pretrained(file.parent)
     except (OSError, ValueError) as error:
         return [f"[validation] text_image_model: {error}"]
+    if problems := sources.check(text_image_need(source)):
+        return [f"[validation] text_image_model: {problem}" for problem in problems]
     if all(hasattr(found, name) for name in ("text_config", "vision_config")):
         return []
     return [f"[validation] text_image_model: {source} is a {found.model_type}; a SigLIP with a text tower is needed"]

@@ -30,6 +30,7 @@ from trainer.formats.lora import (
 )
 from trainer.lowrank import concatenate, norm, ordered, rank, truncate
 from trainer.qwen_image import DTYPES
+from trainer.sources import plain_id, repository
 
 log = logging.getLogger("trainer")
 
@@ -76,7 +77,7 @@ def export(
     pytorch_lora_weights.safetensors first, where the scale is already in b, so that it needs no alpha. `report` is the
     run's own: what it says of the start goes into the files' metadata, and into the model card README.md.
     """
-    base = report["config"]["model"]["base"]
+    base = plain_id(report["config"]["model"]["base"])
     energy = (report["init"]["applied"]["energy_kept"] or {}).get("mean")
     pictures = [entry["sha256"] for entry in report["data"]["train"]]
     metadata = origin(base, report["init"], energy, pictures, report["config"]["train"]["steps"])
@@ -180,7 +181,7 @@ def model_card(report: Mapping[str, Any], samples: list[str], layouts: tuple[str
     """README.md for Hugging Face: YAML with what the Hub reads, then how the LoRA was made and how to load it."""
     config = report["config"]
     base, trigger = config["model"]["base"], config["data"]["trigger"]
-    is_id = not Path(base).is_dir()
+    base, is_id = plain_id(base), repository(base) is not None
     data = ModelCardData(
         base_model=base if is_id else None,
         library_name="diffusers",

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: write beside, flush to the disk, rename."""
+"""Files appear whole or not at all: write beside, flush to the disk, rename. Others' files may not be: look first."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -152,6 +152,48 @@ def remove_leftovers(folder: Path) -> None:
     for path in [*folder.rglob(".*")]:
         if re.fullmatch(r"\..+\.\d+\.(partial|old)", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class LayoutError(ValueError):
+    """A file of weights is damaged, or its tensors are not those that are expected under its name."""
+
+
+class Header(NamedTuple):
+    """The first bytes of a safetensors file."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str]
+    num_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """Names, shapes and types without reading a weight; LayoutError if the file is cut short or not safetensors."""
+    try:
+        num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= num_bytes - 8:
+                raise ValueError("its header is longer than the file")
+            entries = json.loads(file.read(length))
+        metadata = entries.pop("__metadata__", {})
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        dtypes = {name: entry["dtype"] for name, entry in entries.items()}
+    except OSError as error:
+        raise LayoutError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise LayoutError(f"{path}: not a safetensors file, or cut short ({error})") from error
+    if 8 + length + end != num_bytes:
+        raise LayoutError(
+            f"{path}: the header speaks of {8 + length + end:,} bytes, but the file has {num_bytes:,}. "
+            "It was probably not downloaded to its end; download it again."
+        )
+    return Header(shapes, dtypes, metadata, num_bytes)
+
+
+def size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def sample(path: Path, chunk: int = 1 << 20) -> str:

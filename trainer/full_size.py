@@ -29,9 +29,8 @@ from tqdm import tqdm
 from trainer import adapter, flow, loop, memory, qwen_image, run
 from trainer.adapter import AdapterConfig
 from trainer.cli import guarded
-from trainer.files import stream_tensors, write_json
+from trainer.files import size, stream_tensors, write_json
 from trainer.loop import TrainConfig
-from trainer.plan import size
 from trainer.qwen_image import ModelConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -10,16 +10,18 @@ from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from trainer import adapter, config, memory, parallel, qwen_image
+from trainer import adapter, config, memory, parallel, qwen_image, sources
 from trainer.adapter import AdapterConfig, Initializer
 from trainer.cache import key
 from trainer.checkpoint import CheckpointConfig
 from trainer.dataset import DataConfig, Dataset, scan
 from trainer.export import ExportConfig
+from trainer.files import size
 from trainer.flow import FlowConfig
 from trainer.loop import TrainConfig
 from trainer.pictures import DataError
 from trainer.qwen_image import ModelConfig
+from trainer.sources import Need
 from trainer.validation import ValidationConfig
 
 
@@ -59,7 +61,7 @@ class Initializers(Protocol):
 
     def check(self, method: str, config: Any) -> list[str]: ...
 
-    def downloads(self, method: str, config: Any) -> list[str]: ...
+    def needs(self, method: str, config: Any, base: str) -> list[Need]: ...
 
     def identity(self, method: str, config: Any) -> list[str]: ...
 
@@ -72,13 +74,13 @@ class Initializers(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """The chosen initializer with its own table, what its check says before any model loads, and what it will fetch."""
+    """The chosen initializer with its own table, what its check says before any model loads, and what it will load."""
 
     method: str
     initialize: Initializer
     options: Any
     problems: list[str]
-    downloads: list[str]
+    needs: list[Need]
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class Plan:
     @property
     def output(self) -> Path:
         return Path(self.config.output)
+
+    @property
+    def needs(self) -> list[Need]:
+        """All files of models that the run loads."""
+        return [qwen_image.need(self.config.model.base), *self.start.needs]
 
     def fingerprint(self) -> str:
         """Of all that decides the course of training, except its length, and into how many passes and processes a step
@@ -146,12 +153,12 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
     assert run is not None
     options = parsed[method]
     found = initializers.check(method, options)
-    fetched = [] if found else initializers.downloads(method, options)
-    return run, Start(method, initializers.get(method), options, found, fetched)
+    needs = [] if found else initializers.needs(method, options, run.model.base)
+    return run, Start(method, initializers.get(method), options, found, needs)
 
 
 def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
-    """Check data, output, targets and initializer; ConfigError lists every problem at once."""
+    """Check models, data, output, targets and initializer; ConfigError lists every problem at once."""
     problems = [f"[init.{start.method}] {problem}" for problem in start.problems]
     output = Path(run.output)
     used = (output / "run.json").exists() or (output / "checkpoints").exists()
@@ -173,19 +180,25 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         for name in ("layouts", "rank"):
             if getattr(run.export, name):
                 problems.append(f"[export] {name}: with [adapter] use_dora the effect is no low-rank change")
-    transformer = qwen_image.transformer_on_meta(run.model.base)
-    dataset, modules = None, {}
+    transformer, dataset, modules, multiple = None, None, {}, 16
     try:
-        modules = adapter.target_modules(transformer, run.adapter)
+        wrong = sources.check(qwen_image.need(run.model.base))
+        problems += [f"[model] base: {problem}" for problem in wrong]
+        if not wrong:
+            transformer = qwen_image.transformer_on_meta(run.model.base)
+            modules = adapter.target_modules(transformer, run.adapter)
+            multiple = qwen_image.picture_multiple(run.model.base)
     except adapter.AdapterError as error:
         problems.append(f"[adapter] {error}")
+    except (qwen_image.ModelError, sources.SourceError) as error:
+        problems.append(str(error))
     try:
-        dataset = scan(run.data, multiple=qwen_image.picture_multiple(run.model.base), seed=run.seed)
+        dataset = scan(run.data, multiple=multiple, seed=run.seed)
     except DataError as error:
         problems += [f"[data] {problem}" for problem in error.problems]
     if problems:
         raise config.ConfigError(problems)
-    assert dataset is not None
+    assert dataset is not None and transformer is not None
     return Plan(run, start, dataset, transformer, modules)
 
 
@@ -207,7 +220,7 @@ def describe(plan: Plan) -> str:
         f"training     {run.train.steps} steps of {images_per_step} pictures: "
         f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
         *(f"memory       {line}" for line in describe_memory(plan)),
-        *(f"download     {line}" for line in [*qwen_image.downloads(run.model.base), *plan.start.downloads]),
+        *(f"download     {line}" for line in sources.describe(plan.needs)),
         *(f"note         {note}" for note in data.notes),
     ]
     return "\n".join(lines)
@@ -255,7 +268,3 @@ def describe_fit(plan: Plan, vram: float) -> str:
         where = "as it is, the weights in the CPU's memory, slower: accelerate launch --config_file "
         tell(offloaded, "training", f"{where}configs/accelerate/fsdp2_offload.yaml train.py ...")
     return "\n".join(lines)
-
-
-def size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -3,14 +3,14 @@
 Each part is loaded alone and let go after use, so that text encoder and VAE never share memory with training.
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
 import numpy as np
 import torch
 from diffusers import (
@@ -24,8 +24,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from trainer.files import sample
+from trainer import sources
+from trainer.files import read_header, sample
 from trainer.flow import generator
+from trainer.sources import Need
 
 log = logging.getLogger("trainer")
 
@@ -51,7 +53,8 @@ class ModelConfig:
     """`[model]`"""
 
     base: str
-    """A folder in diffusers' layout, or a Hugging Face id such as "Qwen/Qwen-Image"."""
+    """A folder in diffusers' layout, or a Hugging Face id such as "Qwen/Qwen-Image", with a branch, tag or commit as
+    "Qwen/Qwen-Image@main"; of ModelScope, "modelscope:Qwen/Qwen-Image"."""
     dtype: Dtype = "bf16"
     """Of the base model's weights and of the computation. The adapter stays in fp32."""
     quantization: Literal["none", "fp8", "int8", "nf4"] = "none"
@@ -71,43 +74,76 @@ class ModelError(ValueError):
     """A model folder or id that cannot be used."""
 
 
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_CLASSES = {  # what config.json says
+    "transformer": ("_class_name", "QwenImageTransformer2DModel"),
+    "vae": ("_class_name", "AutoencoderKLQwenImage"),
+    "text_encoder": ("model_type", "qwen2_5_vl"),
+}
+
+
 def check_base(base: str) -> list[str]:
-    """Problems of `base` that can be seen without loading it."""
+    """Problems of `base` that can be seen by its name, and the folders in it."""
     folder = Path(base)
     if folder.is_dir():
         missing = [part for part in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
         if missing:
             return [f"base: {folder} is not a Qwen-Image folder in diffusers' layout: {', '.join(missing)} missing"]
         return []
-    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
-        return []  # a Hugging Face id
-    return [f'base: there is no folder {folder.absolute()}, and "{base}" is no Hugging Face id (owner/name)']
+    return [f"base: {problem}"] if (problem := sources.problem(base)) else []
+
+
+def need(base: str, parts: Sequence[str] = PARTS) -> Need:
+    """The files of some parts of `base`, to be fetched and checked."""
+    files = [f"{part}/*.json" for part in parts]
+    files += [f"{part}/{_WEIGHTS[part]}*.safetensors" for part in parts if part in _WEIGHTS]
+    extra = ("tokenizer/*.txt", "processor/*.json") if "tokenizer" in parts else ()
+    return Need(base, tuple(files), extra, partial(_misfits, base, tuple(parts)))
+
+
+def _misfits(base: str, parts: Sequence[str]) -> list[str]:
+    """Parts of a base on this machine that are of another class, or whose weights do not fit their configuration."""
+    problems = []
+    for part, (key, expected) in _CLASSES.items():
+        if part not in parts:
+            continue
+        file = sources.local(base) / part / "config.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            problems.append(f"{file}: cannot be read ({error})")
+            continue
+        if found.get(key) != expected:
+            problems.append(f"{file}: {key} is {found.get(key)}, but {expected} is needed")
+        elif part == "transformer" and "quantization_config" not in found:
+            problems += _misshapen(base)
+    return problems
+
+
+def _misshapen(base: str) -> list[str]:
+    """A problem, if tensors of the transformer are missing or have another shape than its configuration says."""
+    folder, stored = sources.local(base) / "transformer", dict[str, Any]()
+    for path in folder.glob(f"{_WEIGHTS['transformer']}*.safetensors"):
+        stored |= read_header(path).shapes
+    expected = {name: tuple(tensor.shape) for name, tensor in transformer_on_meta(base).state_dict().items()}
+    wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
+    if not wrong:
+        return []
+    return [
+        f"{folder}: the weights do not fit config.json: {len(wrong)} of {len(expected)} tensors are missing or of "
+        f"another shape, such as {wrong[0]} (weights: {stored.get(wrong[0])}, configuration: {expected[wrong[0]]})"
+    ]
 
 
 def identity(base: str) -> list[str]:
-    """What the cache takes for `base`: its commit on Hugging Face, or sizes and samples of a folder's encoders."""
-    folder = Path(base)
-    if not folder.is_dir():
-        cached = huggingface_hub.try_to_load_from_cache(base, "vae/config.json")
-        return [base, Path(cached).parents[1].name if isinstance(cached, str) else "unknown commit"]
+    """What the cache takes for `base`: its commit on Hugging Face, or sizes and samples of the encoders' files."""
+    hub = sources.repository(base)
+    if hub is not None and (commit := sources.commit(base)) is not None:
+        return [hub.name, commit]
+    folder = sources.local(base)
     files = sorted(path for part in ("vae", "text_encoder", "tokenizer") for path in (folder / part).glob("*.*"))
     return [sample(path) for path in files]
-
-
-def downloads(base: str) -> list[str]:
-    """A line on what must be downloaded for `base`; none if it is a folder, or if all of it is in the local cache."""
-    if Path(base).is_dir():
-        return []
-    try:
-        huggingface_hub.snapshot_download(base, local_files_only=True)
-        return []
-    except (huggingface_hub.errors.LocalEntryNotFoundError, OSError):
-        pass
-    try:
-        files = huggingface_hub.HfApi().model_info(base, files_metadata=True, timeout=10).siblings or []
-        return [f"{base}: {sum(file.size or 0 for file in files) / 1e9:.1f} GB from Hugging Face"]
-    except Exception as error:  # whatever the network does, a plan can be made without this number
-        return [f"{base}: not on this machine, and its size cannot be asked for now ({type(error).__name__})"]
 
 
 def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTransformer2DModel:
@@ -121,7 +157,9 @@ def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTran
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if "quantization_config" in options:
         options["device_map"] = {"": device}
-    transformer = QwenImageTransformer2DModel.from_pretrained(config.base, subfolder="transformer", **options)
+    transformer = QwenImageTransformer2DModel.from_pretrained(
+        sources.local(config.base), subfolder="transformer", use_safetensors=True, **options
+    )
     if config.quantization == "fp8":
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, DTYPES[config.dtype])
     if "quantization_config" not in options:
@@ -153,31 +191,18 @@ def transformer_on_meta(base: str) -> QwenImageTransformer2DModel:
 
 
 def part_config(kind: Any, base: str, part: str) -> dict[str, Any]:
-    """config.json of a part; empty if `base` is a Hugging Face id that is neither cached nor to be had now."""
-    if Path(base).is_dir():
-        return dict(kind.load_config(base, subfolder=part))
-    cached = isinstance(huggingface_hub.try_to_load_from_cache(base, f"{part}/config.json"), str)
-    if not cached and not _online(base):
-        return {}
-    return dict(kind.load_config(base, subfolder=part, local_files_only=cached))
-
-
-@cache
-def _online(base: str) -> bool:
-    """Whether Hugging Face answers; asked once, since a download would try for half a minute. ModelError if it has no
-    such repository."""
+    """config.json of a part; empty if `base` is not on this machine and its hub does not answer now."""
     try:
-        huggingface_hub.HfApi().model_info(base, timeout=10)
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise ModelError(f'[model] base: Hugging Face has no "{base}" that you may read ({error})') from error
-    except Exception:  # whatever the network does, a plan can be made without it
-        return False
-    return True
+        file = sources.config_file(base, f"{part}/config.json")
+    except ValueError as error:
+        raise ModelError(f"[model] base: {error}") from error
+    return {} if file is None else dict(kind.load_config(file.parent))
 
 
 def load_vae(base: str, device: torch.device) -> AutoencoderKLQwenImage:
     """The VAE in fp32: it is small, and its rounding would be trained into the adapter."""
-    return AutoencoderKLQwenImage.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32).to(device).eval()
+    options: dict[str, Any] = {"torch_dtype": torch.float32, "use_safetensors": True}
+    return AutoencoderKLQwenImage.from_pretrained(sources.local(base), subfolder="vae", **options).to(device).eval()
 
 
 def picture_multiple(base: str) -> int:
@@ -203,9 +228,9 @@ def roomy(num_bytes: float, device: torch.device, what: str) -> torch.device:
 
 
 def text_encoder_bytes(base: str) -> float:
-    """Of its weights: of the files in a folder, else of Qwen2.5-VL-7B in bf16 (8.29 B parameters)."""
-    folder = Path(base) / "text_encoder"
-    files = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    """Of its weights: of the files on this machine, else of Qwen2.5-VL-7B in bf16 (8.29 B parameters)."""
+    folder = sources.folder(base)
+    files = [] if folder is None else [path.stat().st_size for path in (folder / "text_encoder").glob("*.safetensors")]
     return float(sum(files)) if files else 16.6e9
 
 
@@ -214,13 +239,14 @@ class PromptEncoder:
 
     def __init__(self, base: str, device: torch.device, dtype: torch.dtype):
         device = roomy(text_encoder_bytes(base), device, "the text encoder")
-        text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
+        folder, options = sources.local(base), {"dtype": dtype, "use_safetensors": True}
+        text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder="text_encoder", **options)
         self._pipeline = QwenImagePipeline(
             scheduler=None,
             vae=None,
             transformer=None,
             text_encoder=text_encoder.to(device).eval(),
-            tokenizer=AutoTokenizer.from_pretrained(base, subfolder="tokenizer"),
+            tokenizer=AutoTokenizer.from_pretrained(folder, subfolder="tokenizer"),
         )
         self._device = device
 
@@ -320,8 +346,8 @@ class Sampler:
     """Draw pictures with the pipeline's own loop, given prompts already encoded."""
 
     def __init__(self, base: str):
-        self._base = base
-        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
+        self._folder = sources.local(base)
+        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self._folder, subfolder="scheduler")
 
     @torch.no_grad()
     def latents(
@@ -339,7 +365,7 @@ class Sampler:
     ) -> Tensor:
         """Normalised latents (N C 1 h w) of a picture of size (width, height) for each prompt (L D), whose noise is
         fixed by its seed. `batch_size` of them are drawn at once, on `device` (default: the transformer's)."""
-        vae_config = AutoencoderKLQwenImage.load_config(self._base, subfolder="vae")
+        vae_config = AutoencoderKLQwenImage.load_config(self._folder, subfolder="vae")
         channels, step = vae_config["z_dim"], 2 ** len(vae_config["temperal_downsample"])
         width, height = size[0] // step, size[1] // step
         device, dtype = device or transformer.device, transformer.dtype

@@ -22,15 +22,15 @@ from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, export, flow, loop, memory, parallel, qwen_image, validation
+from trainer import adapter, checkpoint, config, export, flow, loop, memory, parallel, qwen_image, sources, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.cache import Cache
 from trainer.dataset import Dataset, Example, batch, drops_caption
 from trainer.encode import encode_pictures, encode_prompts
-from trainer.files import remove_leftovers, write_json
+from trainer.files import remove_leftovers, size, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.loop import Loss
-from trainer.plan import Plan, size
+from trainer.plan import Plan
 from trainer.tracking import Tracker, duration
 
 log = logging.getLogger("trainer")
@@ -45,6 +45,8 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     accelerator = make_accelerator(run.model.dtype)
     device, seconds = accelerator.device, {}
     check_machine(plan, device)
+    with accelerator.local_main_process_first():  # the others find it all on the disk
+        sources.fetch(plan.needs, quiet=quiet)
     loading = parallel.loading_device(device)
     batches = run.train.gradient_accumulation_steps * accelerator.num_processes
     for note in plan.dataset.notes:
@@ -59,6 +61,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
 
     report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
     report |= {"versions": versions(), "hardware": hardware(device), "data": data_report(plan.dataset)}
+    report["sources"] = sources.used(plan.needs)
     settings, constant = run.adapter, None
     if saved:
         log.info("resuming after step %d", saved.step)

@@ -15,6 +15,7 @@ from trainer.cache import key
 from trainer.comparison import Comparison, Subject
 from trainer.dataset import load_picture
 from trainer.files import write_json
+from trainer.sources import local
 
 NUM_SAMPLES = 2  # noise seeds of each prompt
 CHUNK = 16  # pictures looked at together
@@ -95,8 +96,9 @@ def text_image_cosines(
     """How well each picture fits its text, by a SigLIP with both towers: N"""
     from transformers import AutoModel, AutoTokenizer
 
-    model: Any = AutoModel.from_pretrained(source, use_safetensors=True).to(device).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    folder = local(source)
+    model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     side, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
     found = []
     for start in range(0, len(pictures), CHUNK):

@@ -26,8 +26,8 @@ class ValidationConfig:
     unrelated_prompts: tuple[str, ...] = ()
     """Prompts that have nothing to do with the subject: `--compare` measures how far samples drift from the base's."""
     text_image_model: str = ""
-    """Folder or Hugging Face id of a SigLIP with a text tower, such as google/siglip2-so400m-patch16-384: with it
-    `--compare` measures how well samples fit their prompts."""
+    """Folder or id (as `[model] base`) of a SigLIP with a text tower, such as google/siglip2-so400m-patch16-384: with
+    it `--compare` measures how well samples fit their prompts."""
     num_inference_steps: int = 20
     num_pictures: int = 8
     """At most this many held-out and as many training pictures enter the stable losses."""

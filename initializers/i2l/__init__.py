@@ -3,6 +3,6 @@
 Read `layout.py`, `expert.py`, `encoders.py`, `recognise.py`, `predictions.py`, then `predict.py`.
 """
 
-from initializers.i2l.predict import Config, check, downloads, embed, identity, initialize
+from initializers.i2l.predict import Config, check, embed, identity, initialize, needs
 
-__all__ = ["Config", "check", "downloads", "embed", "identity", "initialize"]
+__all__ = ["Config", "check", "embed", "identity", "initialize", "needs"]

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from initializers.i2l import draw, encoders
 from initializers.i2l.layout import (
     PUBLISHED,
-    Header,
     LayoutError,
     describe,
     header_rank,
@@ -25,12 +24,12 @@ from initializers.i2l.layout import (
     layout_md5,
     module_names,
     published_name,
-    read_header,
 )
-from initializers.i2l.predict import Config, check, initialize
-from trainer import config, qwen_image
+from initializers.i2l.predict import Config, check, initialize, needs
+from trainer import config, qwen_image, sources
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, linears, target_modules
 from trainer.export import origin
+from trainer.files import Header, read_header
 from trainer.formats import FormatError, check_lora, write_lora
 from trainer.formats.handoff import hand_off
 from trainer.formats.recipes import RecipeError, read_recipe
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     predict.add_argument("--strength", type=float, help="factor of the LoRA (default: the configuration's; 1 for auto)")
     predict.add_argument("--dtype", choices=[*qwen_image.DTYPES], default="fp32", help="of the file (default: fp32)")
     draws = commands.add_parser("draw", help="let the base draw pictures of prompts, to train Bias on")
-    draws.add_argument("--base", required=True, help="folder or Hugging Face id of the pipeline")
+    draws.add_argument("--base", required=True, help="folder or id (as [model] base) of the pipeline")
     draws.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
     draws.add_argument("--output", type=Path, required=True, help="new folder for the pictures")
     draws.add_argument("--resolution", type=int, default=1024, help="side of the square (default: 1024)")
@@ -83,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "draw":
             return draw_prompts(options)
         return predict_file(options)
+    except sources.DownloadError as error:
+        print(error, file=sys.stderr)
+        return 1
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -91,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 def draw_prompts(options: argparse.Namespace) -> int:
     """ValueError lists what is wrong with the arguments."""
     problems = [f"--{problem}" for problem in qwen_image.check_base(options.base)]
+    problems = problems or [f"--base: {problem}" for problem in sources.check(qwen_image.need(options.base))]
     prompts = []
     if options.prompts.is_file():
         prompts = [line.strip() for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -102,6 +105,7 @@ def draw_prompts(options: argparse.Namespace) -> int:
         problems.append("--resolution must be a multiple of 16")
     if problems:
         raise config.ConfigError(problems)
+    sources.fetch([qwen_image.need(options.base)])
     draw.draw(
         options.base,
         prompts,
@@ -206,6 +210,7 @@ def predict_file(options: argparse.Namespace) -> int:
     if problems:
         raise config.ConfigError(problems)
     start = time.perf_counter()
+    sources.fetch(needs(own, base))
     transformer: Any = qwen_image.transformer_on_meta(base)
     modules = linears(transformer)
     rank = options.rank or recipe.rank  # type: ignore[union-attr]

@@ -25,10 +25,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from initializers.i2l import sources
-from initializers.i2l.layout import LayoutError, layout_md5, read_header
-from trainer import qwen_image
-from trainer.files import sample, write_json, write_tensors
+from initializers.i2l.layout import LayoutError, layout_md5
+from trainer import qwen_image, sources
+from trainer.files import read_header, sample, write_json, write_tensors
+from trainer.sources import Need
 
 SIGLIP_FOLDER, DINOV3_FOLDER = "SigLIP2-G384", "DINOv3-7B"
 ENCODER_FILES = (f"{SIGLIP_FOLDER}/model.safetensors", f"{DINOV3_FOLDER}/model.safetensors")
@@ -216,7 +216,7 @@ def encode_pictures(
 ) -> Tensor:
     """One image embedding for each picture, fp32: SigLIP2's pooled output, then DINOv3's CLS.
 
-    `encoders` is a folder or a Hugging Face id that holds `SigLIP2-G384` and `DINOv3-7B`, as the published one does.
+    `encoders` is a folder or an id that holds `SigLIP2-G384` and `DINOv3-7B`, as the published one does.
     """
     siglip_folder, dinov3_folder = (sources.locate(str(encoders), file).parent for file in ENCODER_FILES)
     siglip = load_siglip(siglip_folder, dtype, device)
@@ -279,6 +279,11 @@ def _encode(
 def identity(encoders: str) -> list[str]:
     """What a cache takes for these encoders: their files, by size and samples of their content."""
     return [sample(path) if (path := sources.cached(encoders, file)) else file for file in ENCODER_FILES]
+
+
+def need(encoders: str) -> Need:
+    """Both files; a `config.json` beside one gives its architecture."""
+    return Need(encoders, ENCODER_FILES, tuple(f"{folder}/config.json" for folder in (SIGLIP_FOLDER, DINOV3_FOLDER)))
 
 
 def free_memory() -> None:
@@ -371,9 +376,10 @@ def qwen_vl_residuals(
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
     device = qwen_image.roomy(qwen_image.text_encoder_bytes(base), torch.device(device), "Qwen2.5-VL")
-    tokenizer = Qwen2Tokenizer.from_pretrained(base, subfolder="tokenizer")
-    processor = _qwen_processor(base)
-    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, subfolder="text_encoder", dtype=dtype)
+    folder, options = sources.local(base), {"dtype": dtype, "use_safetensors": True}
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder, subfolder="tokenizer")
+    processor = _qwen_processor(folder)
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder="text_encoder", **options)
     model: Any = loaded.model
     model = model.to(device).eval()
     template, drop = edit_template()
@@ -403,10 +409,10 @@ def qwen_vl_residuals(
     return result
 
 
-def _qwen_processor(base: str) -> Any:
-    """The image processor of a local pipeline that has one, else with Qwen/Qwen-Image-Edit's settings, as published."""
+def _qwen_processor(folder: Path) -> Any:
+    """The image processor of a pipeline that has one, else with Qwen/Qwen-Image-Edit's settings, as published."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    if (Path(base) / "processor" / "preprocessor_config.json").is_file():
-        return Qwen2VLImageProcessorPil.from_pretrained(base, subfolder="processor")
+    if (folder / "processor" / "preprocessor_config.json").is_file():
+        return Qwen2VLImageProcessorPil.from_pretrained(folder, subfolder="processor")
     return Qwen2VLImageProcessorPil(**QWEN_PIXELS)

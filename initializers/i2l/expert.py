@@ -22,9 +22,8 @@ from initializers.i2l.layout import (
     block_layers,
     header_rank,
     infer_geometry,
-    read_header,
 )
-from trainer.files import write_tensors
+from trainer.files import read_header, write_tensors
 from trainer.lowrank import LowRank
 
 INITIAL_SCALE = 0.3

@@ -8,12 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from initializers.i2l import encoders, layout, sources
+from initializers.i2l import encoders, layout
 from initializers.i2l.expert import Expert, Factors, load_expert, read_geometry, save_expert
 from initializers.i2l.layout import LayoutError, Residual
+from trainer import sources
 from trainer.adapter import AdapterWeights
 from trainer.formats import write_lora
 from trainer.lowrank import LowRank
+from trainer.sources import Need
 
 _NUM_TOKENS = {"coarse": layout.COARSE_TOKENS, "fine": layout.FINE_TOKENS}
 _FROZEN = {"style": (), "coarse": (), "fine": ("coarse",), "bias": ("coarse", "fine")}
@@ -27,9 +29,9 @@ class ExpertConfig:
     """Style has no residual; Coarse reads Qwen-VL at 224 pixels; Fine, on top of a frozen Coarse, at 1024 pixels; Bias
     is one static LoRA for all pictures, on top of frozen Coarse and Fine."""
     weights: str = "DiffSynth-Studio/Qwen-Image-i2L"
-    """Folder or Hugging Face id that holds the frozen experts: Coarse for Fine, Coarse and Fine for Bias."""
+    """Folder or id, as `[model] base`, of the frozen experts: Coarse for Fine, Coarse and Fine for Bias."""
     encoders: str = "DiffSynth-Studio/General-Image-Encoders"
-    """Folder or Hugging Face id of SigLIP2 and DINOv3."""
+    """Folder or id, as `[model] base`, of SigLIP2 and DINOv3."""
     train_encoders: bool = False
     """Train SigLIP2 and DINOv3 along with the expert. Only for small square pictures, all of one size."""
     compress: int = 64
@@ -43,8 +45,8 @@ class ExpertConfig:
         names = ("compress", "residual_compress", "rank")
         found = [f"{name} must be at least 1" for name in names if getattr(self, name) < 1]
         for kind, file in zip(_FROZEN[self.kind], self.frozen_files, strict=True):
-            if (why := sources.problem(self.weights, file)) is not None:
-                found.append(f"weights: {why}")
+            if wrong := sources.check(Need(self.weights, (file,))):
+                found += [f"weights: {why}" for why in wrong]
             elif (path := sources.cached(self.weights, file)) is not None:
                 try:
                     geometry = read_geometry(path)
@@ -114,7 +116,7 @@ class Hypernetwork(nn.Module):
         super().__init__()
         self.siglip = self.dinov3 = None
         if config.train_encoders:
-            folder = Path(config.encoders)
+            folder = sources.local(config.encoders)
             self.siglip = encoders.load_siglip(folder / encoders.SIGLIP_FOLDER)
             self.dinov3 = encoders.load_dinov3(folder / encoders.DINOV3_FOLDER)
         self.expert = Expert(geometry) if config.kind != "bias" else None

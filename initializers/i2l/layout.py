@@ -11,12 +11,12 @@ group by group: block 60 of a published file is block 0 of the second group. The
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
+
+from trainer.files import Header, LayoutError
 
 Shape = tuple[int, ...]
 
@@ -35,10 +35,6 @@ GROUPS: tuple[tuple[tuple[str, int, int], ...], ...] = (
 )
 LAYERS_PER_BLOCK = sum(len(group) for group in GROUPS)  # 12 modules for each block of the transformer
 _LAYER_NAME = re.compile(r"blocks\.(\d+)\.(?:layers\.\d+\.proj_[ab]|proj_residual)\.proj_(?:in|out)\.weight")
-
-
-class LayoutError(ValueError):
-    """A file is damaged, or its tensors are not those of an i2L expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,40 +270,6 @@ def _differences(shapes: Mapping[str, Shape], geometry: Geometry) -> tuple[list[
 
 def _some(names: list[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "") or "no tensors"
-
-
-class Header(NamedTuple):
-    """The first bytes of a safetensors file."""
-
-    shapes: dict[str, Shape]
-    dtypes: dict[str, str]
-    metadata: dict[str, str]
-    num_bytes: int
-
-
-def read_header(path: Path) -> Header:
-    """Names, shapes and types without reading a weight; LayoutError if the file is cut short or not safetensors."""
-    try:
-        num_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= num_bytes - 8:
-                raise ValueError("its header is longer than the file")
-            entries = json.loads(file.read(length))
-        metadata = entries.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-        dtypes = {name: entry["dtype"] for name, entry in entries.items()}
-    except OSError as error:
-        raise LayoutError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise LayoutError(f"{path}: not a safetensors file, or cut short ({error})") from error
-    if 8 + length + end != num_bytes:
-        raise LayoutError(
-            f"{path}: the header speaks of {8 + length + end:,} bytes, but the file has {num_bytes:,}. "
-            "It was probably not downloaded to its end; download it again."
-        )
-    return Header(shapes, dtypes, metadata, num_bytes)
 
 
 def header_rank(header: Header) -> int:

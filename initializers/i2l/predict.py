@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from initializers.i2l import encoders, sources
+from initializers.i2l import encoders
 from initializers.i2l.layout import FILES, Geometry
 from initializers.i2l.predictions import Predictions, dtype_for, predict_pictures, timed
 from initializers.i2l.recognise import (
@@ -23,9 +23,11 @@ from initializers.i2l.recognise import (
     place,
     recognise,
 )
+from trainer import qwen_image, sources
 from trainer.adapter import AdapterWeights, InitContext, Seed
 from trainer.files import sample
 from trainer.lowrank import LowRank, ranks_for_energy, scale
+from trainer.sources import Need
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 MAX_TRIALS = 8  # pictures on which strengths are tried
@@ -41,9 +43,9 @@ class Config:
     expert_weights: dict[str, float] = field(default_factory=dict)
     """Of the experts by kind, such as bias = 0.5; 1 for those not named."""
     weights: str = "DiffSynth-Studio/Qwen-Image-i2L"
-    """Folder or Hugging Face id that holds the experts that are given by name: Qwen-Image-i2L-Style.safetensors, ..."""
+    """Folder or id, as `[model] base`, of the experts that are given by name: Qwen-Image-i2L-Style.safetensors, ..."""
     encoders: str = "DiffSynth-Studio/General-Image-Encoders"
-    """Folder or Hugging Face id that holds SigLIP2-G384/model.safetensors and DINOv3-7B/model.safetensors."""
+    """Folder or id, as `[model] base`, that holds SigLIP2-G384/model.safetensors and DINOv3-7B/model.safetensors."""
     pictures: int | tuple[str, ...] = 0
     """How many of the training pictures are looked at, spread evenly over them, or which, by file name. 0: all."""
     strength: float | Literal["auto"] = 1.0
@@ -87,8 +89,8 @@ def check(config: Config) -> list[str]:
     for name in _experts(config):
         try:
             folder, file = place(config.weights, name)
-            if (why := sources.problem(folder, file)) is not None:
-                found.append(f"experts: {why}")
+            if wrong := sources.check(Need(folder, (file,))):
+                found += [f"experts: {why}" for why in wrong]
             elif (path := sources.cached(folder, file)) is not None:
                 source = recognise(name, path)
                 kinds.append(source.kind)
@@ -102,19 +104,23 @@ def check(config: Config) -> list[str]:
         found += [f"experts: {problem}" for problem in combination_problems(kinds)]
     found += [f"expert_weights: {kind} is not among the experts" for kind in config.expert_weights if kind not in kinds]
     if any(kind != "bias" for kind in kinds):
-        problems = [sources.problem(config.encoders, file) for file in encoders.ENCODER_FILES]
-        missing = [f"encoders: {problem}" for problem in problems if problem]
-        found += missing or encoder_problems(config.encoders, geometries)
+        wrong = [f"encoders: {problem}" for problem in sources.check(encoders.need(config.encoders))]
+        found += wrong or encoder_problems(config.encoders, geometries)
     return found
 
 
-def downloads(config: Config) -> list[tuple[str, str]]:
-    """(Hugging Face id, file) of what `initialize` would download."""
-    experts = _experts(config)
-    wanted = [place(config.weights, name) for name in experts]
-    if set(experts) != {"bias"}:
-        wanted += [(config.encoders, file) for file in encoders.ENCODER_FILES]
-    return [(source, file) for source, file in wanted if sources.cached(source, file) is None]
+def needs(config: Config, base: str) -> list[Need]:
+    """The experts; the encoders, if one of them looks at pictures; the text encoder of `base`, if one reads its states.
+
+    ValueError as `recognise`."""
+    places = [place(config.weights, name) for name in _experts(config)]
+    kinds = {name if name in FILES else recognise(name, Path(name).expanduser()).kind for name in _experts(config)}
+    found = [Need(source, (file,)) for source, file in places]
+    if kinds != {"bias"}:
+        found.append(encoders.need(config.encoders))
+    if kinds & encoders.RESOLUTIONS.keys():
+        found.append(qwen_image.need(base, ("text_encoder", "tokenizer")))
+    return found
 
 
 def identity(config: Config) -> list[str]:
@@ -199,7 +205,7 @@ def _experts(config: Config) -> tuple[str, ...]:
     if config.experts:
         return config.experts
     best = ORDER[1:]
-    return best if all(sources.problem(config.weights, FILES[name]) is None for name in best) else ORDER[:1]
+    return ORDER[:1] if sources.missing(Need(config.weights, tuple(FILES[name] for name in best))) else best
 
 
 def _choose_pictures(images: Sequence[Path], wanted: int | tuple[str, ...]) -> list[int]:

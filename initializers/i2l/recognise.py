@@ -14,7 +14,6 @@ from initializers.i2l.layout import (
     FINE_TOKENS,
     PUBLISHED,
     Geometry,
-    Header,
     LayoutError,
     describe,
     header_rank,
@@ -23,9 +22,9 @@ from initializers.i2l.layout import (
     is_lora,
     layout_md5,
     module_shapes,
-    read_header,
 )
 from trainer.adapter import InitContext
+from trainer.files import Header, read_header
 from trainer.formats import check_lora
 
 ORDER = tuple(FILES)  # style, coarse, fine, bias: the order of the ranks in the result

@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from initializers.i2l import encoders, hypernetwork, layout, sources
+from initializers.i2l import encoders, hypernetwork, layout
 from initializers.i2l.batch_lora import BatchLora
 from initializers.i2l.expert import Expert, Factors
 from initializers.i2l.hypernetwork import ExpertConfig, Hypernetwork, StaticLora
 from initializers.i2l.subjects import SubjectData, SubjectsConfig, read_subjects
-from trainer import checkpoint, flow, loop, memory, parallel, plan, qwen_image, run, validation
+from trainer import checkpoint, flow, loop, memory, parallel, plan, qwen_image, run, sources, validation
 from trainer import config as configuration
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
@@ -33,6 +33,7 @@ from trainer.files import remove_leftovers, write_json
 from trainer.flow import FlowConfig
 from trainer.loop import Loss, TrainConfig
 from trainer.qwen_image import ModelConfig
+from trainer.sources import Need
 from trainer.tracking import Tracker
 from trainer.validation import ValidationConfig
 
@@ -97,8 +98,8 @@ def load(path: Path, overrides: list[str]) -> HypernetworkConfig:
 
 
 def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]]:
-    """The pictures of each subject. ConfigError lists every problem of output and data at once."""
-    problems: list[str] = []
+    """The pictures of each subject. ConfigError lists every problem of models, output and data at once."""
+    problems = [problem for need in _needs(settings) for problem in sources.check(need)]
     output = Path(settings.output)
     used = (output / "run.json").exists()
     if used and not resume:
@@ -145,11 +146,14 @@ def describe(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]
             f"             expert with gradients and {name} {plan.size(parameters * per_parameter)}; "
             f"with FSDP over 8 GPUs {plan.size(parameters * per_parameter / 8)} on each"
         )
-    lines += [f"download     {line}" for line in qwen_image.downloads(settings.model.base)]
-    wanted = [(settings.expert.encoders, file) for file in encoders.ENCODER_FILES]
-    wanted += [(settings.expert.weights, file) for file in settings.expert.frozen_files]
-    lines += [f"download     {source}: {file}" for source, file in wanted if sources.cached(source, file) is None]
+    lines += [f"download     {line}" for line in sources.describe(_needs(settings))]
     return "\n".join(lines)
+
+
+def _needs(settings: HypernetworkConfig) -> list[Need]:
+    expert = settings.expert
+    frozen = [Need(expert.weights, expert.frozen_files)] if expert.frozen_files else []
+    return [qwen_image.need(settings.model.base), encoders.need(expert.encoders), *frozen]
 
 
 def _geometry(settings: HypernetworkConfig, transformer: Any) -> layout.Geometry:
@@ -165,6 +169,8 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     if resume:  # refused before run.json is written, which tells the settings to resume with
         checkpoint.latest(output / "checkpoints", fingerprint)
     accelerator = run.make_accelerator(settings.model.dtype)
+    with accelerator.local_main_process_first():  # the others find it all on the disk
+        sources.fetch(_needs(settings), quiet=quiet)
     with accelerator.main_process_first():  # the others find everything in the cache
         if resume and accelerator.is_main_process:  # else the folder may hold what is not ours
             remove_leftovers(output)
@@ -187,6 +193,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
         "hardware": run.hardware(accelerator.device),
         "subjects": {"train": len(data.train), "held_out": len(data.held_out)},
         "parameters": sum(p.numel() for p in objective.module.parameters()),
+        "sources": sources.used(_needs(settings)),
     }
     if accelerator.is_main_process:
         write_json(output / "run.json", {"status": "running", **report})
