@@ -1,8 +1,8 @@
 """How long a training step takes, and what of it is our loop: python -m trainer.bench --config FILE
 
 The same steps are done twice, in turns: by the loop, with everything that it does, and bare, which is forward, backward
-and optimizer on inputs that lie ready. Medians, since machines are noisy; and the ratio within one run. Without caches each
-step would encode its batch: what that takes is measured too. --profile needs no weights: see trainer/profile.py.
+and optimizer on inputs that lie ready. Medians, since machines are noisy; and the ratio within one run. Without caches
+each step would encode its batch: what that takes is measured too. --profile needs no weights: see trainer/profile.py.
 """
 
 import argparse
@@ -182,11 +182,11 @@ def _by_parts(objective: run.LoraObjective, prepared: Plan, steps: int, clock: _
 def describe(report: dict[str, Any]) -> str:
     step, bare = (f"{1000 * report[name]:.2f} ms" for name in ("seconds_in_the_loop", "seconds_bare"))
     encoding = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in report["encoding"].items())
-    uncached = report["pictures_per_second_without_caches"]
+    cached, uncached = report["pictures_per_second"], report["pictures_per_second_without_caches"]
     return "\n".join(
         [
             f"a step: {step} in the loop, {bare} bare (forward, backward, optimizer): {report['overhead']:.1%} more",
-            f"{report['pictures_per_second']:.1f} pictures a second; {uncached:.1f} without caches ({encoding} a batch)",
+            f"{cached:.1f} pictures a second; {uncached:.1f} without caches (encoding a batch: {encoding})",
             "parts (ms): " + ", ".join(f"{name} {1000 * value:.2f}" for name, value in report["parts"].items()),
         ]
     )
