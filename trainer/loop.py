@@ -120,7 +120,9 @@ def train(
     """
     objective.module = accelerator.prepare(objective.module)
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
-    optimizer = accelerator.prepare(make_optimizer(parameters, config))
+    optimizer: Any = make_optimizer(parameters, config)
+    if accelerator.scaler is not None:  # accelerate's own optimizer looks for packages at each step: only where needed
+        optimizer = accelerator.prepare(optimizer)
     start, result = 0, Result(0, 0.0)
     saved = checkpoint.latest(output / "checkpoints", fingerprint) if resume else None
     if saved:
