@@ -110,6 +110,9 @@ def _apply(
 ) -> dict[str, Any]:
     if not present:
         adapter.inject(model, adapter.settings_for(seed, settings), name)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.cast_input_dtype_enabled = True  # as PEFT has it: the script may put other adapters beside this
     raised = 0
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):

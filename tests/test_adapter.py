@@ -353,6 +353,98 @@ def test_truncation_of_a_larger_seed_is_the_module_s_own() -> None:
     assert report["energy_kept"] == {"min": min(kept), "mean": pytest.approx(sum(kept) / 2)}
 
 
+def as_peft_has_it(config: AdapterConfig, dtype: torch.dtype) -> Any:
+    """The adapter in fp32 on the base, without `inject`."""
+    model = tiny(dtype)
+    model.requires_grad_(False)
+    model.add_adapter(adapter.peft_config(config))
+    for parameter in adapter._parameters(model).values():
+        parameter.data = parameter.data.float()
+    return model
+
+
+def with_effect(model: Any) -> Any:
+    """Random numbers in a and b, the same in each model."""
+    for name, parameter in adapter._parameters(model).items():
+        if "magnitude" not in name:
+            parameter.data.normal_(std=0.1, generator=generator(3, name))
+    return model
+
+
+def gradients(model: Any, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    """The output, the gradients of a loss, and what autograd kept, in `dtype`."""
+    model.train()
+    random, kept = generator(0, "inputs"), list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = model(
+            hidden_states=torch.randn(2, 16, 64, generator=random).to(dtype),
+            encoder_hidden_states=torch.randn(2, 5, 32, generator=random).to(dtype),
+            encoder_hidden_states_mask=torch.ones(2, 5, dtype=torch.long),
+            timestep=torch.tensor([0.5, 0.3]).to(dtype),
+            img_shapes=[[(1, 4, 4)]] * 2,
+            return_dict=False,
+        )[0]
+    (found.double() * torch.randn(found.shape, generator=random)).sum().backward()
+    return found.detach(), {n: p.grad for n, p in adapter._parameters(model).items() if p.grad is not None}, kept
+
+
+@pytest.mark.parametrize("config", [*SETTINGS, AdapterConfig(rank=6, use_dora=True)], ids=str)
+def test_on_an_fp32_base_every_bit_is_peft_s(config: AdapterConfig) -> None:
+    ours = tiny()
+    adapter.inject(ours, config)
+    first, second = (gradients(with_effect(m), torch.float32) for m in (ours, as_peft_has_it(config, torch.float32)))
+    assert torch.equal(first[0], second[0]) and first[1].keys() == second[1].keys()
+    assert all(torch.equal(gradient, second[1][name]) for name, gradient in first[1].items())
+    assert [*ours.state_dict()] == [*as_peft_has_it(config, torch.float32).state_dict()]
+
+
+def test_at_bf16_gradients_are_as_good_as_peft_s_and_no_input_is_kept_in_fp32() -> None:
+    """Against the same weights in float64."""
+    config = AdapterConfig(rank=6, alpha=3.0)
+    ours, peft = tiny(torch.bfloat16), as_peft_has_it(config, torch.bfloat16)
+    adapter.inject(ours, config)
+    exact = with_effect(as_peft_has_it(config, torch.bfloat16)).double()
+    _, expected, _ = gradients(exact, torch.float64)
+    errors, raised = [], []
+    for model in (ours, peft):
+        output, found, kept = gradients(with_effect(model), torch.bfloat16)
+        assert output.dtype == torch.bfloat16 and {g.dtype for g in found.values()} == {torch.float32}
+        assert found.keys() == expected.keys()
+        total = sum(float((g - expected[name]).square().sum()) for name, g in found.items())
+        errors.append((total / sum(float(g.square().sum()) for g in expected.values())) ** 0.5)
+        raised.append(sum(x.dtype == torch.float32 and x.shape in ((2, 16, 64), (32, 64)) for x in kept))
+    assert errors[0] < 1.1 * errors[1] < 0.2  # most of it is the base's own rounding
+    assert raised[0] == 0 < raised[1]
+
+
+def test_dora_at_bf16_stays_as_peft_has_it() -> None:
+    config = AdapterConfig(rank=6, use_dora=True)
+    ours = tiny(torch.bfloat16)
+    adapter.inject(ours, config)
+    first, second = (gradients(with_effect(m), torch.bfloat16) for m in (ours, as_peft_has_it(config, torch.bfloat16)))
+    assert torch.equal(first[0], second[0])
+
+
+def test_dropout_and_merging_at_bf16_are_peft_s() -> None:
+    config = AdapterConfig(rank=6, dropout=0.5)
+    ours, peft = tiny(torch.bfloat16), as_peft_has_it(config, torch.bfloat16)
+    adapter.inject(ours, config)
+    outputs = []
+    for model in (ours, peft):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            outputs.append(gradients(with_effect(model), torch.bfloat16)[0].float())
+    plain = output(with_effect(ours).eval())
+    assert (outputs[0] - outputs[1]).norm() < 0.02 * (outputs[0] - outputs[1].mean()).norm()
+    merging = [*layers(ours).values()]
+    for layer in merging:
+        layer.merge()
+    assert (output(ours) - plain).norm() < 0.02 * plain.norm()
+    for layer in merging:
+        layer.unmerge()
+    assert (output(ours) - plain).norm() < 0.02 * plain.norm()
+
+
 def test_the_adapter_comes_off_without_a_trace() -> None:
     transformer = tiny()
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}

@@ -29,7 +29,7 @@ FLOORS = {
     4: ("trainer.export", "trainer.loop", "trainer.report"),
     5: ("trainer.cli", "trainer.memory"),
     6: ("trainer.plan",),
-    7: ("trainer.run",),
+    7: ("trainer.profile", "trainer.run"),
     8: ("trainer.comparison",),
     9: ("trainer.samples",),
     10: ("trainer.bench", "trainer.full_size", "trainer.workbench"),

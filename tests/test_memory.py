@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from helpers import BAD_INPUT, FINISHED
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import train
@@ -58,9 +59,9 @@ def really_kept(train_config: TrainConfig, pixels: int, settings: AdapterConfig)
     return sum(found.values())
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_activations_are_what_autograd_keeps(batch_size: int) -> None:
-    settings, config = AdapterConfig(rank=4), TrainConfig(batch_size=batch_size)
+@pytest.mark.parametrize(("batch_size", "use_dora"), [(1, False), (3, False), (1, True)])
+def test_activations_are_what_autograd_keeps(batch_size: int, use_dora: bool) -> None:
+    settings, config = AdapterConfig(rank=4, use_dora=use_dora), TrainConfig(batch_size=batch_size)
     estimated = memory.activation_bytes(on_meta(**SMALL), FP32, config, 128**2, settings)
     assert estimated == pytest.approx(really_kept(config, 128**2, settings), rel=0.02)
 
@@ -82,6 +83,23 @@ def test_activations_grow_with_pixels_and_batch() -> None:
 
     assert 3 < count(1024**2) / count(512**2) < 4.1  # not 4: captions do not grow
     assert 1.9 < count(batch_size=2) / count() < 2.1
+
+
+def test_an_adapter_at_bf16_keeps_no_input_twice() -> None:
+    """Raised to fp32, the inputs of q, k, v, out and MLP would be kept by themselves. In bf16 q, k and v share theirs,
+    and that of out is kept by the attention anyway."""
+    kept = []
+    for raised in (True, False):
+        block = memory.few_blocks(on_meta(), torch.bfloat16, AdapterConfig(), 1, torch.device("meta"))
+        for layer in block.modules():
+            if isinstance(layer, LoraLayer):
+                layer.cast_input_dtype_enabled = raised
+        with memory.kept_by_autograd(block) as found, memory._FusedAttention():
+            memory.forward(block, 1, 1024**2, of_input=False)
+        kept.append(sum(found.values()))
+    tokens = 64 * 64 + memory.PROMPT_TOKENS
+    expected = 4 * tokens * (4 * 3072 + 12288) - 2 * tokens * (3072 + 12288)
+    assert kept[0] - kept[1] == pytest.approx(expected, rel=0.02)
 
 
 def test_weights_are_arithmetic() -> None:

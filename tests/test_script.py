@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from initializers import warm_start
-from tests.test_adapter import layers, output, tiny
+from tests.test_adapter import gradients, layers, output, tiny
 from tests.test_trainers import deltas, modules, weights
 from trainer import adapter, lycoris
-from trainer.adapter import TARGETS, AdapterError
+from trainer.adapter import TARGETS, AdapterConfig, AdapterError, Seed
 from trainer.config import ConfigError
 from trainer.formats import write_lora
 
@@ -290,6 +290,42 @@ def test_quantised_bases(kind: str, dora: bool, lora: str) -> None:
     expected = output(reference)
     assert (seeded - expected).norm() < 1e-4 * (expected - base).norm()
     assert_seeded(model)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_trainer_s_adapter_learns_on_a_quantised_base_in_bf16(kind: str) -> None:
+    """PEFT's layers for such bases have a forward pass of their own."""
+    model = quantised(kind)
+    for layer in model.modules():
+        for parameter in layer.parameters(recurse=False):
+            if parameter.dtype == torch.float32:
+                parameter.data = parameter.data.bfloat16()
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.compute_dtype = torch.bfloat16
+    model.requires_grad_(False)
+    adapter.inject(model, AdapterConfig(rank=6))
+    adapter.apply_seed(model, Seed(weights(), {}), random_seed=0)
+    seen = list[torch.dtype]()
+    for layer in layers(model).values():
+        layer.lora_A["default"].register_forward_hook(lambda _, inputs, found: seen.append(found.dtype))
+    light = gradients(model, torch.bfloat16)[1]
+    assert set(seen) == {torch.bfloat16}
+    model.zero_grad()
+    for layer in layers(model).values():
+        layer.cast_input_dtype_enabled = True  # as PEFT does it
+    heavy = gradients(model, torch.bfloat16)[1]
+    assert light.keys() == heavy.keys()
+    for name, gradient in light.items():
+        assert gradient.dtype == torch.float32 and (gradient - heavy[name]).norm() <= 0.05 * heavy[name].norm(), name
+
+
+def test_another_adapter_in_fp32_works_beside_one_that_was_added_on_a_bf16_base(lora: str) -> None:
+    transformer = tiny(torch.bfloat16)
+    warm_start(transformer, init=lora)
+    transformer.add_adapter(LoraConfig(r=6, target_modules=FOUR), "other")
+    warm_start(transformer, init=lora, adapter_name="other")
+    transformer.set_adapter(["default", "other"])
+    assert output(transformer).isfinite().all()
 
 
 def test_lycoris_on_a_quantised_base_is_refused(lora: str) -> None:

@@ -171,7 +171,9 @@ def settings_for(seed: Seed, settings: AdapterConfig) -> AdapterConfig:
 def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) -> None:
     """Put the adapter on the transformer: in fp32 and trainable; everything else is frozen. Then `apply_seed`.
 
-    `transformer` is a diffusers model. The global random state is as it was.
+    `transformer` is a diffusers model. The global random state is as it was. Where the base computes in half precision,
+    PEFT would raise each layer's whole input to fp32 and keep it for the backward pass; here the adapter's small
+    weights are lowered instead. With DoRA it stays as PEFT does it: the norms of the weights need fp32.
     """
     target_modules(transformer, config)
     transformer.requires_grad_(False)
@@ -180,6 +182,22 @@ def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) ->
         transformer.add_adapter(peft_config(config), adapter_name)
     for parameter in _parameters(transformer, adapter_name).values():
         parameter.data = parameter.data.float()  # PEFT takes over the base's type; a bf16 seed would be rounded
+    if not config.use_dora:
+        for _, layer in _layers(transformer, adapter_name):
+            layer.cast_input_dtype_enabled = False
+            for factors in (layer.lora_A, layer.lora_B):
+                factors[adapter_name] = _Factor(factors[adapter_name])
+
+
+class _Factor(nn.Linear):
+    """a or b as a layer: its weight stays in fp32, with its gradient, and is multiplied in the input's type."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight = layer.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
 
 
 @torch.no_grad()

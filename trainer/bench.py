@@ -1,7 +1,8 @@
 """How long a training step takes, and what of it is our loop: python -m trainer.bench --config FILE
 
 The same steps are done twice, in turns: by the loop, with everything that it does, and bare, which is forward, backward
-and optimizer on inputs that lie ready. Medians, since machines are noisy; and the ratio within one run.
+and optimizer on inputs that lie ready. Medians, since machines are noisy; and the ratio within one run. Without caches
+each step would encode its batch: what that takes is measured too. --profile needs no weights: see trainer/profile.py.
 """
 
 import argparse
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from trainer import config, loop, plan, qwen_image, run, sources
+from trainer import config, loop, plan, profile, qwen_image, run, sources
 from trainer.adapter import AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import guarded
+from trainer.dataset import batch, load_picture
 from trainer.files import write_json
 from trainer.plan import Plan, RunConfig, Start
 from trainer.tracking import Tracker
@@ -73,12 +76,12 @@ class _Watched:
         return {}
 
 
-def measure(prepared: Plan, steps: int) -> dict[str, Any]:
-    """Seconds of one step in the loop and bare, each part of it, and the loop's overhead."""
+def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, Any]:
+    """Seconds of one step in the loop and bare, each part of it, the loop's overhead, and what caches save."""
     settings = prepared.config
-    accelerator = run.make_accelerator(settings.model.dtype)
     run.check_machine(prepared, accelerator.device)
     sources.fetch(prepared.needs)
+    encoding = _encoding(prepared, accelerator.device)
     encoded = run.encode(prepared, accelerator.device, quiet=False)
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
@@ -96,18 +99,39 @@ def measure(prepared: Plan, steps: int) -> dict[str, Any]:
     bare = sum(medians[name] for name in ("forward", "backward", "optimizer"))
     step = statistics.median(whole)
     pictures = settings.train.batch_size * settings.train.gradient_accumulation_steps
+    uncached = step + settings.train.gradient_accumulation_steps * sum(encoding.values())
     return {
-        "config": config.to_dict(settings),
-        "hardware": run.hardware(accelerator.device),
-        "versions": run.versions(),
         "steps": TURNS * (steps - WARMUP),
         "seconds_in_the_loop": step,
         "seconds_bare": bare,
         "overhead": step / bare - 1,
         "parts": medians,
         "pictures_per_second": pictures / step,
+        "encoding": encoding,
+        "pictures_per_second_without_caches": pictures / uncached,
         "peak_memory_bytes": run.peak_memory(accelerator.device),
     }
+
+
+def _encoding(prepared: Plan, device: torch.device) -> dict[str, float]:
+    """Seconds in which the VAE encodes the pictures of one batch, and the text encoder its captions, one by one as in a
+    run. Both are gone when this returns."""
+    settings, clock = prepared.config, _Clock(device)
+    size, base = settings.train.batch_size, settings.model.base
+    batches = [batch(prepared.dataset.train, size, seed=settings.seed, index=turn) for turn in range(TURNS + 1)]
+    vae = qwen_image.load_vae(base, device)
+    for examples in batches:
+        clock.start()
+        qwen_image.encode_pictures(vae, [load_picture(example) for example in examples])
+        clock.lap("pictures")
+    del vae
+    encoder = qwen_image.PromptEncoder(base, device, qwen_image.DTYPES[settings.model.dtype])
+    for examples in batches:
+        clock.start()
+        for example in examples:
+            encoder([example.caption])
+        clock.lap("captions")
+    return {name: statistics.median(laps[1:]) for name, laps in clock.laps.items()}  # the first warms up
 
 
 def _by_the_loop(objective: run.LoraObjective, prepared: Plan, accelerator: Any, steps: int) -> list[float]:
@@ -158,10 +182,12 @@ def _by_parts(objective: run.LoraObjective, prepared: Plan, steps: int, clock: _
 
 def describe(report: dict[str, Any]) -> str:
     step, bare = (f"{1000 * report[name]:.2f} ms" for name in ("seconds_in_the_loop", "seconds_bare"))
+    encoding = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in report["encoding"].items())
+    cached, uncached = report["pictures_per_second"], report["pictures_per_second_without_caches"]
     return "\n".join(
         [
             f"a step: {step} in the loop, {bare} bare (forward, backward, optimizer): {report['overhead']:.1%} more",
-            f"{report['pictures_per_second']:.1f} pictures a second",
+            f"{cached:.1f} pictures a second; {uncached:.1f} without caches (encoding a batch: {encoding})",
             "parts (ms): " + ", ".join(f"{name} {1000 * value:.2f}" for name, value in report["parts"].items()),
         ]
     )
@@ -188,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run's TOML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key")
     parser.add_argument("--steps", type=int, default=50, help=f"of each of {TURNS} turns (default: 50)")
+    parser.add_argument("--profile", action="store_true", help="instead: what the adapter costs in a block")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the report, as JSON")
     options = parser.parse_args(arguments)
 
@@ -197,10 +224,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             settings = _read(options.config, [*options.set, f"output={folder}"])
             prepared = plan.prepare(settings, Start("random", _random, None, [], []), resume=False)
-            report = measure(prepared, options.steps)
-        print(describe(report))
+            accelerator = run.make_accelerator(settings.model.dtype)
+            if options.profile:
+                found = profile.profile(prepared, accelerator.device)
+            else:
+                found = measure(prepared, accelerator, options.steps)
+        print(profile.describe(found) if options.profile else describe(found))
+        about = {"config": config.to_dict(settings), "hardware": run.hardware(accelerator.device)}
         if options.output:
-            write_json(options.output, report)
+            write_json(options.output, {**about, "versions": run.versions(), **found})
 
     return guarded(program, again="give the same command again")
 

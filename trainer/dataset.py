@@ -425,4 +425,6 @@ def batch(examples: tuple[Example, ...], batch_size: int, *, seed: int, index: i
 
 def drops_caption(probability: float, *, seed: int, index: int, position: int) -> bool:
     """Whether the picture at `position` of batch `index` is shown without its caption."""
+    if probability == 0:
+        return False
     return bool(torch.rand((), generator=generator(seed, "caption_dropout", index, position)) < probability)

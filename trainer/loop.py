@@ -119,14 +119,13 @@ def train(
     Raises TrainingError on NaN or infinity, Interrupted after a signal, CheckpointError if the checkpoint was
     written by a run with another `fingerprint`.
     """
-    sharded = parallel.wants_shards()
-    if sharded:
+    if parallel.wants_shards():
         parallel.shard(objective.module, accelerator.device)
     else:
         objective.module = parallel.copy(accelerator, objective.module)
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
     optimizer: Any = make_optimizer(parameters, config)
-    if not sharded:
+    if accelerator.scaler is not None:  # accelerate's own optimizer looks for packages at each step: only where needed
         optimizer = accelerator.prepare(optimizer)
     start, result = 0, Result(0, 0.0)
     batches = config.gradient_accumulation_steps * accelerator.num_processes

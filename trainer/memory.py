@@ -5,7 +5,8 @@ device, with one block and with two, and what autograd keeps is added up. Attent
 its inputs, its output and a number for each row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,21 +128,50 @@ def _kept(
     blocks: int,
 ) -> float:
     """Bytes that autograd keeps of one forward pass on the meta device."""
-    dtype, side = DTYPES[model.dtype], max(1, round(pixels**0.5 / 16))
+    transformer = few_blocks(like, DTYPES[model.dtype], settings, blocks, torch.device("meta"))
+    if train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    with kept_by_autograd(transformer) as kept, _FusedAttention():
+        forward(transformer, train.batch_size, pixels, of_input=settings is None)
+    return float(sum(kept.values()))
+
+
+def few_blocks(
+    like: QwenImageTransformer2DModel,
+    dtype: torch.dtype,
+    settings: AdapterConfig | None,
+    blocks: int,
+    device: torch.device,
+) -> Any:
+    """A transformer of that shape with so many blocks, random weights and, unless `settings` are None, the adapter."""
     options = {name: value for name, value in like.config.items() if not name.startswith("_")} | {"num_layers": blocks}
-    with torch.device("meta"):
+    with device:
         transformer: Any = QwenImageTransformer2DModel(**options)
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)
     if settings is not None:
         known = adapter.linears(transformer)
         types = [kind for kind in settings.module_types if any(name.endswith(kind) for name in known)]
-        adapter.inject(transformer, replace(settings, target_modules=tuple(types), rank_pattern={}, use_dora=False))
-    if train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    transformer.train()
-    weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
+        adapter.inject(transformer, replace(settings, target_modules=tuple(types), rank_pattern={}))
+    return transformer.train()
+
+
+def forward(transformer: Any, batch_size: int, pixels: int, *, of_input: bool) -> Tensor:
+    """The velocity of square pictures of so many pixels, from random inputs, which need a gradient if `of_input`."""
+    side, config = max(1, round(pixels**0.5 / 16)), transformer.config
+    with transformer.device:
+        channels, options = int(config["in_channels"]) // 4, {"dtype": transformer.dtype}
+        latents = torch.randn(batch_size, channels, 1, 2 * side, 2 * side, **options, requires_grad=of_input)
+        prompt = torch.randn(batch_size, PROMPT_TOKENS, int(config["joint_attention_dim"]), **options)
+        return qwen_image.predict_velocity(transformer, latents, torch.rand(batch_size), prompt, None)
+
+
+@contextmanager
+def kept_by_autograd(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps of what is computed inside; the module's weights do not count."""
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     found: dict[int, int] = {}
+    alive: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -150,13 +180,8 @@ def _kept(
             alive.append(tensor)  # or its number would be given to another one
         return tensor
 
-    alive: list[Tensor] = []
-    batch, channels = train.batch_size, int(like.config["in_channels"]) // 4
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
-        latents = torch.empty(batch, channels, 1, 2 * side, 2 * side, dtype=dtype, requires_grad=settings is None)
-        prompt = torch.empty(batch, PROMPT_TOKENS, int(like.config["joint_attention_dim"]), dtype=dtype)
-        qwen_image.predict_velocity(transformer, latents, torch.empty(batch), prompt, None)
-    return float(sum(found.values()))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -230,14 +230,15 @@ def _trainable(plan: Plan) -> int:
     return sum(plan.config.adapter.rank_of(name) * (i + o) for name, (i, o) in plan.modules.items())
 
 
-def _pixels(plan: Plan) -> int:
+def pixels(plan: Plan) -> int:
+    """Of the largest training picture."""
     return max(example.bucket[0] * example.bucket[1] for example in plan.dataset.train)
 
 
 def describe_memory(plan: Plan) -> list[str]:
     """Estimates: nothing is loaded."""
     run = plan.config
-    needs = memory.estimate(run.model.base, plan.transformer, run.model, run.adapter, run.train, _pixels(plan))
+    needs = memory.estimate(run.model.base, plan.transformer, run.model, run.adapter, run.train, pixels(plan))
     parts = ", ".join(f"{name} {size(value)}" for name, value in needs.parts.items())
     stages = ", ".join(f"{name} {size(value)}" for name, value in needs.stages.items())
     return [f"at its peak about {size(needs.peak)} on the GPU: {stages}", f"while training: {parts}"]
@@ -246,7 +247,7 @@ def describe_memory(plan: Plan) -> list[str]:
 def describe_fit(plan: Plan, vram: float) -> str:
     """Which settings would fit a card with so many GB, the smallest change first."""
     run = plan.config
-    ways = memory.ways_to_fit(run.model.base, plan.transformer, run.model, run.adapter, run.train, _pixels(plan))
+    ways = memory.ways_to_fit(run.model.base, plan.transformer, run.model, run.adapter, run.train, pixels(plan))
     usable = 0.95e9 * vram
     lines = [f"on a card with {vram:g} GB, by estimates:"]
 

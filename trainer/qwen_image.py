@@ -22,6 +22,7 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from trainer import sources
@@ -260,13 +261,10 @@ class PromptEncoder:
 
 def stack_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Prompts of different lengths as one batch: prompt_embeds B L D, and their mask B L (None if all are as long)."""
-    longest = max(len(prompt) for prompt in prompts)
-    embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[-1])
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        embeds[row, : len(prompt)] = prompt
-        mask[row, : len(prompt)] = True
-    return embeds, None if mask.all() else mask
+    embeds, lengths = pad_sequence([*prompts], batch_first=True), [prompt.shape[0] for prompt in prompts]
+    if min(lengths) == max(lengths):
+        return embeds, None
+    return embeds, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:

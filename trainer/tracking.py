@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -76,13 +77,13 @@ class Tracker:
         write_text(self._metrics, "".join(kept) if step else "")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of `metrics.jsonl`, one point for each value in TensorBoard."""
+        """One line of `metrics.jsonl`, and one record with a point for each value in TensorBoard."""
         if not self._main:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._board.file_writer.add_summary(Summary(value=points), step)
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         if self._main:
