@@ -29,14 +29,15 @@ FLOORS = {
     4: ("trainer.export", "trainer.loop", "trainer.report"),
     5: ("trainer.cli", "trainer.memory"),
     6: ("trainer.plan",),
-    7: ("trainer.profile", "trainer.run"),
-    8: ("trainer.comparison",),
-    9: ("trainer.samples",),
-    10: ("trainer.bench", "trainer.full_size", "trainer.workbench"),
-    11: ("trainer.compare",),
-    12: ("initializers",),
-    13: ("demo",),
-    14: ("train",),
+    7: ("trainer.machine", "trainer.profile"),
+    8: ("trainer.run",),
+    9: ("trainer.comparison",),
+    10: ("trainer.samples",),
+    11: ("trainer.bench", "trainer.full_size", "trainer.workbench"),
+    12: ("trainer.compare",),
+    13: ("initializers",),
+    14: ("demo",),
+    15: ("train",),
 }
 """Modules of `trainer` one by one; a package counts as a whole, and its files may import one another."""
 

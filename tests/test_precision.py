@@ -30,7 +30,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(getattr(bnb_quantizer, name), "validate_environment", lambda *_, **__: None)
     # in eval mode it would pack weights for a CPU's kernel that has no backward, and keep them so
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    monkeypatch.setattr("trainer.run.check_machine", lambda *_: None)
+    monkeypatch.setattr("trainer.machine.check", lambda *_: None)
 
 
 @pytest.fixture

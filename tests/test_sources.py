@@ -351,7 +351,7 @@ def test_a_download_that_stops_ends_a_run_with_a_message(
     assert run(run_toml, tmp_path / "none", "model.base=no/model") == BAD_INPUT
     assert '[model] base: there is no folder no/model, and Hugging Face has no "no/model"' in caplog.text
     monkeypatch.setattr(file_download, "http_get", fails)
-    monkeypatch.setattr("trainer.run.check_machine", lambda *_: None)  # of its size nothing is known yet
+    monkeypatch.setattr("trainer.machine.check", lambda *_: None)  # of its size nothing is known yet
     assert run(run_toml, tmp_path / "stopped", "model.base=some/model") == FAILED
     assert "some/model: the download from Hugging Face" in caplog.text and "Traceback" not in caplog.text
     assert not (tmp_path / "stopped").exists()

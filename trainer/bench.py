@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from trainer import config, loop, plan, profile, qwen_image, run, sources
+from trainer import config, loop, machine, parallel, plan, profile, qwen_image, run, sources
 from trainer.adapter import AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import guarded
@@ -79,7 +79,7 @@ class _Watched:
 def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, Any]:
     """Seconds of one step in the loop and bare, each part of it, the loop's overhead, and what caches save."""
     settings = prepared.config
-    run.check_machine(prepared, accelerator.device)
+    machine.check(prepared, accelerator.device)
     sources.fetch(prepared.needs)
     encoding = _encoding(prepared, accelerator.device)
     encoded = run.encode(prepared, accelerator.device, quiet=False)
@@ -109,7 +109,7 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
         "pictures_per_second": pictures / step,
         "encoding": encoding,
         "pictures_per_second_without_caches": pictures / uncached,
-        "peak_memory_bytes": run.peak_memory(accelerator.device),
+        "peak_memory_bytes": machine.peak_memory(accelerator.device),
     }
 
 
@@ -224,15 +224,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             settings = _read(options.config, [*options.set, f"output={folder}"])
             prepared = plan.prepare(settings, Start("random", _random, None, [], []), resume=False)
-            accelerator = run.make_accelerator(settings.model.dtype)
+            accelerator = parallel.make_accelerator(settings.model.dtype)
             if options.profile:
                 found = profile.profile(prepared, accelerator.device)
             else:
                 found = measure(prepared, accelerator, options.steps)
         print(profile.describe(found) if options.profile else describe(found))
-        about = {"config": config.to_dict(settings), "hardware": run.hardware(accelerator.device)}
+        about = {"config": config.to_dict(settings), "hardware": machine.hardware(accelerator.device)}
         if options.output:
-            write_json(options.output, {**about, "versions": run.versions(), **found})
+            write_json(options.output, {**about, "versions": machine.versions(), **found})
 
     return guarded(program, again="give the same command again")
 

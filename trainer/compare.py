@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trainer import config, parallel, run, sources
+from trainer import config, machine, parallel, sources
 from trainer.cli import guarded
 from trainer.comparison import CONTROLS, Comparison, read_result
 from trainer.dataset import Example
@@ -104,7 +104,7 @@ def collect(comparison: Comparison) -> dict[str, Any]:
         "learning_rates": list(request.learning_rates),
         "seeds": list(comparison.seeds),
         "config": config.to_dict(comparison.config),
-        "versions": run.versions(),
+        "versions": machine.versions(),
         "subjects": [
             {
                 "name": subject.name,

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from trainer import adapter, flow, loop, memory, qwen_image, run
+from trainer import adapter, flow, loop, machine, memory, qwen_image
 from trainer.adapter import AdapterConfig
 from trainer.cli import guarded
 from trainer.files import size, stream_tensors, write_json
@@ -99,7 +99,7 @@ def measure(base: Path, name: str, settings: AdapterConfig, pixels: int, steps: 
         "seconds_first_step": seconds[0],
         "seconds_a_step": statistics.median(seconds[WARMUP:]),
         "flop": counter.get_total_flops(),
-        "peak_bytes": run.peak_memory(device),
+        "peak_bytes": machine.peak_memory(device),
         "estimated_bytes": sum(needs.values()) + activations,
     }
 
@@ -189,8 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
         report = {
-            "hardware": run.hardware(device),
-            "versions": run.versions(),
+            "hardware": machine.hardware(device),
+            "versions": machine.versions(),
             "matmul_flop_a_second": matmul_rate(device),
             "variants": found,
         }

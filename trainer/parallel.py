@@ -4,6 +4,7 @@ Sharded tensors are torch's DTensors. What is saved is always whole, so that a c
 processes wrote it.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+log = logging.getLogger("trainer")
+
 WAITING = timedelta(hours=6)  # of the others while one process downloads, encodes and predicts
 
 
@@ -27,7 +30,10 @@ def make_accelerator(dtype: str) -> Accelerator:
     mixed = "fp16" if dtype == "fp16" and torch.cuda.is_available() else "no"
     # the last block's text side meets no loss: it has parameters without a gradient, which DDP must be told to expect
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=mixed, kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=WAITING)])
+    accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=WAITING)])
+    if not accelerator.is_main_process:
+        log.setLevel(logging.WARNING)  # said once is enough
+    return accelerator
 
 
 def problems(dtype: str, quantization: str, optimizer: str) -> list[str]:

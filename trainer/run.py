@@ -3,12 +3,8 @@
 check everything -> encode pictures and captions -> ask the initializer -> inject and seed -> train -> save
 """
 
-import importlib.metadata
 import json
 import logging
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,18 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, export, flow, loop, memory, parallel, qwen_image, sources, validation
+from trainer import adapter, checkpoint, config, export, flow, loop, machine, parallel, qwen_image, sources, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.cache import Cache
 from trainer.dataset import Dataset, Example, batch, drops_caption
 from trainer.encode import encode_pictures, encode_prompts
-from trainer.files import remove_leftovers, size, write_json
+from trainer.files import remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.loop import Loss
 from trainer.plan import Plan
@@ -36,15 +31,14 @@ from trainer.tracking import Tracker, duration
 log = logging.getLogger("trainer")
 
 CONSTANT_FILE = "constant.safetensors"  # in the output: what is held on the base, to resume and to export
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
 def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     """Run the plan; returns the adapter's folder. See `loop.train` for what it raises."""
     run, began = plan.config, time.monotonic()
-    accelerator = make_accelerator(run.model.dtype)
+    accelerator = parallel.make_accelerator(run.model.dtype)
     device, seconds = accelerator.device, {}
-    check_machine(plan, device)
+    machine.check(plan, device)
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(plan.needs, quiet=quiet)
     loading = parallel.loading_device(device)
@@ -60,7 +54,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     seconds["encode"], tick = time.monotonic() - tick, time.monotonic()
 
     report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
-    report |= {"versions": versions(), "hardware": hardware(device), "data": data_report(plan.dataset)}
+    report |= {"versions": machine.versions(), "hardware": machine.hardware(device), "data": data_report(plan.dataset)}
     report["sources"] = sources.used(plan.needs)
     settings, constant = run.adapter, None
     if saved:
@@ -115,7 +109,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         report |= {"status": "finished", "steps": result.step, "validations": result.validations}
         export.export(objective.transformer, folder, run.export, settings, constant, report)
         report["seconds"] = {**seconds, "train": result.seconds, "total": time.monotonic() - began}
-        report["peak_memory_bytes"] = peak_memory(device)
+        report["peak_memory_bytes"] = machine.peak_memory(device)
         write_json(plan.output / "run.json", report)
         log.info("done in %s: %s", duration(time.monotonic() - began), folder)
         if run.export.push_to_hub:
@@ -171,45 +165,6 @@ class Trials:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def check_machine(plan: Plan, device: torch.device) -> None:
-    """ConfigError if the configuration asks for what this machine lacks; `--plan` may ask for another machine."""
-    run, problems = plan.config, list[str]()
-    needs_gpu = [
-        ("[model] dtype", run.model.dtype, ("fp16",), '; use "fp32" or "bf16"'),
-        ("[model] quantization", run.model.quantization, ("int8", "nf4"), '; use "fp8" or "none"'),
-        ("[model] attention", run.model.attention, qwen_image.GPU_ATTENTION, '; use "native"'),
-        ("[train] optimizer", run.train.optimizer, ("paged_adamw8bit",), '; use "adamw" or "adamw8bit"'),
-    ]
-    for name, value, values, advice in needs_gpu:
-        if device.type != "cuda" and value in values:
-            problems.append(f'{name}: "{value}" needs a CUDA GPU, and there is none here{advice}')
-    if device.type == "cuda":
-        try:
-            qwen_image.set_attention(plan.transformer, run.model.attention)
-        except qwen_image.ModelError as error:
-            problems.append(str(error))
-    on_gpu = device.type == "cuda" and not parallel.offloads()
-    there = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
-    if on_gpu and parallel.wants_shards():
-        there *= parallel.num_processes()
-    needed = sum(memory.held(plan.transformer, run.model, run.adapter, run.train).values())
-    if needed > there:
-        what = "the GPU has" if on_gpu else "the CPU has" if device.type == "cuda" else "there is no GPU, the CPU has"
-        problems.append(
-            f"[model] base, with adapter and optimizer, needs {size(needed)} of memory; {what} {size(there)}. "
-            "--plan --vram GB lists settings that need less"
-        )
-    if problems:
-        raise config.ConfigError(problems)
-
-
-def make_accelerator(dtype: str) -> Accelerator:
-    accelerator = parallel.make_accelerator(dtype)
-    if not accelerator.is_main_process:
-        log.setLevel(logging.WARNING)  # said once is enough
-    return accelerator
 
 
 def summary(method: str, applied: Mapping[str, Any], seconds: float, *, held: AdapterWeights | None = None) -> str:
@@ -396,21 +351,3 @@ def data_report(dataset: Dataset) -> dict[str, Any]:
         name: [{"picture": e.path.name, "sha256": e.digest, "caption": e.caption} for e in examples]
         for name, examples in (("train", dataset.train), ("held_out", dataset.held_out))
     }
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads()}
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes of the process, and of the GPU where there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if device.type == "cuda":
-        peak["gpu"] = torch.cuda.max_memory_allocated(device)
-    return peak

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import adapter, loop, qwen_image, run, validation
+from trainer import adapter, loop, machine, parallel, qwen_image, run, validation
 from trainer.adapter import AdapterWeights, Seed
 from trainer.comparison import Arm, Cell, Comparison, Subject
 from trainer.files import write_json
@@ -27,9 +27,9 @@ class Workbench:
 
     def __init__(self, comparison: Comparison, quiet: bool):
         self._comparison, self._quiet = comparison, quiet
-        self._accelerator = run.make_accelerator(comparison.config.model.dtype)
+        self._accelerator = parallel.make_accelerator(comparison.config.model.dtype)
         self.device = self._accelerator.device
-        run.check_machine(comparison.subjects[0].plan, self.device)
+        machine.check(comparison.subjects[0].plan, self.device)
         self._encoded: dict[str, run.Encoded] = {}
         self._base_losses: dict[str, float] = {}
         self._base_samples: dict[tuple[int, int], Tensor | None] = {}
@@ -120,7 +120,7 @@ class Workbench:
             "init_seconds": init["seconds"],
             "init": init["report"],
             "base_loss": self._base_loss(cell.subject),
-            "hardware": run.hardware(self.device),
+            "hardware": machine.hardware(self.device),
         }
         try:
             return {**result, "status": "finished", **self._train(cell)}
@@ -173,7 +173,7 @@ class Workbench:
                 handle.remove()
             adapter.remove(transformer)
             self._accelerator.free_memory()
-        return {"applied": applied, "curve": result.validations, "peak_memory_bytes": run.peak_memory(self.device)}
+        return {"applied": applied, "curve": result.validations, "peak_memory_bytes": machine.peak_memory(self.device)}
 
     def _draw(self, cell: Cell, prepared: Plan, step: int, tracker: Tracker) -> None:
         """`samples/step-<step>-<prompt>-<noise>.png`"""

@@ -23,7 +23,7 @@ from initializers.i2l.batch_lora import BatchLora
 from initializers.i2l.expert import Expert, Factors
 from initializers.i2l.hypernetwork import ExpertConfig, Hypernetwork, StaticLora
 from initializers.i2l.subjects import SubjectData, SubjectsConfig, read_subjects
-from trainer import checkpoint, flow, loop, memory, parallel, plan, qwen_image, run, sources, validation
+from trainer import checkpoint, flow, loop, machine, memory, parallel, plan, qwen_image, sources, validation
 from trainer import config as configuration
 from trainer.cache import Cache, key
 from trainer.checkpoint import CheckpointConfig
@@ -168,7 +168,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     fingerprint = key(_course(settings), [[e.digest, e.caption] for group in subjects for e in group])
     if resume:  # refused before run.json is written, which tells the settings to resume with
         checkpoint.latest(output / "checkpoints", fingerprint)
-    accelerator = run.make_accelerator(settings.model.dtype)
+    accelerator = parallel.make_accelerator(settings.model.dtype)
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(_needs(settings), quiet=quiet)
     with accelerator.main_process_first():  # the others find everything in the cache
@@ -189,8 +189,8 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     objective = HypernetworkObjective(settings, data, accelerator)
     report: dict[str, Any] = {
         "config": configuration.to_dict(settings),
-        "versions": run.versions(),
-        "hardware": run.hardware(accelerator.device),
+        "versions": machine.versions(),
+        "hardware": machine.hardware(accelerator.device),
         "subjects": {"train": len(data.train), "held_out": len(data.held_out)},
         "parameters": sum(p.numel() for p in objective.module.parameters()),
         "sources": sources.used(_needs(settings)),
@@ -215,7 +215,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     if accelerator.is_main_process:
         file = objective.network.save(output)
         report |= {"status": "finished", "steps": result.step, "validations": result.validations}
-        report |= {"seconds": result.seconds, "peak_memory_bytes": run.peak_memory(accelerator.device)}
+        report |= {"seconds": result.seconds, "peak_memory_bytes": machine.peak_memory(accelerator.device)}
         write_json(output / "run.json", report)
         log.info("done: %s", file)
     accelerator.end_training()
