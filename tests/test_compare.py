@@ -227,6 +227,8 @@ def test_all_that_is_wrong_is_told_at_once(
     assert go(run_toml, tmp_path / "out", "--compare", "random", "--subjects", str(tmp_path / "nowhere")) == BAD_INPUT
     assert "there is no folder" in caplog.text
     assert go(run_toml, tmp_path / "out", "--compare", "random", "--part", "3/2") == BAD_INPUT
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "--set", "model.compile=true") == BAD_INPUT
+    assert "[model] compile: each run of --compare" in caplog.text
 
 
 def test_wrong_pictures_need_another_subject(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

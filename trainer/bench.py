@@ -87,6 +87,8 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
     if settings.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if settings.model.compile:
+        transformer.compile_repeated_blocks()
     objective = run.LoraObjective(prepared, transformer, encoded, accelerator)
     whole, parts = list[float](), _Clock(accelerator.device)
     turns: list[Callable[[], None]] = [

@@ -183,6 +183,8 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
             f"[validation] every = {settings.validation.every} is more than [train] steps = {settings.train.steps}: "
             "there would be no curve; validate more often, or train longer"
         )
+    if settings.model.compile:
+        problems.append("[model] compile: each run of --compare has an adapter of its own, and would be compiled anew")
     problems += _text_image_problems(settings.validation.text_image_model)
     subjects = _subjects(settings, arms[0].start, request, problems)
     settings = replace(settings, init=InitConfig())  # each arm has its own

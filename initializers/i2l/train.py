@@ -106,6 +106,8 @@ def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]
         problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
     if resume and not used:
         problems.append(f"output: {output} holds no run to resume; start it without --resume")
+    if settings.model.compile:
+        problems.append("[model] compile: each step puts other LoRAs into the blocks, which would be compiled anew")
     problems += parallel.problems(settings.model.dtype, settings.model.quantization, settings.train.optimizer)
     subjects = read_subjects(settings.data, square=settings.expert.train_encoders, problems=problems)
     if problems:
