@@ -364,7 +364,13 @@ def test_all_problems_of_the_data_at_once(toml: Path, tmp_path: Path, subjects: 
     with pytest.raises(config.ConfigError) as caught:
         train.prepare(train.load(toml, [f"data.images={folder}", "model.compile=true"]), resume=True)
     text = str(caught.value)
-    for part in ("[model] compile", "holds no run", "0-1.png has no subject", '"alone" has 1 pictures', "squares of one size"):
+    for part in (
+        "[model] compile",
+        "holds no run",
+        "0-1.png has no subject",
+        '"alone" has 1 pictures',
+        "squares of one size",
+    ):
         assert part in text, part
 
 
