@@ -6,7 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ("trainer.config", "trainer.files", "trainer.flow", "trainer.lowrank", "trainer.pictures", "trainer.statistics"),
+    0: (
+        *("trainer.config", "trainer.files", "trainer.flow", "trainer.lowrank", "trainer.pictures"),
+        *("trainer.statistics", "trainer.threads"),
+    ),
     1: ("trainer.adapter", "trainer.cache", "trainer.checkpoint", "trainer.dataset", "trainer.tracking"),
     2: ("trainer.lycoris", "trainer.qwen_image"),
     3: ("trainer.encode", "trainer.formats", "trainer.validation"),

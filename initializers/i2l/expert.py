@@ -5,9 +5,7 @@ b = B_out (B_in x + r)    (out_features, rank)         dW = b a, at scale 1
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -28,6 +26,7 @@ from initializers.i2l.layout import (
 )
 from trainer.files import write_tensors
 from trainer.lowrank import LowRank
+from trainer.threads import side_by_side
 
 INITIAL_SCALE = 0.3
 PIECE = (
@@ -175,8 +174,8 @@ def predict(
     """What the expert in `path` predicts from each picture, module by module; fp32, where `embeddings` are.
 
     Each weight is read once, for all pictures, and multiplied piece by piece, by several threads, each with a block of
-    its own: some read while others compute. Until all is taken, or the iterator closed, torch computes with one thread
-    in each. `progress` wraps the loop over blocks. ValueError if there is NaN in what comes out.
+    its own: some read while others compute. `progress` wraps the loop over blocks. ValueError if there is NaN in
+    what comes out.
     """
     geometry, header = read_geometry(path), read_header(path)
     if foreign := sorted(set(header.dtypes.values()) - _DTYPES.keys()):
@@ -187,7 +186,6 @@ def predict(
 
     piece = max(PIECE, *(4 * shape[1] for shape in header.shapes.values()))  # at least one row
 
-    @torch.no_grad()
     def block(index: int) -> dict[str, Factors]:
         with path.open("rb") as file:
             weights = _Weights(path, file, header, piece, embeddings.device)
@@ -198,30 +196,8 @@ def predict(
                 raise ValueError(f"{path}: NaN or infinity in what it predicts for {module}")
         return predicted
 
-    for predicted in _several_ahead(block, len(GROUPS) * geometry.num_blocks, progress):
+    for predicted in side_by_side(block, progress(range(len(GROUPS) * geometry.num_blocks))):
         yield from predicted.items()
-
-
-def _several_ahead(
-    block: Callable[[int], dict[str, Factors]], num_blocks: int, progress: Callable[[Iterable[int]], Iterable[int]]
-) -> Iterator[dict[str, Factors]]:
-    """What `block` gives for 0, 1, 2 ..., in order, from several threads that are a few blocks ahead.
-
-    In each torch computes by itself: threads that share a product would wait for the one whose core is reading.
-    """
-    num_threads = torch.get_num_threads()
-    num_workers = min(num_threads + 1, num_blocks)  # one more than can compute: one waits for the disk
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(num_workers) as pool:
-            ahead = deque(pool.submit(block, index) for index in range(num_workers))
-            for index in progress(range(num_blocks)):
-                predicted = ahead.popleft().result()
-                if index + num_workers < num_blocks:
-                    ahead.append(pool.submit(block, index + num_workers))
-                yield predicted
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 class _Weights:
