@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def test_what_was_predicted_is_kept_and_nothing_stale_is_read(
 ) -> None:
     kept = replace(context(world), cache=tmp_path / "cache")
     first = initialize(kept, config(world, "style", "coarse", "bias"))
-    assert len([*(tmp_path / "cache").rglob("*.safetensors")]) == 2
+    assert len([*(tmp_path / "cache" / "i2l").glob("*.safetensors")]) == 2
     with monkeypatch.context() as patch:
         patch.setattr(encoders, "encode_pictures", lambda *_: pytest.fail("encoded again"))
         patch.setattr(encoders, "qwen_vl_residuals", lambda *_: pytest.fail("looked again"))
@@ -232,6 +233,42 @@ def test_what_was_predicted_is_kept_and_nothing_stale_is_read(
     again = initialize(kept, config(world, "style", "coarse", "bias"))
     for module, pair in again.weights.factors.items():
         torch.testing.assert_close(pair.a, first.weights.factors[module].a)
+
+
+def test_only_what_is_new_is_encoded(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[tuple[str, int, int]] = []  # at how many pictures, by which encoders, at which resolution
+    encode, read = encoders.encode_pictures, encoders.qwen_vl_residuals
+
+    def encode_counted(pictures: Sequence[Image.Image], *rest: Any) -> torch.Tensor:
+        looked.append(("embeddings", 0, len(pictures)))
+        return encode(pictures, *rest)
+
+    def read_counted(pictures: Mapping[int, Sequence[Image.Image]], *rest: Any) -> dict[int, torch.Tensor]:
+        looked.extend(("hidden states", resolution, len(group)) for resolution, group in pictures.items())
+        return read(pictures, *rest)
+
+    monkeypatch.setattr(encoders, "encode_pictures", encode_counted)
+    monkeypatch.setattr(encoders, "qwen_vl_residuals", read_counted)
+    pictures = [tmp_path / f"{number}.png" for number in range(3)]
+    for picture, source in zip(pictures, sorted((world / "pictures").iterdir()), strict=True):
+        picture.write_bytes(source.read_bytes())
+    kept = replace(context(world), cache=tmp_path / "cache", images=tuple(pictures[:2]))
+
+    def newly(images: Sequence[Path], *experts: str) -> list[tuple[str, int, int]]:
+        looked.clear()
+        initialize(replace(kept, images=tuple(images)), config(world, *experts))
+        return list(looked)
+
+    assert newly(pictures[:2], "style") == [("embeddings", 0, 2)]
+    assert newly(pictures[:2], "style", "coarse") == [("hidden states", 224, 2)]
+    assert newly(pictures, "style", "coarse") == [("embeddings", 0, 1), ("hidden states", 224, 1)]
+    assert newly(pictures[::-1], "style") == []
+    Image.new("RGB", (40, 30), "red").save(pictures[0])
+    assert newly(pictures, "style") == [("embeddings", 0, 1)]
+    fresh = initialize(replace(kept, cache=None, images=tuple(pictures)), config(world, "style", "coarse"))
+    again = initialize(replace(kept, images=tuple(pictures)), config(world, "style", "coarse"))
+    for module, pair in again.weights.factors.items():
+        torch.testing.assert_close(pair.a, fresh.weights.factors[module].a, rtol=1e-4, atol=1e-5)
 
 
 def test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture(world: Path) -> None:

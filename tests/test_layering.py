@@ -15,6 +15,7 @@ FLOORS = {
         "trainer.parallel",
         "trainer.pictures",
         "trainer.statistics",
+        "trainer.threads",
     ),
     1: (
         "trainer.adapter",

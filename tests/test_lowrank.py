@@ -95,6 +95,28 @@ def test_rank_deficient_factors_give_their_true_rank() -> None:
     assert y.a.isfinite().all() and y.b.isfinite().all()
 
 
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6, 1e-9])
+def test_rows_that_nearly_depend_on_one_another_keep_their_singular_values(distance: float) -> None:
+    x, noise = factors(40, 60, 6), factors(40, 60, 6, "noise")
+    near = LowRank(torch.cat([x.a.double(), x.a + distance * noise.a.double()]), torch.cat([x.b, noise.b], 1).double())
+    expected = torch.linalg.svdvals(dense(near))[:12]
+    resolved = expected > 1e-7 * expected[0]
+    assert torch.allclose(singular_values(near)[resolved], expected[resolved], rtol=1e-6)
+    y, _ = truncate(near, 12)
+    assert abs(rank(y) - int(resolved.sum())) <= 1
+    assert error(near, y) <= 1e-6 * float(expected[0])
+    short, _ = truncate(near, 3)
+    optimum = math.sqrt(float(expected[3:].square().sum()))
+    assert abs(error(near, short) - optimum) <= 1e-5 * optimum
+
+
+def test_rows_of_unequal_length_keep_their_singular_values() -> None:
+    x = factors(40, 60, 6)
+    lengths = torch.logspace(-5, 5, 6)
+    unequal = LowRank(x.a * lengths[:, None], x.b / lengths)
+    assert torch.allclose(singular_values(unequal), torch.linalg.svdvals(dense(unequal))[:6], rtol=1e-6)
+
+
 ZEROS = [
     zeros(40, 60),
     LowRank(torch.zeros(4, 40), torch.zeros(60, 4)),

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from trainer.flow import generator
 from trainer.lowrank import LowRank, norm, pad, rank, relative_difference, truncate, zeros
 from trainer.parallel import like
+from trainer.threads import side_by_side
 
 NAME = "default"  # of the adapter in PEFT
 TOLERANCE = 1e-5  # of the proof: fp32 rounds at 6e-8, a wrong scale or a swapped module is off by far more
@@ -219,14 +220,22 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
         )
     requested, problems, padded = dict[str, LowRank](), list[str](), 0
     kept, energies, lost = dict[str, float](), dict[str, float](), dict[str, float]()
-    for name, layer in layers.items():  # each asked for once: a seed may be made as it is asked for, and fill no memory
+
+    def fit(name: str) -> tuple[str | None, float, float, LowRank]:
+        """What is wrong with the module's part of the seed, its norm, the energy kept, and the truncated factors."""
         whole = given[name] if name in given else zeros(*sizes[name])
         if problem := _misfit(whole, sizes[name]):
+            return problem, 0.0, 0.0, whole
+        factors, energy = _at_most(whole, layers[name].r[adapter_name])
+        return None, norm(whole), energy, factors
+
+    # each is asked for once: a seed may be made as it is asked for, and fill no memory
+    for name, (problem, size, energy, factors) in zip(layers, side_by_side(fit, layers), strict=True):
+        if problem:
             problems.append(f"{name} {problem}")
             continue
-        wanted = layer.r[adapter_name]
-        factors, energy = _at_most(whole, wanted)
-        if size := norm(whole):
+        wanted = layers[name].r[adapter_name]
+        if size:
             energies[name], kept[name] = size**2, energy
             padded += rank(factors) < wanted
         requested[name] = pad(factors, wanted, generator(random_seed, "adapter", name))
@@ -254,7 +263,9 @@ def prove(transformer: nn.Module, requested: AdapterWeights, adapter_name: str =
     actual = read(transformer, adapter_name).factors
     if different := sorted(actual.keys() ^ requested.factors.keys()):
         raise AdapterError(f"the seed is not in the adapter: its modules differ, as in {first(different)}")
-    errors = {name: relative_difference(factors, actual[name]) for name, factors in requested.factors.items()}
+    names = list(requested.factors)
+    compared = side_by_side(lambda name: relative_difference(requested.factors[name], actual[name]), names)
+    errors = dict(zip(names, compared, strict=True))
     if wrong := [name for name, error in errors.items() if not error <= TOLERANCE]:
         worst = max(wrong, key=lambda name: errors[name])
         raise AdapterError(

@@ -163,6 +163,8 @@ class Header(NamedTuple):
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    starts: dict[str, int]
+    """The first byte of each tensor in the file."""
     metadata: dict[str, str]
     num_bytes: int
 
@@ -180,6 +182,7 @@ def read_header(path: Path) -> Header:
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         dtypes = {name: entry["dtype"] for name, entry in entries.items()}
+        starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items()}
     except OSError as error:
         raise LayoutError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -189,7 +192,7 @@ def read_header(path: Path) -> Header:
             f"{path}: the header speaks of {8 + length + end:,} bytes, but the file has {num_bytes:,}. "
             "It was probably not downloaded to its end; download it again."
         )
-    return Header(shapes, dtypes, metadata, num_bytes)
+    return Header(shapes, dtypes, starts, metadata, num_bytes)
 
 
 def size(num_bytes: float) -> str:

@@ -37,6 +37,7 @@ from trainer.formats.trainers import TRAINERS
 from trainer.formats.verdict import describe as judgement
 from trainer.lowrank import truncate
 from trainer.pictures import SUFFIXES, pictures_in
+from trainer.threads import side_by_side
 
 _ENCODERS = {encoders.SIGLIP_MD5: "SigLIP2-G384", encoders.DINOV3_MD5: "DINOv3-7B"}
 
@@ -241,8 +242,10 @@ def predict_file(options: argparse.Namespace) -> int:
         print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), judgement(done.verdict)]))
     else:
         kept, factors = {}, {}
-        for module, x in tqdm(whole.factors.items(), desc="truncating", unit="module", leave=False, disable=None):
-            factors[module], kept[module] = truncate(x, rank)
+        modules_done = tqdm(whole.factors, desc="truncating", unit="module", leave=False, disable=None)
+        truncated = side_by_side(lambda module: (module, *truncate(whole.factors[module], rank)), modules_done)
+        for module, short, share in truncated:
+            factors[module], kept[module] = short, share
         average = sum(kept.values()) / len(kept)
         metadata = origin(base, seed.report, average, digests, 0)
         write_lora(options.output, AdapterWeights(factors), metadata, qwen_image.DTYPES[options.dtype])

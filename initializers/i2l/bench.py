@@ -26,6 +26,7 @@ from initializers.i2l.predictions import Predictions, read_predictions, stream_p
 from trainer.cli import guarded
 from trainer.files import stream_tensors, write_json
 from trainer.lowrank import truncate
+from trainer.threads import side_by_side
 
 EXPERTS = ("style", "coarse", "fine")
 DTYPE = torch.bfloat16  # of the published files
@@ -125,14 +126,15 @@ def measure(kind: str, path: Path, geometry: Geometry, num_pictures: int, folder
 
 
 def measure_merge(kinds: list[str], folder: Path, num_pictures: int, rank: int) -> dict[str, Any]:
-    """Combine what the experts gave, and truncate every module to `rank`, one at a time."""
+    """Combine what the experts gave, and truncate every module to `rank`."""
     found = {kind: read_predictions(folder / f"{kind}.predicted.safetensors") for kind in kinds}
     predictions = Predictions({kind: pair for kind, pair in found.items() if pair is not None}, {}, None)
     whole = predictions.combine({}, range(num_pictures))
     began = time.perf_counter()
     with Peak() as peak:
-        for module in tqdm(whole, "truncate", unit="module", leave=False, disable=None):
-            truncate(whole[module], rank)
+        modules = tqdm(whole, "truncate", unit="module", leave=False, disable=None)
+        for _ in side_by_side(lambda module: truncate(whole[module], rank), modules):
+            pass
     incoming = max(predictions.ranks(num_pictures).values())
     seconds = time.perf_counter() - began
     return {"modules": len(whole), "from_rank": incoming, "to_rank": rank, "seconds": seconds, "peak_bytes": peak.bytes}

@@ -6,7 +6,8 @@ b = B_out (B_in x + r)    (out_features, rank)         dW = b a, at scale 1
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -16,17 +17,21 @@ from torch import Tensor, nn
 from initializers.i2l.layout import (
     GROUPS,
     Geometry,
-    Layer,
+    Header,
     LayoutError,
-    Residual,
     block_layers,
     header_rank,
     infer_geometry,
 )
 from trainer.files import read_header, write_tensors
 from trainer.lowrank import LowRank
+from trainer.threads import side_by_side
 
 INITIAL_SCALE = 0.3
+PIECE = (
+    1 << 21
+)  # bytes of a weight that are read, turned into fp32 and multiplied while they are in the processor's cache
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Factors = tuple[Tensor, Tensor]  # a: B rank in, b: B out rank
 
 
@@ -70,51 +75,59 @@ class Expert(nn.Module):
 
 
 class _Block(nn.Module):
-    """The layers of one block of one group, with the residual they share."""
+    """The weights of one block of one group, with those of the residual that its layers share."""
 
-    def __init__(self, geometry: Geometry, block: int):
+    def __init__(self, geometry: Geometry, index: int):
         super().__init__()
-        self._layers, self._rank = block_layers(geometry, block), geometry.rank
-        self.layers = nn.ModuleList(_Pair(geometry, layer) for layer in self._layers)
-        self.proj_residual = _ResidualProjection(geometry.residual, geometry.compress) if geometry.residual else None
+        self._geometry, self._index = geometry, index
+        width, compress = geometry.embedding_size, geometry.compress
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "proj_a": _projection(width, compress, compress, geometry.rank * layer.in_features),
+                    "proj_b": _projection(width, compress, compress, geometry.rank * layer.out_features),
+                }
+            )
+            for layer in block_layers(geometry, index)
+        )
+        if (residual := geometry.residual) is not None:
+            inside = residual.num_tokens * residual.compress
+            self.proj_residual = _projection(residual.width, residual.compress, inside, compress)
 
     def forward(self, embeddings: Tensor, residual: Tensor | None) -> dict[str, Factors]:
-        shift = self.proj_residual(residual) if self.proj_residual is not None else None  # B compress
-        result = {}
-        for layer, pair in zip(self._layers, self.layers, strict=True):
-            assert isinstance(pair, _Pair)
-            a = pair.proj_a(embeddings, shift).unflatten(1, (self._rank, layer.in_features))
-            b = pair.proj_b(embeddings, shift).unflatten(1, (layer.out_features, self._rank))
-            result[layer.module] = (a, b)
-        return result
+        return _factors(self._geometry, self._index, embeddings, residual, lambda name, x: self.get_submodule(name)(x))
 
 
-class _Pair(nn.Module):
-    def __init__(self, geometry: Geometry, layer: Layer):
-        super().__init__()
-        self.proj_a = _Projection(geometry.embedding_size, geometry.compress, geometry.rank * layer.in_features)
-        self.proj_b = _Projection(geometry.embedding_size, geometry.compress, geometry.rank * layer.out_features)
+def _projection(in_features: int, compress: int, inside: int, out_features: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "proj_in": nn.Linear(in_features, compress, bias=False),
+            "proj_out": nn.Linear(inside, out_features, bias=False),
+        }
+    )
 
 
-class _Projection(nn.Module):
-    def __init__(self, in_features: int, compress: int, out_features: int):
-        super().__init__()
-        self.proj_in = nn.Linear(in_features, compress, bias=False)
-        self.proj_out = nn.Linear(compress, out_features, bias=False)
-
-    def forward(self, x: Tensor, shift: Tensor | None) -> Tensor:
-        compressed = self.proj_in(x)
-        return self.proj_out(compressed if shift is None else compressed + shift)
-
-
-class _ResidualProjection(nn.Module):
-    def __init__(self, residual: Residual, out_features: int):
-        super().__init__()
-        self.proj_in = nn.Linear(residual.width, residual.compress, bias=False)
-        self.proj_out = nn.Linear(residual.num_tokens * residual.compress, out_features, bias=False)
-
-    def forward(self, residual: Tensor) -> Tensor:
-        return self.proj_out(self.proj_in(residual).flatten(1))
+def _factors(
+    geometry: Geometry,
+    index: int,
+    embeddings: Tensor,
+    residual: Tensor | None,
+    times: Callable[[str, Tensor], Tensor],
+) -> dict[str, Factors]:
+    """What block `index` predicts: module -> (a, b). `times` multiplies with the weight of that name in the block."""
+    shift = None
+    if residual is not None:
+        shift = times("proj_residual.proj_out", times("proj_residual.proj_in", residual).flatten(1))  # B compress
+    result = {}
+    for layer in block_layers(geometry, index):
+        flat = []
+        for factor in ("proj_a", "proj_b"):
+            compressed = times(f"layers.{layer.position}.{factor}.proj_in", embeddings)
+            shifted = compressed if shift is None else compressed + shift
+            flat.append(times(f"layers.{layer.position}.{factor}.proj_out", shifted))
+        a = flat[0].unflatten(1, (geometry.rank, layer.in_features))
+        result[layer.module] = (a, flat[1].unflatten(1, (layer.out_features, geometry.rank)))
+    return result
 
 
 def _check_inputs(geometry: Geometry, embeddings: Tensor, residual: Tensor | None) -> None:
@@ -159,36 +172,58 @@ def predict(
 ) -> Iterator[tuple[str, Factors]]:
     """What the expert in `path` predicts from each picture, module by module; fp32, where `embeddings` are.
 
-    Each weight is read once, for all pictures. Two blocks are in memory at a time: one is read while the other
-    computes. `progress` wraps the loop. ValueError if there is NaN in what comes out.
+    Each weight is read once, for all pictures, and multiplied piece by piece, by several threads, each with a block of
+    its own: some read while others compute. `progress` wraps the loop over blocks. ValueError if there is NaN in
+    what comes out.
     """
-    geometry = read_geometry(path)
+    geometry, header = read_geometry(path), read_header(path)
+    if foreign := sorted(set(header.dtypes.values()) - _DTYPES.keys()):
+        raise LayoutError(f"{path}: weights in {', '.join(foreign)}; an expert has them in {', '.join(_DTYPES)}")
     embeddings = embeddings.float()
     residual = None if residual is None else residual.float().to(embeddings.device)
     _check_inputs(geometry, embeddings, residual)
-    num_blocks = len(GROUPS) * geometry.num_blocks
-    with safe_open(path, framework="pt") as file, ThreadPoolExecutor(1) as reader, torch.no_grad():
 
-        def read(index: int) -> _Block:
-            with torch.device("meta"):
-                block = _Block(geometry, index)
-            # to the device in the file's own precision: fp32 would be twice the way
-            weights = {
-                name: file.get_tensor(f"blocks.{index}.{name}").to(embeddings.device).float()
-                for name in block.state_dict()
-            }
-            block.load_state_dict(weights, assign=True)
-            return block
+    piece = max(PIECE, *(4 * shape[1] for shape in header.shapes.values()))  # at least one row
 
-        ahead = reader.submit(read, 0)
-        for index in progress(range(num_blocks)):
-            block = ahead.result()
-            if index + 1 < num_blocks:
-                ahead = reader.submit(read, index + 1)
-            for module, pair in block(embeddings, residual).items():
-                if not all(bool(factor.isfinite().all()) for factor in pair):
-                    raise ValueError(f"{path}: NaN or infinity in what it predicts for {module}")
-                yield module, pair
+    def block(index: int) -> dict[str, Factors]:
+        with path.open("rb") as file:
+            weights = _Weights(path, file, header, piece, embeddings.device)
+            times = partial(weights.times, f"blocks.{index}")
+            predicted = _factors(geometry, index, embeddings, residual, times)
+        for module, pair in predicted.items():
+            if not all(bool(factor.isfinite().all()) for factor in pair):
+                raise ValueError(f"{path}: NaN or infinity in what it predicts for {module}")
+        return predicted
+
+    for predicted in side_by_side(block, progress(range(len(GROUPS) * geometry.num_blocks))):
+        yield from predicted.items()
+
+
+class _Weights:
+    """The weights of an open file, never whole in memory: as many rows at a time as a piece of so many bytes holds."""
+
+    def __init__(self, path: Path, file: BufferedReader, header: Header, piece: int, device: torch.device):
+        self._path, self._file, self._header, self._device = path, file, header, device
+        self._bytes = torch.empty(piece, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._floats = torch.empty(piece // 2, device=device)
+
+    def times(self, block: str, name: str, x: Tensor) -> Tensor:
+        """x: ... columns -> ... rows, the product with the weight of that name in that block."""
+        name = f"{block}.{name}.weight"
+        (num_rows, num_columns), dtype = self._header.shapes[name], _DTYPES[self._header.dtypes[name]]
+        flat = x.reshape(-1, num_columns)
+        result = flat.new_empty(len(flat), num_rows)
+        at_once = len(self._bytes) // (num_columns * dtype.itemsize)
+        self._file.seek(self._header.starts[name])
+        for start in range(0, num_rows, at_once):
+            count = min(at_once, num_rows - start) * num_columns
+            read = self._bytes[: count * dtype.itemsize]
+            if self._file.readinto(read.numpy().data) != len(read):
+                raise LayoutError(f"{self._path}: cut short while it was read")
+            weight = self._floats[:count].view(-1, num_columns)
+            weight.copy_(read.view(dtype).view(-1, num_columns).to(self._device))  # fp32 would be twice the way
+            torch.mm(flat, weight.T, out=result[:, start : start + len(weight)])
+        return result.view(*x.shape[:-1], num_rows)
 
 
 def merge_pictures(pair: Factors, pictures: Sequence[int] | None = None) -> LowRank:

@@ -21,7 +21,7 @@ from initializers.i2l.expert import Factors, merge_pictures
 from initializers.i2l.recognise import ORDER, Source
 from trainer import qwen_image
 from trainer.adapter import InitContext
-from trainer.cache import key
+from trainer.cache import Cache, key
 from trainer.files import sample, stream_tensors
 from trainer.formats import read_lora
 from trainer.lowrank import LowRank, concatenate, rank, scale
@@ -105,7 +105,7 @@ def predict_pictures(
             by_picture[source.kind] = cached
         else:
             missing.append(source)
-    embeddings, residuals = _look(context, encoders_from, missing, pictures, seconds)
+    embeddings, residuals = _look(context, encoders_from, missing, pictures, digests, seconds)
     for source in missing:
         context.say(f"i2L: {source.kind} ({source.path})")
         with timed(seconds, source.kind):
@@ -158,33 +158,63 @@ def _look(
     encoders_from: str,
     found: Sequence[Source],
     pictures: Sequence[Path],
+    digests: Sequence[str],
     seconds: dict[str, float],
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Image embeddings, B embedding_size, and residuals by resolution, as far as the experts need them."""
+    """Image embeddings, B embedding_size, and residuals by resolution, as far as the experts need them. Each is cached
+    by itself, so that one more picture or expert does not encode the others again."""
     if all(source.geometry is None for source in found):
         return torch.empty(0), {}
-    resolutions = sorted({source.resolution for source in found if source.resolution is not None})
-    dtype = dtype_for(context.device)
-    with timed(seconds, "pictures"):
-        squares: dict[int, list[Image.Image]] = {size: [] for size in {encoders.CROP_SIZE, *resolutions}}
-        for path in pictures:  # only the squares are kept: a hundred photographs would not fit into memory
-            picture = open_picture(path)
-            for size, crops in squares.items():
-                crops.append(encoders.cover_crop(picture, size))
-    context.say(f"i2L: encoding {len(pictures)} pictures")
-    with timed(seconds, "encoders"):
-        embeddings = encoders.encode_pictures(squares[encoders.CROP_SIZE], encoders_from, context.device, dtype)
-    residuals = {}
-    if resolutions:
+    dtype, where = dtype_for(context.device), context.device.type
+
+    def embed(positions: list[int]) -> list[Tensor]:
+        context.say(f"i2L: encoding {len(positions)} pictures")
+        paths = [pictures[i] for i in positions]
+        squares = [encoders.cover_crop(open_picture(path), encoders.CROP_SIZE) for path in paths]  # photographs are big
+        rows = encoders.encode_pictures(squares, encoders_from, context.device, dtype)
+        return _finite(rows, paths, f"image embeddings, computed in {dtype}")
+
+    looks = [(source.resolution, i) for source in found if source.resolution is not None for i in range(len(pictures))]
+
+    def read(positions: list[int]) -> list[Tensor]:
         context.say("i2L: reading the pictures with Qwen2.5-VL")
-        with timed(seconds, "qwen_vl"):
-            wanted = {size: squares[size] for size in resolutions}
-            residuals = encoders.qwen_vl_residuals(wanted, context.base, context.device, dtype)
-    for name, tensor in (("image embeddings", embeddings), *(("hidden states", t) for t in residuals.values())):
-        for path, row in zip(pictures, tensor, strict=True):
-            if not bool(row.isfinite().all()):
-                raise ValueError(f"{path}: NaN or infinity in its {name}, computed in {dtype}")
-    return embeddings, residuals
+        squares, paths = dict[int, list[Image.Image]](), [pictures[looks[i][1]] for i in positions]
+        for (resolution, _), path in zip([looks[i] for i in positions], paths, strict=True):
+            squares.setdefault(resolution, []).append(encoders.cover_crop(open_picture(path), resolution))
+        states = encoders.qwen_vl_residuals(squares, context.base, context.device, dtype)
+        rows = [row for resolution in squares for row in states[resolution]]
+        return _finite(rows, paths, f"hidden states, computed in {dtype}")
+
+    with timed(seconds, "encoders"):
+        names = [key("i2l embedding", encoders.identity(encoders_from), where, digest) for digest in digests]
+        embeddings = torch.stack(_cached(context, names, embed))
+    if not looks:
+        return embeddings, {}
+    with timed(seconds, "qwen_vl"):
+        model = qwen_image.identity(context.base)
+        names = [key("i2l residual", model, where, resolution, digests[i]) for resolution, i in looks]
+        rows = _cached(context, names, read)
+    residuals = dict[int, list[Tensor]]()
+    for (resolution, _), row in zip(looks, rows, strict=True):
+        residuals.setdefault(resolution, []).append(row)
+    return embeddings, {resolution: torch.stack(group) for resolution, group in residuals.items()}
+
+
+def _cached(context: InitContext, names: Sequence[str], compute: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+    """The tensor of each name; `compute` gets the positions of all that are missing, at once: it loads models."""
+    if context.cache is None:
+        return compute(list(range(len(names))))
+    cache = Cache(context.cache / "i2l" / "pictures")
+    return cache.get(names, compute, what="i2L", batch_size=len(names), quiet=True)
+
+
+def _finite(rows: Iterable[Tensor], paths: Sequence[Path], what: str) -> list[Tensor]:
+    """The rows on the CPU. ValueError names the picture whose row is not finite."""
+    found = [row.cpu() for row in rows]
+    for path, row in zip(paths, found, strict=True):
+        if not bool(row.isfinite().all()):
+            raise ValueError(f"{path}: NaN or infinity in its {what}")
+    return found
 
 
 def dtype_for(device: torch.device) -> torch.dtype:
