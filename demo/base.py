@@ -73,7 +73,8 @@ def _captions(index: int) -> tuple[str, str]:
 def prepare(model: Path, file: Path) -> None:
     """Encode pictures and captions once into `file`: latents, and token-padded prompt_embeds with their lengths."""
     device = torch.device("cpu")
-    vae, encode = qwen_image.load_vae(str(model), device), qwen_image.PromptEncoder(str(model), device, torch.float32)
+    vae = qwen_image.load_vae(str(model), device)
+    encode = qwen_image.PromptEncoder(qwen_image.TextEncoder(str(model), device), torch.float32)
     latents = []
     with single_frame_convolutions():
         for start in tqdm(range(0, NUM_PICTURES, 64), desc="encode pictures", unit="batch"):

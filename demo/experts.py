@@ -83,7 +83,9 @@ class _World:
         base = self._config.model.base
         self._transformer = qwen_image.load_transformer(self._config.model, DEVICE)
         self._sampler = qwen_image.Sampler(base)
-        self._prompts = qwen_image.PromptEncoder(base, DEVICE, torch.float32)(self._config.validation.unrelated_prompts)
+        self._text_encoder = qwen_image.TextEncoder(base, DEVICE)
+        encode = qwen_image.PromptEncoder(self._text_encoder, torch.float32)
+        self._prompts = encode(self._config.validation.unrelated_prompts)
         self._plain = self._samples()
 
     def creature(self, output: Path, index: int) -> _Creature:
@@ -92,10 +94,10 @@ class _World:
         overrides += [f"data.held_out={folder / 'held_out'}", f"data.cache={output / 'cache'}"]
         settings, start = plan.load_config(creatures.CONFIG, overrides, initializers)
         prepared = plan.prepare(settings, start, resume=False)
-        encoded = run.encode(prepared, DEVICE, quiet=True)
+        encoded = run.encode(prepared, DEVICE, self._text_encoder, quiet=True)
         items = [encoded.item(example) for example in prepared.dataset.held_out]
-        trials = run.Trials(prepared, encoded, lambda: self._transformer)
-        return _Creature(index, items, run.init_context(prepared, DEVICE, trials))
+        trials = run.Trials(prepared, encoded, self._text_encoder, lambda: self._transformer)
+        return _Creature(index, items, run.init_context(prepared, DEVICE, trials, self._text_encoder))
 
     def measure(self, creature: _Creature, output: Path, other: int) -> list[dict[str, Any]]:
         """A row for each set of experts, with the creature's own pictures and with those of `other`."""

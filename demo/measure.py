@@ -117,7 +117,7 @@ def measure_prompts(model_folder: Path, sheet: Path) -> dict[str, dict[str, floa
     vae = qwen_image.load_vae(base, device)
     painted = [Image.fromarray(painter.paint(*pair)) for pair in pairs]
     decoded = [p for i in range(0, NUM_PROMPTS, 50) for p in _through(vae, painted[i : i + 50])]
-    encode = qwen_image.PromptEncoder(base, device, torch.float32)
+    encode = qwen_image.PromptEncoder(qwen_image.TextEncoder(base, device), torch.float32)
     prompts = encode([painter.caption(where, who) for who, where in pairs])
     empty = encode([""])[0]
     transformer = qwen_image.load_transformer(qwen_image.ModelConfig(base=base, dtype="fp32"), device)

@@ -18,7 +18,8 @@ from initializers.i2l.expert import (
     read_geometry,
     save_expert,
 )
-from initializers.i2l.layout import Geometry, LayoutError, Residual, expert_layout, read_header
+from initializers.i2l.layout import Geometry, Residual, expert_layout
+from trainer.files import LayoutError, read_header
 
 WIDTH = 5632  # true embedding width: the longest sum in the forward pass
 STYLE = Geometry(num_blocks=2, hidden_size=8, embedding_size=WIDTH, compress=6)

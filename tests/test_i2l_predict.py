@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel
+from helpers import FINISHED, run
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from test_i2l_expert import random_expert, reference, reference_delta
-from transformers import DINOv3ViTConfig, DINOv3ViTModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Qwen2_5_VLForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from demo import text_encoder
 from initializers.i2l import Config, check, encoders, initialize, predict
@@ -261,7 +270,7 @@ def test_only_what_is_new_is_encoded(world: Path, tmp_path: Path, monkeypatch: p
 
     assert newly(pictures[:2], "style") == [("embeddings", 0, 2)]
     assert newly(pictures[:2], "style", "coarse") == [("hidden states", 224, 2)]
-    assert newly(pictures, "style", "coarse") == [("embeddings", 0, 1), ("hidden states", 224, 1)]
+    assert newly(pictures, "style", "coarse") == [("hidden states", 224, 1), ("embeddings", 0, 1)]
     assert newly(pictures[::-1], "style") == []
     Image.new("RGB", (40, 30), "red").save(pictures[0])
     assert newly(pictures, "style") == [("embeddings", 0, 1)]
@@ -269,6 +278,42 @@ def test_only_what_is_new_is_encoded(world: Path, tmp_path: Path, monkeypatch: p
     again = initialize(replace(kept, images=tuple(pictures)), config(world, "style", "coarse"))
     for module, pair in again.weights.factors.items():
         torch.testing.assert_close(pair.a, fresh.weights.factors[module].a, rtol=1e-4, atol=1e-5)
+
+
+def test_the_text_encoder_is_loaded_once_for_captions_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is gone before the next model comes."""
+    loaded: list[str] = []
+    alive: list[weakref.ref[Any]] = []
+
+    def watch(kind: Any, name: str) -> None:
+        original = kind.from_pretrained
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            loaded.append(name)
+            assert all(model() is None for model in alive)
+            result = original(*arguments, **options)
+            alive.append(weakref.ref(result))
+            return result
+
+        monkeypatch.setattr(kind, "from_pretrained", counted)
+
+    watch(Qwen2_5_VLForConditionalGeneration, "text encoder")
+    watch(QwenImageTransformer2DModel, "transformer")
+    for name in ("load_siglip", "load_dinov3"):
+        original = getattr(encoders, name)
+
+        def counted(*arguments: Any, original: Any = original, name: str = name) -> Any:
+            loaded.append(name)
+            assert all(model() is None for model in alive)
+            return original(*arguments)
+
+        monkeypatch.setattr(encoders, name, counted)
+    settings = ("init.i2l.experts=['coarse']", "init.i2l.pictures=1", "init.i2l.strength=1.0", "init.method=i2l")
+    few = ("train.steps=1", "validation.prompts=[]", "train.batch_size=1")
+    assert run(Path("configs/creatures.toml"), tmp_path / "out", *settings, *few) == FINISHED
+    assert loaded == ["text encoder", "load_siglip", "load_dinov3", "transformer"]
 
 
 def test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture(world: Path) -> None:

@@ -31,7 +31,7 @@ def pipeline(tiny_base: Path) -> QwenImagePipeline:
 
 @pytest.fixture(scope="module")
 def prompts(tiny_base: Path) -> list[torch.Tensor]:
-    return qwen_image.PromptEncoder(str(tiny_base), CPU, torch.float32)(PROMPTS)
+    return qwen_image.PromptEncoder(qwen_image.TextEncoder(str(tiny_base), CPU), torch.float32)(PROMPTS)
 
 
 @pytest.fixture(scope="module")

@@ -129,6 +129,8 @@ class InitContext:
     """Prints a line."""
     cache: Path | None = None
     """Folder for what is dear to compute; None: nothing is kept."""
+    text_encoder: Any = None
+    """`qwen_image.TextEncoder` of the base, if it may be loaded already. Who needs the memory lets it go."""
     try_seed: Callable[[AdapterWeights, int], float] | None = None
     """The stable loss of training picture `index` with these weights on the base; None where that cannot be had."""
 

@@ -81,8 +81,10 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     settings = prepared.config
     machine.check(prepared, accelerator.device)
     sources.fetch(prepared.needs)
-    encoding = _encoding(prepared, accelerator.device)
-    encoded = run.encode(prepared, accelerator.device, quiet=False)
+    text_encoder = qwen_image.TextEncoder(settings.model.base, accelerator.device)
+    encoding = _encoding(prepared, accelerator.device, text_encoder)
+    encoded = run.encode(prepared, accelerator.device, text_encoder, quiet=False)
+    text_encoder.let_go()
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
     if settings.train.gradient_checkpointing:
@@ -115,9 +117,9 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     }
 
 
-def _encoding(prepared: Plan, device: torch.device) -> dict[str, float]:
+def _encoding(prepared: Plan, device: torch.device, text_encoder: qwen_image.TextEncoder) -> dict[str, float]:
     """Seconds in which the VAE encodes the pictures of one batch, and the text encoder its captions, one by one as in a
-    run. Both are gone when this returns."""
+    run."""
     settings, clock = prepared.config, _Clock(device)
     size, base = settings.train.batch_size, settings.model.base
     batches = [batch(prepared.dataset.train, size, seed=settings.seed, index=turn) for turn in range(TURNS + 1)]
@@ -127,7 +129,7 @@ def _encoding(prepared: Plan, device: torch.device) -> dict[str, float]:
         qwen_image.encode_pictures(vae, [load_picture(example) for example in examples])
         clock.lap("pictures")
     del vae
-    encoder = qwen_image.PromptEncoder(base, device, qwen_image.DTYPES[settings.model.dtype])
+    encoder = qwen_image.PromptEncoder(text_encoder, qwen_image.DTYPES[settings.model.dtype])
     for examples in batches:
         clock.start()
         for example in examples:

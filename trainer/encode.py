@@ -1,6 +1,7 @@
 """Pictures to latents and captions to prompt_embeds, through the cache.
 
-An encoder is loaded only if something is missing from the cache, and is gone when the function returns.
+An encoder is loaded only if something is missing from the cache. The VAE is gone when the function returns; the text
+encoder stays until it is let go, since others may need it too.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 from trainer import qwen_image
 from trainer.cache import Cache, key
 from trainer.dataset import Example, load_picture
+from trainer.qwen_image import TextEncoder
 
 
 def encode_pictures(
@@ -36,10 +38,9 @@ def encode_pictures(
 
 def encode_prompts(
     cache: Cache,
-    base: str,
+    text_encoder: TextEncoder,
     dtype: torch.dtype,
     texts: Iterable[str],
-    device: torch.device,
     *,
     batch_size: int = 1,
     quiet: bool,
@@ -49,11 +50,11 @@ def encode_prompts(
     One by one, an embedding depends on its text alone. In a batch its last digits depend on the texts beside it, so
     that another prompt for validation would change training.
     """
-    model, encoder, ordered = qwen_image.identity(base), None, sorted(set(texts))
+    model, encoder, ordered = qwen_image.identity(text_encoder.base), None, sorted(set(texts))
 
     def compute(positions: list[int]) -> list[Tensor]:
         nonlocal encoder
-        encoder = encoder or qwen_image.PromptEncoder(base, device, dtype)
+        encoder = encoder or qwen_image.PromptEncoder(text_encoder, dtype)
         return encoder([ordered[i] for i in positions])
 
     keys = [key("prompt_embeds", model, str(dtype), text) for text in ordered]

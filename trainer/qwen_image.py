@@ -3,6 +3,7 @@
 Each part is loaded alone and let go after use, so that text encoder and VAE never share memory with training.
 """
 
+import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -235,21 +236,44 @@ def text_encoder_bytes(base: str) -> float:
     return float(sum(files)) if files else 16.6e9
 
 
+class TextEncoder:
+    """Qwen2.5-VL of a pipeline, which reads prompts, and pictures for i2L: loaded when it is first asked for, once for
+    all who ask before it is let go; on the CPU if it does not fit on `device`."""
+
+    def __init__(self, base: str, device: torch.device):
+        self.base, self._device = base, device
+        self._loaded: Any = None
+
+    def model(self, dtype: torch.dtype) -> Any:
+        """Qwen2_5_VLForConditionalGeneration, in `dtype`."""
+        if self._loaded is None or self._loaded.dtype != dtype:
+            self.let_go()
+            device = roomy(text_encoder_bytes(self.base), self._device, "the text encoder")
+            folder, options = sources.local(self.base), {"dtype": dtype, "use_safetensors": True}
+            loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder="text_encoder", **options)
+            self._loaded = loaded.to(device).eval()
+        return self._loaded
+
+    def let_go(self) -> None:
+        """Free its memory."""
+        self._loaded = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 class PromptEncoder:
     """Prompts to `prompt_embeds`, by the pipeline's own code."""
 
-    def __init__(self, base: str, device: torch.device, dtype: torch.dtype):
-        device = roomy(text_encoder_bytes(base), device, "the text encoder")
-        folder, options = sources.local(base), {"dtype": dtype, "use_safetensors": True}
-        text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder="text_encoder", **options)
+    def __init__(self, text_encoder: TextEncoder, dtype: torch.dtype):
         self._pipeline = QwenImagePipeline(
             scheduler=None,
             vae=None,
             transformer=None,
-            text_encoder=text_encoder.to(device).eval(),
-            tokenizer=AutoTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            text_encoder=text_encoder.model(dtype),
+            tokenizer=AutoTokenizer.from_pretrained(sources.local(text_encoder.base), subfolder="tokenizer"),
         )
-        self._device = device
+        self._device = self._pipeline.text_encoder.device
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:

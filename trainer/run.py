@@ -26,6 +26,7 @@ from trainer.files import remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.loop import Loss
 from trainer.plan import Plan
+from trainer.qwen_image import TextEncoder
 from trainer.tracking import Tracker, duration
 
 log = logging.getLogger("trainer")
@@ -38,6 +39,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     run, began = plan.config, time.monotonic()
     accelerator = parallel.make_accelerator(run.model.dtype)
     device, seconds = accelerator.device, {}
+    text_encoder = TextEncoder(run.model.base, device)
     machine.check(plan, device)
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(plan.needs, quiet=quiet)
@@ -50,7 +52,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     with accelerator.main_process_first():  # the others find it all in the cache
         if resume and accelerator.is_main_process:  # else the folder may hold what is not ours
             remove_leftovers(plan.output)
-        encoded = encode(plan, device, quiet=quiet)
+        encoded = encode(plan, device, text_encoder, quiet=quiet)
     seconds["encode"], tick = time.monotonic() - tick, time.monotonic()
 
     report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
@@ -61,6 +63,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         log.info("resuming after step %d", saved.step)
         report["init"] = json.loads((plan.output / "run.json").read_text(encoding="utf-8"))["init"]
         settings = replace(settings, **report["init"]["adapter"])
+        text_encoder.let_go()
         transformer = qwen_image.load_transformer(run.model, loading)
         adapter.inject(transformer, settings)
         if (plan.output / CONSTANT_FILE).exists():
@@ -68,8 +71,8 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     else:
         if resume:
             log.info("no checkpoint yet: starting from the beginning")
-        trials = Trials(plan, encoded, lambda: qwen_image.load_transformer(run.model, loading))
-        context = init_context(plan, device, None if parallel.wants_shards() else trials)
+        trials = Trials(plan, encoded, text_encoder, lambda: qwen_image.load_transformer(run.model, loading))
+        context = init_context(plan, device, None if parallel.wants_shards() else trials, text_encoder)
         with accelerator.main_process_first():  # the others find what it predicted in the cache
             seed = plan.start.initialize(context, plan.start.options)
         transformer = trials.transformer
@@ -128,7 +131,7 @@ def install(
     return settings, adapter.apply_seed(transformer, seed, random_seed=random_seed)
 
 
-def init_context(plan: Plan, device: torch.device, trials: "Trials | None") -> InitContext:
+def init_context(plan: Plan, device: torch.device, trials: "Trials | None", text_encoder: TextEncoder) -> InitContext:
     """What an initializer is told of a run: nothing of held-out pictures."""
     return InitContext(
         images=tuple(example.path for example in plan.dataset.train),
@@ -139,19 +142,27 @@ def init_context(plan: Plan, device: torch.device, trials: "Trials | None") -> I
         base=plan.config.model.base,
         say=log.info,
         cache=Path(plan.config.data.cache or plan.output / "cache"),
+        text_encoder=text_encoder,
         try_seed=trials,
     )
 
 
 class Trials:
     """What a seed is worth before it is chosen: stable losses of training pictures. The transformer is loaded when it
-    is asked for, so that an initializer's own models are gone by then."""
+    is asked for, so that an initializer's own models are gone by then, and lets the text encoder go."""
 
-    def __init__(self, plan: Plan, encoded: "Encoded", load: Callable[[], QwenImageTransformer2DModel]):
-        self._plan, self._encoded, self._load = plan, encoded, load
+    def __init__(
+        self,
+        plan: Plan,
+        encoded: "Encoded",
+        text_encoder: TextEncoder,
+        load: Callable[[], QwenImageTransformer2DModel],
+    ):
+        self._plan, self._encoded, self._text_encoder, self._load = plan, encoded, text_encoder, load
 
     @cached_property
     def transformer(self) -> QwenImageTransformer2DModel:
+        self._text_encoder.let_go()
         return self._load()
 
     def __call__(self, weights: AdapterWeights, index: int) -> float:
@@ -201,7 +212,7 @@ def _name(example: Example) -> str:
     return f"{example.digest} {example.bucket}"
 
 
-def encode(plan: Plan, device: torch.device, *, quiet: bool) -> Encoded:
+def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet: bool) -> Encoded:
     """Encode what the cache does not hold: first the pictures, then the captions."""
     run, cache = plan.config, Cache(Path(plan.config.data.cache or plan.output / "cache"))
     examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out)}.values())
@@ -212,7 +223,7 @@ def encode(plan: Plan, device: torch.device, *, quiet: bool) -> Encoded:
         "",
         validation.EMPTY_PROMPT,
     }
-    prompts = encode_prompts(cache, run.model.base, qwen_image.DTYPES[run.model.dtype], texts, device, quiet=quiet)
+    prompts = encode_prompts(cache, text_encoder, qwen_image.DTYPES[run.model.dtype], texts, quiet=quiet)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)

@@ -30,6 +30,7 @@ class Workbench:
         self._accelerator = parallel.make_accelerator(comparison.config.model.dtype)
         self.device = self._accelerator.device
         machine.check(comparison.subjects[0].plan, self.device)
+        self._text_encoder = qwen_image.TextEncoder(comparison.config.model.base, self.device)
         self._encoded: dict[str, run.Encoded] = {}
         self._base_losses: dict[str, float] = {}
         self._base_samples: dict[tuple[int, int], Tensor | None] = {}
@@ -54,7 +55,8 @@ class Workbench:
     def introduce(self, subject: Subject, arms: Sequence[Arm]) -> None:
         """Encode its pictures and captions, and let each initializer predict, before the base is there. The first time
         is what an initializer costs: the runs find its predictions in the cache."""
-        encoded = run.encode(subject.plan, self.device, quiet=self._quiet)
+        encoded = run.encode(subject.plan, self.device, self._text_encoder, quiet=self._quiet)
+        self._text_encoder.let_go()  # an initializer that needs it has to load it: that is part of what it costs
         self._encoded[subject.name] = encoded
         for arm in arms:
             file = self._init_file(subject, arm)
@@ -71,9 +73,9 @@ class Workbench:
 
     def _initialize(self, subject: Subject, arm: Arm, seed: int) -> Seed:
         prepared = subject.plan
-        trials = run.Trials(prepared, self._encoded[subject.name], lambda: self._transformer)
+        trials = run.Trials(prepared, self._encoded[subject.name], self._text_encoder, lambda: self._transformer)
         cache = self._comparison.output / "cache"  # of its own: what it costs must not be known from elsewhere
-        context = run.init_context(prepared, self.device, trials)
+        context = run.init_context(prepared, self.device, trials, self._text_encoder)
         context = replace(context, seed=seed, say=lambda message: None, cache=cache)
         if arm.control == "wrong-pictures":
             other = self._comparison.other(subject)

@@ -32,7 +32,7 @@ def draw(
     if output.exists():
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = qwen_image.PromptEncoder(base, device, qwen_image.DTYPES[dtype])
+    encoder = qwen_image.PromptEncoder(qwen_image.TextEncoder(base, device), qwen_image.DTYPES[dtype])
     texts = [validation.EMPTY_PROMPT, *prompts]
     empty, *embeds = [encoder([text])[0] for text in tqdm(texts, "encode prompts", unit="prompt", disable=None)]
     del encoder

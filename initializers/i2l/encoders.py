@@ -367,21 +367,21 @@ def qwen_vl_residuals(
     base: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    text_encoder: qwen_image.TextEncoder | None = None,
 ) -> dict[int, Tensor]:
     """Resolution -> pictures in, resolution -> residual (B num_tokens hidden_size, fp32) out.
 
     The last hidden states of the edit template without a prompt, less the system text, times 0.05. `base` is the folder
-    or id of the Qwen-Image pipeline; its text encoder is loaded once for all.
+    or id of the Qwen-Image pipeline; its text encoder, which may be loaded already, is let go.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    from transformers import Qwen2Tokenizer
 
-    device = qwen_image.roomy(qwen_image.text_encoder_bytes(base), torch.device(device), "Qwen2.5-VL")
-    folder, options = sources.local(base), {"dtype": dtype, "use_safetensors": True}
+    text_encoder = text_encoder or qwen_image.TextEncoder(base, torch.device(device))
+    folder = sources.local(base)
     tokenizer = Qwen2Tokenizer.from_pretrained(folder, subfolder="tokenizer")
     processor = _qwen_processor(folder)
-    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder="text_encoder", **options)
-    model: Any = loaded.model
-    model = model.to(device).eval()
+    model = text_encoder.model(dtype).model
+    device = model.device
     template, drop = edit_template()
     before, after = (tokenizer(part).input_ids for part in template.format("").split("<|image_pad|>"))
     result = {}
@@ -404,8 +404,8 @@ def qwen_vl_residuals(
             )
             states.append(output.last_hidden_state[:, drop:].float())
         result[resolution] = torch.cat(states) * RESIDUAL_SCALE
-    del loaded, model
-    free_memory()
+    del model
+    text_encoder.let_go()
     return result
 
 

@@ -181,22 +181,23 @@ def _look(
         squares, paths = dict[int, list[Image.Image]](), [pictures[looks[i][1]] for i in positions]
         for (resolution, _), path in zip([looks[i] for i in positions], paths, strict=True):
             squares.setdefault(resolution, []).append(encoders.cover_crop(open_picture(path), resolution))
-        states = encoders.qwen_vl_residuals(squares, context.base, context.device, dtype)
+        states = encoders.qwen_vl_residuals(squares, context.base, context.device, dtype, context.text_encoder)
         rows = [row for resolution in squares for row in states[resolution]]
         return _finite(rows, paths, f"hidden states, computed in {dtype}")
 
+    residuals = dict[int, list[Tensor]]()
+    if looks:  # first: Qwen2.5-VL may be loaded still, from reading the captions
+        with timed(seconds, "qwen_vl"):
+            model = qwen_image.identity(context.base)
+            names = [key("i2l residual", model, where, resolution, digests[i]) for resolution, i in looks]
+            rows = _cached(context, names, read)
+        for (resolution, _), row in zip(looks, rows, strict=True):
+            residuals.setdefault(resolution, []).append(row)
+    if context.text_encoder is not None:
+        context.text_encoder.let_go()
     with timed(seconds, "encoders"):
         names = [key("i2l embedding", encoders.identity(encoders_from), where, digest) for digest in digests]
         embeddings = torch.stack(_cached(context, names, embed))
-    if not looks:
-        return embeddings, {}
-    with timed(seconds, "qwen_vl"):
-        model = qwen_image.identity(context.base)
-        names = [key("i2l residual", model, where, resolution, digests[i]) for resolution, i in looks]
-        rows = _cached(context, names, read)
-    residuals = dict[int, list[Tensor]]()
-    for (resolution, _), row in zip(looks, rows, strict=True):
-        residuals.setdefault(resolution, []).append(row)
     return embeddings, {resolution: torch.stack(group) for resolution, group in residuals.items()}
 
 

@@ -138,7 +138,9 @@ class SubjectData:
         dtype = qwen_image.DTYPES[model.dtype]
         self.latents = torch.stack(encode_pictures(cache, model.base, self.examples, device, quiet=quiet))  # N C 1 h w
         texts = {e.caption for e in self.examples} | {*prompts, validation.EMPTY_PROMPT}
-        self.prompts = encode_prompts(cache, model.base, dtype, texts, device, batch_size=16, quiet=quiet)
+        text_encoder = qwen_image.TextEncoder(model.base, device)
+        self.prompts = encode_prompts(cache, text_encoder, dtype, texts, batch_size=16, quiet=quiet)
+        text_encoder.let_go()
         self._references = (
             encoders.stacked([open_picture(example.path) for example in shown])  # N 3 S S in uint8
             if encoders_from is None
