@@ -36,6 +36,7 @@ from trainer import adapter, checkpoint, export, qwen_image, tracking, validatio
 from trainer import run as program
 from trainer.adapter import InitContext, Seed
 from trainer.plan import Plan, describe, load_config, prepare
+from trainer.qwen_image import TextEncoder
 from trainer.run import LoraObjective
 
 PLAIN = ("validation.prompts=[]",)  # without sample pictures, where they do not matter
@@ -126,7 +127,8 @@ def test_a_loss_is_a_function_of_step_and_micro_step(run_toml: Path, tiny_base: 
     adapter.inject(transformer, plan.config.adapter)
     for name, tensor in adapter.tensors(transformer).items():
         tensor.fill_(0.01 if "lora_B" in name else 0.02)  # so that dropout has an effect
-    encoded = program.encode(plan, torch.device("cpu"), quiet=True)
+    cpu = torch.device("cpu")
+    encoded = program.encode(plan, cpu, TextEncoder(plan.config.model.base, cpu), quiet=True)
     objective = LoraObjective(plan, transformer, encoded, Accelerator())
     order = [(0, 0), (0, 1), (1, 0), (2, 0), (5, 1)]
     with torch.no_grad():
@@ -498,7 +500,8 @@ def test_the_adapter_loads_in_peft_and_in_diffusers(
 
     # and it is what was trained: the stable loss measured with it is that of the log
     plan = make_plan(run_toml, cache, *settings)
-    encoded = program.encode(plan, torch.device("cpu"), quiet=True)
+    cpu = torch.device("cpu")
+    encoded = program.encode(plan, cpu, TextEncoder(plan.config.model.base, cpu), quiet=True)
     items = [encoded.item(example) for example in plan.dataset.held_out]
     measured = validation.stable_loss(pipeline.transformer, items, torch.device("cpu"), torch.float32)
     assert measured == pytest.approx(metrics(tmp_path / "out")[-1]["val_loss"], rel=1e-5)

@@ -21,6 +21,7 @@ from trainer.adapter import AdapterConfig, AdapterError, AdapterWeights, InitCon
 from trainer.formats import read_lora
 from trainer.lowrank import LowRank, relative_difference, truncate
 from trainer.plan import load_config, prepare
+from trainer.qwen_image import TextEncoder
 
 CPU = torch.device("cpu")
 PLAIN = ("validation.prompts=[]", "train.learning_rate=0.02")
@@ -53,7 +54,7 @@ def losses_with(folder: Path, run_toml: Path, base: Path, *settings: str) -> dic
     overrides = [f"output={folder.parent / 'never made'}", *settings]
     settings_read, start = load_config(run_toml, overrides, initializers)
     plan = prepare(settings_read, start, resume=False)
-    encoded = program.encode(plan, CPU, quiet=True)
+    encoded = program.encode(plan, CPU, TextEncoder(plan.config.model.base, CPU), quiet=True)
     items = [encoded.item(example) for example in plan.dataset.held_out]
     pipeline = QwenImagePipeline.from_pretrained(base, torch_dtype=torch.float32)
     pipeline.load_lora_weights(folder)
