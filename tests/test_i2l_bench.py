@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_i2l_expert import COARSE, STYLE
+from transformers import DINOv3ViTConfig, SiglipVisionConfig
 
-from initializers.i2l import bench, expert
+from initializers.i2l import bench, encoders, expert
 from initializers.i2l.__main__ import main
-from initializers.i2l.layout import Published
+from initializers.i2l.layout import Published, expert_layout
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_it_writes_is_an_expert(tmp_path: Path) -> None:
-    bench.make_expert(tmp_path / "x.safetensors", STYLE, quiet=True)
+    bench.make_weights(tmp_path / "x.safetensors", expert_layout(STYLE), quiet=True)
     assert expert.read_geometry(tmp_path / "x.safetensors") == STYLE
     weights = expert.load_expert(tmp_path / "x.safetensors").state_dict()
     assert all(0.005 < float(weight.std()) < 0.05 for weight in weights.values())
@@ -37,6 +38,23 @@ def test_the_report_has_every_number(small: None, tmp_path: Path, capsys: pytest
     assert [(merge["from_rank"], merge["to_rank"]) for merge in report["merges"]] == [(8, 6), (24, 6)]
     assert "from the page cache" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_encoders_are_timed(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    siglip = SiglipVisionConfig(**size, image_size=32, patch_size=16)
+    dinov3 = DINOv3ViTConfig(**size, image_size=32, patch_size=16, use_gated_mlp=True)
+    monkeypatch.setattr(encoders, "published_siglip_config", lambda: siglip)
+    monkeypatch.setattr(encoders, "published_dinov3_config", lambda: dinov3)
+    monkeypatch.setattr(bench, "ENCODER_BYTES", 0)
+    arguments = ["bench", "--experts", "style", "--pictures", "2", "--encoders"]
+    assert main([*arguments, "--folder", str(tmp_path), "--output", str(tmp_path / "report.json")]) == 0
+    (look,) = json.loads((tmp_path / "report.json").read_text())["encoders"]
+    assert look["pictures"] == 2 and look["seconds"] > 0
+    assert "2 pictures: " in capsys.readouterr().out
+    assert main(["bench", "--device", "cuda", "--folder", str(tmp_path)]) == (0 if torch.cuda.is_available() else 2)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(

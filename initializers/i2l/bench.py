@@ -1,26 +1,29 @@
 """How long i2L takes at full size, and how much memory: python -m initializers.i2l bench
 
 Experts of the published sizes with random weights are written to the disk, and read as real ones are; how long reading
-the file alone takes stands beside. Image embeddings and hidden states are random too: encoders are
-not part of this. Memory is what is beyond the page cache (RssAnon).
+the file alone takes stands beside. Image embeddings and hidden states are random too; --encoders times SigLIP2 and
+DINOv3 as well. Memory is what is beyond the page cache (RssAnon).
 """
 
 import argparse
+import math
 import os
 import platform
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+from transformers import DINOv3ViTModel, SiglipVisionModel
 
-from initializers.i2l import expert
+from initializers.i2l import encoders, expert
 from initializers.i2l.layout import FILES, PUBLISHED, Geometry, expert_layout
 from initializers.i2l.predictions import Predictions, read_predictions, stream_predictions
 from trainer.cli import guarded
@@ -30,6 +33,7 @@ from trainer.threads import side_by_side
 
 EXPERTS = ("style", "coarse", "fine")
 DTYPE = torch.bfloat16  # of the published files
+ENCODER_BYTES = 15.8e9  # 1.16 and 6.72 B parameters
 CHUNK = 1 << 24  # bytes read at once, when reading alone is measured
 
 
@@ -71,18 +75,42 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def make_expert(path: Path, geometry: Geometry, quiet: bool) -> None:
+def make_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], quiet: bool) -> None:
     """Random weights, of a size that keeps what comes out finite. The same block of numbers over and over: how long it
     takes does not depend on them."""
-    shapes = expert_layout(geometry)
     random = torch.Generator().manual_seed(0)
-    numbers = (torch.randn(max(a * b for a, b in shapes.values()), generator=random) * 0.02).to(DTYPE)
+    numbers = (torch.randn(max(map(math.prod, shapes.values())), generator=random) * 0.02).to(DTYPE)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, (rows, columns) in tqdm(shapes.items(), f"write {path.name}", unit="tensor", disable=quiet):
-            yield name, numbers[: rows * columns].view(rows, columns)
+        for name, shape in tqdm(shapes.items(), f"write {path.name}", unit="tensor", disable=quiet):
+            yield name, numbers[: math.prod(shape)].view(shape)
 
     stream_tensors(path, shapes, tensors(), DTYPE)
+
+
+def make_encoders(folder: Path, quiet: bool) -> None:
+    """SigLIP2 and DINOv3 in the published layout."""
+    for name, kind, config, key in (
+        (encoders.SIGLIP_FOLDER, SiglipVisionModel, encoders.published_siglip_config(), encoders.siglip_key),
+        (encoders.DINOV3_FOLDER, DINOv3ViTModel, encoders.published_dinov3_config(), encoders.dinov3_key),
+    ):
+        with torch.device("meta"):
+            model = kind(config)
+        shapes = {key(own): tuple(tensor.shape) for own, tensor in model.state_dict().items()}
+        make_weights(folder / name / "model.safetensors", shapes, quiet)
+        write_json(folder / name / "config.json", config.to_diff_dict())
+
+
+def measure_encoders(folder: Path, num_pictures: int, device: torch.device) -> dict[str, Any]:
+    """Load one after the other, and encode so many pictures of 1024 x 1024."""
+    pictures = [Image.effect_noise((1024, 1024), 64).convert("RGB") for _ in range(num_pictures)]
+    began = time.perf_counter()
+    with Peak() as peak:
+        encoders.encode_pictures(pictures, str(folder), device, DTYPE)
+    result = {"pictures": num_pictures, "seconds": time.perf_counter() - began, "peak_bytes": peak.bytes}
+    if device.type == "cuda":
+        result["peak_bytes_gpu"] = torch.cuda.max_memory_allocated(device)
+    return result
 
 
 def read_alone(path: Path) -> float:
@@ -95,10 +123,12 @@ def read_alone(path: Path) -> float:
     return time.perf_counter() - began
 
 
-def measure(kind: str, path: Path, geometry: Geometry, num_pictures: int, folder: Path) -> dict[str, Any]:
+def measure(
+    kind: str, path: Path, geometry: Geometry, num_pictures: int, folder: Path, device: torch.device
+) -> dict[str, Any]:
     """Predict for so many pictures, first from the disk, then from the page cache, then once more and keep it."""
     random = torch.Generator().manual_seed(1)
-    embeddings = torch.randn(num_pictures, geometry.embedding_size, generator=random) * 0.1
+    embeddings = torch.randn(num_pictures, geometry.embedding_size, generator=random).to(device) * 0.1
     residual = None
     if geometry.residual is not None:
         size = (num_pictures, geometry.residual.num_tokens, geometry.residual.width)
@@ -140,7 +170,15 @@ def measure_merge(kinds: list[str], folder: Path, num_pictures: int, rank: int) 
     return {"modules": len(whole), "from_rank": incoming, "to_rank": rank, "seconds": seconds, "peak_bytes": peak.bytes}
 
 
-def bench(kinds: list[str], pictures: list[int], rank: int, folder: Path, quiet: bool) -> dict[str, Any]:
+def bench(
+    kinds: list[str],
+    pictures: list[int],
+    rank: int,
+    folder: Path,
+    quiet: bool,
+    device: torch.device,
+    with_encoders: bool = False,
+) -> dict[str, Any]:
     """ValueError if the disk is too small. What was made is deleted again."""
     geometries = {kind: PUBLISHED[kind].geometry for kind in kinds}
     sizes = {
@@ -155,22 +193,29 @@ def bench(kinds: list[str], pictures: list[int], rank: int, folder: Path, quiet:
             for g in geometries.values()
         )
     )
-    needed, free = sum(sizes.values()) + predicted, shutil.disk_usage(folder).free
+    needed, free = sum(sizes.values()) + predicted + with_encoders * ENCODER_BYTES, shutil.disk_usage(folder).free
     if needed > free * 0.95:
         raise ValueError(f"{folder}: {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free: choose --folder")
-    runs, merges = [], []
+    runs, merges, looks = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="i2l-bench-", dir=folder) as name:
         place = Path(name)
         for kind in kinds:
-            make_expert(place / FILES[kind], geometries[kind], quiet)
+            make_weights(place / FILES[kind], expert_layout(geometries[kind]), quiet)
         for count in pictures:
             for kind in kinds:
-                runs.append(measure(kind, place / FILES[kind], geometries[kind], count, place))
+                runs.append(measure(kind, place / FILES[kind], geometries[kind], count, place, device))
                 print(_line(runs[-1], sizes[kind]), flush=True)
             merges.append({"pictures": count, **measure_merge(kinds, place, count, rank)})
             print("truncate {modules} modules from rank {from_rank} to {to_rank}: {seconds:.1f} s".format(**merges[-1]))
+        if with_encoders:
+            make_encoders(place, quiet)
+            for count in pictures:
+                looks.append(measure_encoders(place, count, device))
+                shown = "{pictures} pictures: {seconds:.1f} s, SigLIP2 and DINOv3 loaded and freed".format(**looks[-1])
+                print(f"{shown}; memory {looks[-1]['peak_bytes'] / 1e9:.1f} GB", flush=True)
     hardware = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    return {"hardware": {**hardware, "threads": torch.get_num_threads()}, "experts": runs, "merges": merges}
+    hardware |= {"threads": torch.get_num_threads(), "device": str(device)}
+    return {"hardware": hardware, "experts": runs, "merges": merges, "encoders": looks}
 
 
 def _line(run: dict[str, Any], size: int) -> str:
@@ -191,6 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=["style"], help="default: style (4.8 GB)")
     parser.add_argument("--pictures", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
     parser.add_argument("--rank", type=int, default=32, help="to which the result is truncated (default: 32)")
+    parser.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
+    parser.add_argument("--encoders", action="store_true", help="time the image encoders too (16 GB of disk more)")
     parser.add_argument("--folder", type=Path, default=Path(), help="for the files (default: here); they are deleted")
     parser.add_argument("--output", type=Path, help="a JSON file for the report")
     options = parser.parse_args(arguments)
@@ -198,7 +245,11 @@ def main(arguments: list[str] | None = None) -> int:
     def program() -> None:
         if min(options.pictures) < 1 or options.rank < 1:
             raise ValueError("--pictures and --rank must be at least 1")
-        report = bench(options.experts, options.pictures, options.rank, options.folder, quiet=False)
+        device = torch.device(options.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {device}: there is no CUDA GPU here")
+        settings = (options.experts, options.pictures, options.rank, options.folder)
+        report = bench(*settings, quiet=False, device=device, with_encoders=options.encoders)
         if options.output:
             write_json(options.output, report)
 
