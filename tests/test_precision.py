@@ -169,6 +169,12 @@ def test_what_needs_a_gpu_is_told_at_once(run_toml: Path, tmp_path: Path, caplog
     assert not (tmp_path / "out").exists()
 
 
+def test_fp8_is_not_compiled(run_toml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = ("model.quantization=fp8", "train.gradient_checkpointing=true", "model.compile=true")
+    assert run(run_toml, tmp_path / "out", *settings) == BAD_INPUT
+    assert 'compile does not go with quantization = "fp8"' in caplog.text
+
+
 def test_attention_without_its_package_is_told(tiny_base: Path) -> None:
     config = ModelConfig(base=str(tiny_base), dtype="fp32", attention="flash_varlen")
     with pytest.raises(qwen_image.ModelError, match=r'attention: "flash_varlen" cannot be used here: .*flash-attn'):

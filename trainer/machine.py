@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from trainer import config, memory, parallel, qwen_image
+from trainer import config, memory, parallel, qwen_image, sources
 from trainer.files import size
 from trainer.plan import Plan
 
@@ -17,7 +17,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safeten
 
 
 def check(plan: Plan, device: torch.device) -> None:
-    """ConfigError if the configuration asks for what this machine lacks; `--plan` may ask for another machine."""
+    """ConfigError if the run asks for what this machine lacks, or for models that it can neither find nor fetch;
+    `--plan` may be of another machine."""
     run, problems = plan.config, list[str]()
     needs_gpu = [
         ("[model] dtype", run.model.dtype, ("fp16",), '; use "fp32" or "bf16"'),
@@ -44,7 +45,7 @@ def check(plan: Plan, device: torch.device) -> None:
             f"[model] base, with adapter and optimizer, needs {size(needed)} of memory; {what} {size(there)}. "
             "--plan --vram GB lists settings that need less"
         )
-    if problems:
+    if problems := [*sources.obstacles(plan.needs), *problems]:
         raise config.ConfigError(problems)
 
 

@@ -69,7 +69,10 @@ class ModelConfig:
     """torch.compile of each block: minutes at the beginning, faster steps. Needs a C++ compiler."""
 
     def problems(self) -> list[str]:
-        return check_base(self.base)
+        found = check_base(self.base)
+        if self.compile and self.quantization == "fp8":
+            found.append('compile does not go with quantization = "fp8": its weights change their type in each block')
+        return found
 
 
 class ModelError(ValueError):
