@@ -1,8 +1,9 @@
 """How long a training step takes, and what of it is our loop: python -m trainer.bench --config FILE
 
 The same steps are done twice, in turns: by the loop, with everything that it does, and bare, which is forward, backward
-and optimizer on inputs that lie ready. Medians, since machines are noisy; and the ratio within one run. Without caches
-each step would encode its batch: what that takes is measured too. --profile needs no weights: see trainer/profile.py.
+and optimizer on inputs that lie ready. Machines are noisy: the overhead is the median of the turns' ratios. Without
+caches each step would encode its batch: what that takes is measured too. --profile needs no weights: see
+trainer/profile.py.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from trainer.files import write_json
 from trainer.plan import Plan, RunConfig, Start
 from trainer.tracking import Tracker
 
-TURNS = 5
+TURNS = 9
 WARMUP = 5  # steps of each turn that do not count
 
 
@@ -92,23 +93,23 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     if settings.model.compile:
         transformer.compile_repeated_blocks()
     objective = run.LoraObjective(prepared, transformer, encoded, accelerator)
-    whole, parts = list[float](), _Clock(accelerator.device)
-    turns: list[Callable[[], None]] = [
-        lambda: whole.extend(_by_the_loop(objective, prepared, accelerator, steps)),
-        lambda: _by_parts(objective, prepared, steps, parts),
-    ]
-    for turn in range(2 * TURNS):
-        turns[turn % 2]()
-    medians = {name: statistics.median(values) for name, values in parts.laps.items()}
-    bare = sum(medians[name] for name in ("forward", "backward", "optimizer"))
+    whole, laps = list[float](), list[dict[str, float]]()
+    for _ in range(TURNS):
+        whole.append(statistics.median(_by_the_loop(objective, prepared, accelerator, steps)))
+        clock = _Clock(accelerator.device)
+        _by_parts(objective, prepared, steps, clock)
+        laps.append({name: statistics.median(values) for name, values in clock.laps.items()})
+    medians = {name: statistics.median(turn[name] for turn in laps) for name in laps[0]}
+    bare = [sum(turn[name] for name in ("forward", "backward", "optimizer")) for turn in laps]
     step = statistics.median(whole)
     pictures = settings.train.batch_size * settings.train.gradient_accumulation_steps
     uncached = step + settings.train.gradient_accumulation_steps * sum(encoding.values())
     return {
         "steps": TURNS * (steps - WARMUP),
         "seconds_in_the_loop": step,
-        "seconds_bare": bare,
-        "overhead": step / bare - 1,
+        "seconds_bare": statistics.median(bare),
+        "overhead_of_turns": [with_loop / without - 1 for with_loop, without in zip(whole, bare, strict=True)],
+        "overhead": statistics.median(with_loop / without for with_loop, without in zip(whole, bare, strict=True)) - 1,
         "parts": medians,
         "pictures_per_second": pictures / step,
         "encoding": encoding,
@@ -187,10 +188,12 @@ def _by_parts(objective: run.LoraObjective, prepared: Plan, steps: int, clock: _
 def describe(report: dict[str, Any]) -> str:
     step, bare = (f"{1000 * report[name]:.2f} ms" for name in ("seconds_in_the_loop", "seconds_bare"))
     encoding = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in report["encoding"].items())
+    turns = f"{min(report['overhead_of_turns']):.1%} to {max(report['overhead_of_turns']):.1%}"
     cached, uncached = report["pictures_per_second"], report["pictures_per_second_without_caches"]
     return "\n".join(
         [
-            f"a step: {step} in the loop, {bare} bare (forward, backward, optimizer): {report['overhead']:.1%} more",
+            f"a step: {step} in the loop, {bare} bare (forward, backward, optimizer)",
+            f"the loop: {report['overhead']:.1%} more, by the median of {TURNS} turns ({turns})",
             f"{cached:.1f} pictures a second; {uncached:.1f} without caches (encoding a batch: {encoding})",
             "parts (ms): " + ", ".join(f"{name} {1000 * value:.2f}" for name, value in report["parts"].items()),
         ]
