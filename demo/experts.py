@@ -140,7 +140,8 @@ class _World:
 
     def _losses(self, items: Sequence[validation.Item]) -> list[float]:
         return [
-            validation.stable_loss(self._transformer, items, DEVICE, torch.float32, seed=seed) for seed in NOISE_SEEDS
+            float(validation.stable_errors(self._transformer, items, DEVICE, torch.float32, seed=seed).mean())
+            for seed in NOISE_SEEDS
         ]
 
     def _samples(self) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from demo import text_encoder
 from initializers.i2l import encoders
-from initializers.i2l.layout import LayoutError
+from trainer.files import LayoutError
 
 SIZES = pytest.mark.parametrize("size", [(64, 64), (130, 90), (90, 131), (1500, 1024), (2000, 2000), (1024, 1024)])
 

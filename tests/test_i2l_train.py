@@ -22,6 +22,7 @@ from initializers.i2l.subjects import SubjectData
 from trainer import adapter, config, flow, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, Seed
 from trainer.cache import Cache
+from trainer.checkpoint import CheckpointError
 from trainer.formats import read_lora
 from trainer.lowrank import LowRank
 
@@ -372,6 +373,18 @@ def test_all_problems_of_the_data_at_once(toml: Path, tmp_path: Path, subjects: 
         "squares of one size",
     ):
         assert part in text, part
+
+
+def test_a_resume_that_is_refused_changes_nothing(toml: Path) -> None:
+    """run.json tells the settings to resume with; other pictures in a step are another training."""
+    output = run(toml, "train.steps=1", "validation.prompts=[]")
+    before = (output / "run.json").read_bytes()
+    settings = train.load(toml, ["train.steps=1", "validation.prompts=[]"])
+    saved = output / "checkpoints" / "step-00000001" / "state.json"
+    saved.write_text(saved.read_text().replace('"batches_per_step": 1', '"batches_per_step": 3'))
+    with pytest.raises(CheckpointError, match="with 3 batches a step"):
+        train.execute(settings, resume=True, quiet=True)
+    assert (output / "run.json").read_bytes() == before
 
 
 def test_an_output_with_a_run_is_refused(toml: Path) -> None:

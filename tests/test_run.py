@@ -503,7 +503,7 @@ def test_the_adapter_loads_in_peft_and_in_diffusers(
     cpu = torch.device("cpu")
     encoded = program.encode(plan, cpu, TextEncoder(plan.config.model.base, cpu), quiet=True)
     items = [encoded.item(example) for example in plan.dataset.held_out]
-    measured = validation.stable_loss(pipeline.transformer, items, torch.device("cpu"), torch.float32)
+    measured = float(validation.stable_errors(pipeline.transformer, items, torch.device("cpu"), torch.float32).mean())
     assert measured == pytest.approx(metrics(tmp_path / "out")[-1]["val_loss"], rel=1e-5)
 
 

@@ -60,7 +60,7 @@ def losses_with(folder: Path, run_toml: Path, base: Path, *settings: str) -> dic
     pipeline.load_lora_weights(folder)
     peft = PeftModel.from_pretrained(QwenImageTransformer2DModel.from_pretrained(base, subfolder="transformer"), folder)
     return {
-        name: validation.stable_loss(model.eval(), items, CPU, torch.float32)
+        name: float(validation.stable_errors(model.eval(), items, CPU, torch.float32).mean())
         for name, model in (("peft", peft), ("diffusers", pipeline.transformer))
     }
 

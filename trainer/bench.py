@@ -41,18 +41,12 @@ class _Clock:
         self.laps: dict[str, list[float]] = {}
 
     def start(self) -> None:
-        self._wait()
-        self._last = time.perf_counter()
+        self._last = machine.now(self.device)
 
     def lap(self, name: str) -> None:
-        self._wait()
-        now = time.perf_counter()
+        now = machine.now(self.device)
         self.laps.setdefault(name, []).append(now - self._last)
         self._last = now
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class _Watched:
@@ -88,10 +82,7 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     text_encoder.let_go()
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
-    if settings.train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if settings.model.compile:
-        transformer.compile_repeated_blocks()
+    qwen_image.set_up(transformer, settings.model, gradient_checkpointing=settings.train.gradient_checkpointing)
     objective = run.LoraObjective(prepared, transformer, encoded, accelerator)
     whole, laps = list[float](), list[dict[str, float]]()
     for _ in range(TURNS):

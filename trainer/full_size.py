@@ -7,13 +7,11 @@ a few blocks will do: --blocks 1 --resolution 256 --variants none fp8
 """
 
 import argparse
-import gc
 import json
 import math
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,14 +65,12 @@ def measure(base: Path, name: str, settings: AdapterConfig, pixels: int, steps: 
     """Seconds, arithmetic and memory of one variant."""
     accelerator = Accelerator()
     device, model = accelerator.device, ModelConfig(base=str(base), **VARIANTS[name])
-    began = time.perf_counter()
+    began = machine.now(device)
     transformer = qwen_image.load_transformer(model, device)
     adapter.inject(transformer, settings)
-    transformer.enable_gradient_checkpointing()
-    if model.compile:
-        transformer.compile_repeated_blocks()
+    qwen_image.set_up(transformer, model, gradient_checkpointing=TRAIN.gradient_checkpointing)
     transformer.train()
-    loaded = time.perf_counter() - began
+    loaded = machine.now(device) - began
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = loop.make_optimizer(parameters, TRAIN)
     step = _step(transformer, optimizer, pixels, device)
@@ -85,11 +81,9 @@ def measure(base: Path, name: str, settings: AdapterConfig, pixels: int, steps: 
     for number in range(WARMUP + steps):
         if number == WARMUP and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        _wait(device)
-        began = time.perf_counter()
+        began = machine.now(device)
         step()
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(machine.now(device) - began)
     like = qwen_image.transformer_on_meta(str(base))
     needs = memory.held(like, model, settings, TRAIN)
     activations = memory.activation_bytes(like, model, TRAIN, pixels, settings)
@@ -129,17 +123,10 @@ def matmul_rate(device: torch.device) -> float:
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     seconds = []
     for _ in range(10):
-        _wait(device)
-        began = time.perf_counter()
+        began = machine.now(device)
         a @ a
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(machine.now(device) - began)
     return 2 * side**3 / statistics.median(seconds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -184,9 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     found.append(measure(Path(folder), name, settings, options.resolution**2, options.steps))
                 except (RuntimeError, ImportError) as error:  # out of memory, no GPU: the others may still go
                     found.append({"variant": name, "flop": 0, "error": str(error).splitlines()[0]})
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                qwen_image.free_memory()
         report = {
             "hardware": machine.hardware(device),
             "versions": machine.versions(),

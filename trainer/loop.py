@@ -128,7 +128,7 @@ def train(
     if accelerator.scaler is not None:  # accelerate's own optimizer looks for packages at each step: only where needed
         optimizer = accelerator.prepare(optimizer)
     start, result = 0, Result(0, 0.0)
-    batches = config.gradient_accumulation_steps * accelerator.num_processes
+    batches = batches_per_step(config, accelerator)
     saved = checkpoint.latest(output / "checkpoints", fingerprint, batches) if resume else None
     if saved:
         objective.load_tensors(saved.tensors)
@@ -178,6 +178,11 @@ def train(
             if stopping and done < config.steps:
                 raise Interrupted(f"stopped after step {done}")
     return result
+
+
+def batches_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Of all processes together: a checkpoint goes on only with as many."""
+    return config.gradient_accumulation_steps * accelerator.num_processes
 
 
 def _update(

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import resource
 import sys
+import time
 from typing import Any
 
 import psutil
@@ -56,6 +57,13 @@ def versions() -> dict[str, str]:
 def hardware(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": str(device), "name": name, "threads": torch.get_num_threads()}
+
+
+def now(device: torch.device) -> float:
+    """Seconds; on a GPU, when it has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -6,7 +6,6 @@ times: the base alone (with gradients of its input), the adapter as PEFT compute
 
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer import memory, plan
+from trainer import machine, memory, plan
 from trainer.plan import Plan
 from trainer.qwen_image import DTYPES
 
@@ -98,17 +97,10 @@ class _Kernels(TorchDispatchMode):
 
 def _seconds(block: Any, batch_size: int, pixels: int, of_input: bool) -> tuple[float, float]:
     """Of a forward and a backward pass."""
-    begin = _now(block.device)
+    begin = machine.now(block.device)
     velocity = memory.forward(block, batch_size, pixels, of_input=of_input)
-    between = _now(block.device)
+    between = machine.now(block.device)
     velocity.backward(torch.ones_like(velocity))
-    end = _now(block.device)
+    end = machine.now(block.device)
     block.zero_grad()
     return between - begin, end - between
-
-
-def _now(device: torch.device) -> float:
-    """Seconds; on a GPU, when it has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -216,6 +216,21 @@ def picture_multiple(base: str) -> int:
     return 2 * 2 ** len(vae["temperal_downsample"]) if vae else 16
 
 
+def set_up(transformer: QwenImageTransformer2DModel, config: ModelConfig, *, gradient_checkpointing: bool) -> None:
+    """How it is to be computed in training. An adapter must be in it before it is compiled."""
+    if gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if config.compile:
+        transformer.compile_repeated_blocks()
+
+
+def free_memory() -> None:
+    """Of what was deleted."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def fits(num_bytes: float, device: torch.device) -> bool:
     """Whether so many bytes fit into what is free of a GPU; on a CPU yes."""
     if device.type != "cuda":
@@ -260,9 +275,7 @@ class TextEncoder:
     def let_go(self) -> None:
         """Free its memory."""
         self._loaded = None
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 class PromptEncoder:

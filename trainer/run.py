@@ -44,7 +44,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(plan.needs, quiet=quiet)
     loading = parallel.loading_device(device)
-    batches = run.train.gradient_accumulation_steps * accelerator.num_processes
+    batches = loop.batches_per_step(run.train, accelerator)
     for note in plan.dataset.notes:
         log.info("note: %s", note)
     saved = checkpoint.latest(plan.output / "checkpoints", plan.fingerprint(), batches) if resume else None
@@ -89,10 +89,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         adapter.hold(transformer, constant)
     if accelerator.is_main_process:
         write_json(plan.output / "run.json", {"status": "running", **report})
-    if run.train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if run.model.compile:
-        transformer.compile_repeated_blocks()
+    qwen_image.set_up(transformer, run.model, gradient_checkpointing=run.train.gradient_checkpointing)
 
     objective = LoraObjective(plan, transformer, encoded, accelerator)
     result = loop.train(
@@ -172,7 +169,8 @@ class Trials:
         handles = adapter.hold(self.transformer, weights) if weights.factors else []
         try:
             dtype = qwen_image.DTYPES[run.model.dtype]
-            return validation.stable_loss(self.transformer, [item], device, dtype, batch_size=run.train.batch_size)
+            size = run.train.batch_size
+            return float(validation.stable_errors(self.transformer, [item], device, dtype, batch_size=size).mean())
         finally:
             for handle in handles:
                 handle.remove()
@@ -224,8 +222,7 @@ def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet
         validation.EMPTY_PROMPT,
     }
     prompts = encode_prompts(cache, text_encoder, qwen_image.DTYPES[run.model.dtype], texts, quiet=quiet)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    qwen_image.free_memory()
     return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
 
 

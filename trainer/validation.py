@@ -52,19 +52,6 @@ class Item:
     prompt: Tensor  # L D
 
 
-def stable_loss(
-    transformer: torch.nn.Module,
-    items: Sequence[Item],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    batch_size: int = NUM_SIGMAS,
-    seed: int = 0,
-) -> float:
-    """The mean of `stable_errors`."""
-    return float(stable_errors(transformer, items, device, dtype, batch_size=batch_size, seed=seed).mean())
-
-
 @torch.no_grad()
 def stable_errors(
     transformer: torch.nn.Module,
@@ -76,7 +63,7 @@ def stable_errors(
     seed: int = 0,
 ) -> Tensor:
     """The velocity error of each item (first axis) at sigmas (i + 0.5) / 8 (second axis), each item with noise of its
-    own, always the same.
+    own, always the same. Their mean is the stable loss.
 
     Most of the noise of a training loss is the draw of sigmas and noise; here both are fixed, so that two values
     differ only by the model. `batch_size` sigmas are looked at together; another `seed` is another draw of the noise.

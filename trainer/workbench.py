@@ -38,9 +38,9 @@ class Workbench:
 
     @cached_property
     def _transformer(self) -> Any:
-        transformer = qwen_image.load_transformer(self._comparison.config.model, self.device)
-        if self._comparison.config.train.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        model, train = self._comparison.config.model, self._comparison.config.train
+        transformer = qwen_image.load_transformer(model, self.device)
+        qwen_image.set_up(transformer, model, gradient_checkpointing=train.gradient_checkpointing)
         return transformer
 
     @cached_property

@@ -4,7 +4,6 @@ The preprocessing is that of the published pipeline, with PIL and numpy alone. E
 and each is freed before the next.
 """
 
-import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from initializers.i2l.layout import LayoutError, layout_md5
+from initializers.i2l.layout import layout_md5
 from trainer import qwen_image, sources
-from trainer.files import read_header, sample, write_json, write_tensors
+from trainer.files import LayoutError, read_header, sample, write_json, write_tensors
 from trainer.sources import Need
 
 SIGLIP_FOLDER, DINOV3_FOLDER = "SigLIP2-G384", "DINOv3-7B"
@@ -222,11 +221,11 @@ def encode_pictures(
     siglip = load_siglip(siglip_folder, dtype, device)
     parts = [_encode(siglip, embed_siglip, siglip_pixels, pictures)]
     del siglip
-    free_memory()
+    qwen_image.free_memory()
     dinov3 = load_dinov3(dinov3_folder, dtype, device)
     parts.append(_encode(dinov3, embed_dinov3, dinov3_pixels, pictures))
     del dinov3
-    free_memory()
+    qwen_image.free_memory()
     return torch.cat(parts, dim=1)
 
 
@@ -248,7 +247,7 @@ def encode_squares(
             rows.append(embed(model, pixels.to(dtype)).float())
         parts.append(torch.cat(rows))
         del model
-        free_memory()
+        qwen_image.free_memory()
     return torch.cat(parts, dim=1)
 
 
@@ -284,12 +283,6 @@ def identity(encoders: str) -> list[str]:
 def need(encoders: str) -> Need:
     """Both files; a `config.json` beside one gives its architecture."""
     return Need(encoders, ENCODER_FILES, tuple(f"{folder}/config.json" for folder in (SIGLIP_FOLDER, DINOV3_FOLDER)))
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _config(folder: Path, kind: type[PretrainedConfig], published: Mapping[str, Callable[[], Any]]) -> Any:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from initializers.i2l import encoders, layout
 from initializers.i2l.expert import Expert, Factors, load_expert, read_geometry, save_expert
-from initializers.i2l.layout import LayoutError, Residual
+from initializers.i2l.layout import Residual
 from trainer import sources
 from trainer.adapter import AdapterWeights
+from trainer.files import LayoutError
 from trainer.formats import write_lora
 from trainer.lowrank import LowRank
 from trainer.sources import Need

@@ -33,7 +33,6 @@ GROUPS: tuple[tuple[tuple[str, int, int], ...], ...] = (
     (("attn.add_q_proj", 1, 1), ("attn.add_k_proj", 1, 1), ("attn.add_v_proj", 1, 1), ("attn.to_add_out", 1, 1)),
     (("txt_mlp.net.2", 4, 1), ("txt_mod.1", 1, 6)),
 )
-LAYERS_PER_BLOCK = sum(len(group) for group in GROUPS)  # 12 modules for each block of the transformer
 _LAYER_NAME = re.compile(r"blocks\.(\d+)\.(?:layers\.\d+\.proj_[ab]|proj_residual)\.proj_(?:in|out)\.weight")
 
 

@@ -14,7 +14,6 @@ from initializers.i2l.layout import (
     FINE_TOKENS,
     PUBLISHED,
     Geometry,
-    LayoutError,
     describe,
     header_rank,
     infer_geometry,
@@ -24,7 +23,7 @@ from initializers.i2l.layout import (
     module_shapes,
 )
 from trainer.adapter import InitContext
-from trainer.files import Header, read_header
+from trainer.files import Header, LayoutError, read_header
 from trainer.formats import check_lora
 
 ORDER = tuple(FILES)  # style, coarse, fine, bias: the order of the ranks in the result

@@ -168,9 +168,10 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     output = Path(settings.output)
     subjects = prepare(settings, resume=resume)
     fingerprint = key(_course(settings), [[e.digest, e.caption] for group in subjects for e in group])
-    if resume:  # refused before run.json is written, which tells the settings to resume with
-        checkpoint.latest(output / "checkpoints", fingerprint)
     accelerator = parallel.make_accelerator(settings.model.dtype)
+    if resume:  # refused before run.json is written, which tells the settings to resume with
+        batches = loop.batches_per_step(settings.train, accelerator)
+        checkpoint.latest(output / "checkpoints", fingerprint, batches)
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(_needs(settings), quiet=quiet)
     with accelerator.main_process_first():  # the others find everything in the cache
@@ -243,8 +244,8 @@ class HypernetworkObjective:
     def __init__(self, settings: HypernetworkConfig, data: SubjectData, accelerator: Accelerator):
         self._settings, self._data, self._accelerator = settings, data, accelerator
         self._transformer = qwen_image.load_transformer(settings.model, accelerator.device)
-        if settings.train.gradient_checkpointing:
-            self._transformer.enable_gradient_checkpointing()
+        checkpointing = settings.train.gradient_checkpointing
+        qwen_image.set_up(self._transformer, settings.model, gradient_checkpointing=checkpointing)
         geometry = _geometry(settings, self._transformer)
         self.network = Hypernetwork(settings.expert, geometry)
         self.network.to_device(accelerator.device)
