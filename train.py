@@ -100,7 +100,8 @@ def run(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace, overrides: list[str]) -> None:
     import initializers
-    from trainer import compare, comparison
+    from trainer.compare import execute as compare
+    from trainer.compare import plan as comparison
 
     controls = tuple(comparison.CONTROLS) if options.controls == [] else tuple(options.controls or ())
     request = comparison.Request(

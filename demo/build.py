@@ -34,9 +34,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from demo import base, measure, painter, text_encoder, vae, vision
-from initializers.i2l import draw, encoders, train
+from initializers.i2l import encoders
 from initializers.i2l.expert import load_expert, save_expert
 from initializers.i2l.layout import FILES
+from initializers.i2l.training import draw, train
 from trainer import checkpoint, loop
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import guarded

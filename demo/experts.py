@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import initializers
 from demo import creatures, painter
-from initializers.i2l import predict
+from initializers.i2l import initializer as predict
 from trainer import adapter, plan, qwen_image, run, validation
 from trainer.adapter import AdapterWeights, InitContext
 from trainer.cli import guarded

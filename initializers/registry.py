@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.adapter import Initializer
-    from trainer.sources import Need
+    from trainer.hub.sources import Need
 
 _MODULES = {
     "random": "initializers.random",

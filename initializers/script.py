@@ -17,10 +17,11 @@ from PIL import Image
 from torch import nn
 
 from initializers import registry
-from trainer import adapter, config, lycoris, sources
+from trainer import adapter, config, lycoris
 from trainer.adapter import NAME, AdapterConfig, InitContext, Seed
+from trainer.data.pictures import SUFFIXES, pictures_in
 from trainer.formats.lora import BASE_CHANGING
-from trainer.pictures import SUFFIXES, pictures_in
+from trainer.hub import sources
 
 log = logging.getLogger("trainer")
 

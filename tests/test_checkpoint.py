@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import kill_me, killed
 from torch import Tensor, nn
 
+from tests.helpers import kill_me, killed
 from trainer import checkpoint, files
 from trainer.checkpoint import CheckpointConfig, CheckpointError
 from trainer.loop import TrainConfig, make_optimizer

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from trainer.config import ConfigError, apply_overrides, describe, parse, read_toml, to_dict
-from trainer.pictures import DataError
+from trainer.data.pictures import DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 import initializers
-from initializers.i2l import train as i2l_train
-from trainer import config, memory
+from initializers.i2l.training import train as i2l_train
+from trainer import config
+from trainer.hardware import memory
 from trainer.plan import RunConfig, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"

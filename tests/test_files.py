@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import pytest
 import torch
-from helpers import kill_me, killed
 from safetensors.torch import load_file
 
+from tests.helpers import kill_me, killed
 from trainer import files
 
 WRITERS: dict[str, Callable[[Path, int], None]] = {

@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from helpers import BAD_INPUT, FAILED, FINISHED, adapter_bytes, metrics, run
 from torch import Tensor, nn
 
+from tests.helpers import BAD_INPUT, FAILED, FINISHED, adapter_bytes, metrics, run
 from trainer import adapter, loop, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights
 from trainer.formats import read_lora, write_lora
@@ -30,7 +30,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(getattr(bnb_quantizer, name), "validate_environment", lambda *_, **__: None)
     # in eval mode it would pack weights for a CPU's kernel that has no backward, and keep them so
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    monkeypatch.setattr("trainer.machine.check", lambda *_: None)
+    monkeypatch.setattr("trainer.hardware.machine.check", lambda *_: None)
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from demo import painter, text_encoder
-from trainer import hubs, qwen_image, sources
+from trainer import qwen_image
 from trainer.flow import generator
+from trainer.hub import hubs, sources
 from trainer.qwen_image import ModelConfig
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import train as program
 from demo import build, creatures, experts, figure
 from initializers.i2l import __main__ as i2l
 from initializers.i2l.layout import FILES
-from trainer import compare
+from trainer.compare import __main__ as compare
 from trainer.formats import __main__ as formats
 
 README = Path("README.md").read_text(encoding="utf-8")

@@ -15,7 +15,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from helpers import (
+from peft import PeftModel
+
+import initializers
+import initializers.random
+import trainer.files
+from tests.helpers import (
     BAD_INPUT,
     FAILED,
     FINISHED,
@@ -27,11 +32,6 @@ from helpers import (
     metrics,
     run,
 )
-from peft import PeftModel
-
-import initializers
-import initializers.random
-import trainer.files
 from trainer import adapter, checkpoint, export, qwen_image, tracking, validation
 from trainer import run as program
 from trainer.adapter import InitContext, Seed

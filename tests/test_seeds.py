@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from helpers import FINISHED, INTERRUPTED, adapter_bytes, metrics, run
 from peft import PeftModel
 
 import initializers
 import initializers.random
+from tests.helpers import FINISHED, INTERRUPTED, adapter_bytes, metrics, run
 from trainer import adapter, flow, qwen_image, validation
 from trainer import run as program
 from trainer.adapter import AdapterConfig, AdapterError, AdapterWeights, InitContext, Seed

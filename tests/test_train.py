@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from helpers import BAD_INPUT, FINISHED, INTERRUPTED, files, metrics, run
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import initializers
 import train
+from tests.helpers import BAD_INPUT, FINISHED, INTERRUPTED, files, metrics, run
 from trainer import checkpoint
 from trainer.plan import RunConfig
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.flow import generator
+from trainer.hardware.parallel import like
+from trainer.hardware.threads import side_by_side
 from trainer.lowrank import LowRank, norm, pad, rank, relative_difference, truncate, zeros
-from trainer.parallel import like
-from trainer.threads import side_by_side
 
 NAME = "default"  # of the adapter in PEFT
 TOLERANCE = 1e-5  # of the proof: fp32 rounds at 6e-8, a wrong scale or a swapped module is off by far more

@@ -32,8 +32,8 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
     to go on."""
     import torch
 
+    from trainer.hub.sources import DownloadError
     from trainer.loop import Interrupted, TrainingError
-    from trainer.sources import DownloadError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quiet_libraries()

@@ -28,9 +28,9 @@ from trainer.formats.lora import (
     plain,
     write_lora,
 )
+from trainer.hub.sources import plain_id, repository
 from trainer.lowrank import concatenate, norm, ordered, rank, truncate
 from trainer.qwen_image import DTYPES
-from trainer.sources import plain_id, repository
 
 log = logging.getLogger("trainer")
 

@@ -19,8 +19,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from trainer import checkpoint, parallel
+from trainer import checkpoint
 from trainer.checkpoint import CheckpointConfig
+from trainer.hardware import parallel
 from trainer.tracking import Tracker
 
 log = logging.getLogger("trainer")

@@ -10,18 +10,20 @@ from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from trainer import adapter, config, memory, parallel, qwen_image, sources
+from trainer import adapter, config, qwen_image
 from trainer.adapter import AdapterConfig, Initializer
-from trainer.cache import key
 from trainer.checkpoint import CheckpointConfig
-from trainer.dataset import DataConfig, Dataset, scan
+from trainer.data.cache import key
+from trainer.data.dataset import DataConfig, Dataset, scan
+from trainer.data.pictures import DataError
 from trainer.export import ExportConfig
 from trainer.files import size
 from trainer.flow import FlowConfig
+from trainer.hardware import memory, parallel
+from trainer.hub import sources
+from trainer.hub.sources import Need
 from trainer.loop import TrainConfig
-from trainer.pictures import DataError
 from trainer.qwen_image import ModelConfig
-from trainer.sources import Need
 from trainer.validation import ValidationConfig
 
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from trainer import sources
 from trainer.files import read_header, sample
 from trainer.flow import generator
-from trainer.sources import Need
+from trainer.hub import sources
+from trainer.hub.sources import Need
 
 log = logging.getLogger("trainer")
 

@@ -17,13 +17,15 @@ from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, export, flow, loop, machine, parallel, qwen_image, sources, validation
+from trainer import adapter, checkpoint, config, export, flow, loop, qwen_image, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
-from trainer.cache import Cache
-from trainer.dataset import Dataset, Example, batch, drops_caption
-from trainer.encode import encode_pictures, encode_prompts
+from trainer.data.cache import Cache
+from trainer.data.dataset import Dataset, Example, batch, drops_caption
+from trainer.data.encode import encode_pictures, encode_prompts
 from trainer.files import remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
+from trainer.hardware import machine, parallel
+from trainer.hub import sources
 from trainer.loop import Loss
 from trainer.plan import Plan
 from trainer.qwen_image import TextEncoder

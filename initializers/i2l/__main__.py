@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from initializers.i2l import draw, encoders
+from initializers.i2l import encoders
+from initializers.i2l.initializer import Config, check, initialize, needs
 from initializers.i2l.layout import (
     PUBLISHED,
     LayoutError,
@@ -25,19 +26,20 @@ from initializers.i2l.layout import (
     module_names,
     published_name,
 )
-from initializers.i2l.predict import Config, check, initialize, needs
-from trainer import config, qwen_image, sources
+from initializers.i2l.training import draw
+from trainer import config, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, linears, target_modules
+from trainer.data.pictures import SUFFIXES, pictures_in
 from trainer.export import origin
 from trainer.files import Header, read_header
 from trainer.formats import FormatError, check_lora, write_lora
-from trainer.formats.handoff import hand_off
-from trainer.formats.recipes import RecipeError, read_recipe
-from trainer.formats.trainers import TRAINERS
-from trainer.formats.verdict import describe as judgement
+from trainer.formats.check import describe as judgement
+from trainer.formats.convert import hand_off
+from trainer.formats.read_config import RecipeError, read_recipe
+from trainer.formats.rules import TRAINERS
+from trainer.hardware.threads import side_by_side
+from trainer.hub import sources
 from trainer.lowrank import truncate
-from trainer.pictures import SUFFIXES, pictures_in
-from trainer.threads import side_by_side
 
 _ENCODERS = {encoders.SIGLIP_MD5: "SigLIP2-G384", encoders.DINOV3_MD5: "DINOv3-7B"}
 
@@ -45,11 +47,11 @@ _ENCODERS = {encoders.SIGLIP_MD5: "SigLIP2-G384", encoders.DINOV3_MD5: "DINOv3-7
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:  # its own arguments
-        from initializers.i2l import train
+        from initializers.i2l.training import train
 
         return int(train.main(arguments[1:]) or 0)
     if arguments[:1] == ["bench"]:
-        from initializers.i2l import bench
+        from initializers.i2l.training import bench
 
         return bench.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m initializers.i2l", description="i2L: pictures in, a LoRA out")

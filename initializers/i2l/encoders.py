@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from initializers.i2l.layout import layout_md5
-from trainer import qwen_image, sources
+from trainer import qwen_image
 from trainer.files import LayoutError, read_header, sample, write_json, write_tensors
-from trainer.sources import Need
+from trainer.hub import sources
+from trainer.hub.sources import Need
 
 SIGLIP_FOLDER, DINOV3_FOLDER = "SigLIP2-G384", "DINOv3-7B"
 ENCODER_FILES = (f"{SIGLIP_FOLDER}/model.safetensors", f"{DINOV3_FOLDER}/model.safetensors")

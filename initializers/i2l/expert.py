@@ -24,8 +24,8 @@ from initializers.i2l.layout import (
     infer_geometry,
 )
 from trainer.files import read_header, write_tensors
+from trainer.hardware.threads import side_by_side
 from trainer.lowrank import LowRank
-from trainer.threads import side_by_side
 
 INITIAL_SCALE = 0.3
 PIECE = (

@@ -21,11 +21,11 @@ from initializers.i2l.expert import Factors, merge_pictures
 from initializers.i2l.recognise import ORDER, Source
 from trainer import qwen_image
 from trainer.adapter import InitContext
-from trainer.cache import Cache, key
+from trainer.data.cache import Cache, key
+from trainer.data.pictures import open_picture
 from trainer.files import sample, stream_tensors
 from trainer.formats import read_lora
 from trainer.lowrank import LowRank, concatenate, rank, scale
-from trainer.pictures import open_picture
 
 
 @dataclass(frozen=True)

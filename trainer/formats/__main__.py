@@ -9,12 +9,12 @@ from pathlib import Path
 from trainer import adapter, qwen_image
 from trainer.adapter import AdapterWeights
 from trainer.flow import generator
-from trainer.formats.handoff import hand_off
+from trainer.formats.check import describe, judge
+from trainer.formats.convert import hand_off
 from trainer.formats.layouts import LAYOUTS
 from trainer.formats.lora import ALPHA_KEY, PEFT_FILE, FormatError, interface_metadata, open_lora, write_lora
-from trainer.formats.recipes import Recipe, read_recipe
-from trainer.formats.trainers import TRAINERS
-from trainer.formats.verdict import describe, judge
+from trainer.formats.read_config import Recipe, read_recipe
+from trainer.formats.rules import TRAINERS
 from trainer.lowrank import ordered, rank, relative_difference
 
 STALE_METADATA = (

@@ -1,0 +1,204 @@
+"""What is trained: an expert, or the static Bias, on top of frozen ones; pictures in, the LoRA of each sample out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from initializers.i2l import encoders, layout
+from initializers.i2l.expert import Expert, Factors, load_expert, read_geometry, save_expert
+from initializers.i2l.layout import Residual
+from trainer.adapter import AdapterWeights
+from trainer.files import LayoutError
+from trainer.formats import write_lora
+from trainer.hub import sources
+from trainer.hub.sources import Need
+from trainer.lowrank import LowRank
+
+_NUM_TOKENS = {"coarse": layout.COARSE_TOKENS, "fine": layout.FINE_TOKENS}
+_FROZEN = {"style": (), "coarse": (), "fine": ("coarse",), "bias": ("coarse", "fine")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """`[expert]`"""
+
+    kind: Literal["style", "coarse", "fine", "bias"] = "style"
+    """Style has no residual; Coarse reads Qwen-VL at 224 pixels; Fine, on top of a frozen Coarse, at 1024 pixels; Bias
+    is one static LoRA for all pictures, on top of frozen Coarse and Fine."""
+    weights: str = "DiffSynth-Studio/Qwen-Image-i2L"
+    """Folder or id, as `[model] base`, of the frozen experts: Coarse for Fine, Coarse and Fine for Bias."""
+    encoders: str = "DiffSynth-Studio/General-Image-Encoders"
+    """Folder or id, as `[model] base`, of SigLIP2 and DINOv3."""
+    train_encoders: bool = False
+    """Train SigLIP2 and DINOv3 along with the expert. Only for small square pictures, all of one size."""
+    compress: int = 64
+    """Width between an expert's two layers; 64 in the published Style, 128 in Coarse and Fine."""
+    residual_compress: int = 64
+    """Numbers that each hidden state of Qwen-VL is compressed to; 1024 in the published Coarse, 64 in Fine."""
+    rank: int = 4
+    """Rank of the LoRA predicted from one picture, 4 in the published experts; or of Bias."""
+
+    def problems(self) -> list[str]:
+        names = ("compress", "residual_compress", "rank")
+        found = [f"{name} must be at least 1" for name in names if getattr(self, name) < 1]
+        for kind, file in zip(_FROZEN[self.kind], self.frozen_files, strict=True):
+            if wrong := sources.check(Need(self.weights, (file,))):
+                found += [f"weights: {why}" for why in wrong]
+            elif (path := sources.cached(self.weights, file)) is not None:
+                try:
+                    geometry = read_geometry(path)
+                except LayoutError as error:
+                    found.append(f"weights: {error}")
+                    continue
+                if geometry.kind.lower() != kind:
+                    found.append(f"weights: {path} is {layout.describe(geometry)}; {kind} is expected here")
+        if self.train_encoders and self.kind not in ("style", "coarse"):
+            found.append(f'train_encoders: the frozen experts of kind = "{self.kind}" rely on the encoders as they are')
+        return found
+
+    @property
+    def frozen_files(self) -> tuple[str, ...]:
+        """Of the experts that are active and do not learn, in `weights`."""
+        return tuple(layout.FILES[kind] for kind in _FROZEN[self.kind])
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Of the pictures that the residuals are made from."""
+        return tuple(
+            encoders.RESOLUTIONS[kind] for kind in (*_FROZEN[self.kind], self.kind) if kind in encoders.RESOLUTIONS
+        )
+
+
+def geometry(config: ExpertConfig, transformer: Any, embedding_size: int) -> layout.Geometry:
+    """Of the expert that learns; `transformer` is its configuration, whose text width is that of Qwen-VL."""
+    num_tokens = _NUM_TOKENS.get(config.kind)
+    return layout.Geometry(
+        num_blocks=transformer.num_layers,
+        hidden_size=transformer.num_attention_heads * transformer.attention_head_dim,
+        embedding_size=embedding_size,
+        compress=config.compress,
+        rank=config.rank,
+        residual=Residual(
+            num_tokens=num_tokens, compress=config.residual_compress, width=transformer.joint_attention_dim
+        )
+        if num_tokens
+        else None,
+    )
+
+
+class StaticLora(nn.Module):
+    """Bias: the same factors for every sample. `b` is zero at the start."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], rank: int):
+        super().__init__()
+        self.names = list(shapes)
+        random = torch.Generator().manual_seed(0)
+        self.a = nn.ParameterList(
+            torch.empty(rank, inside).uniform_(-(inside**-0.5), inside**-0.5, generator=random)
+            for inside, _ in shapes.values()
+        )
+        self.b = nn.ParameterList(torch.zeros(out, rank) for _, out in shapes.values())
+
+    def forward(self, batch_size: int) -> dict[str, Factors]:
+        return {
+            name: (a.expand(batch_size, -1, -1), b.expand(batch_size, -1, -1))
+            for name, a, b in zip(self.names, self.a, self.b, strict=True)
+        }
+
+
+class Hypernetwork(nn.Module):
+    """References to the LoRA of each sample: the mean over its references, experts concatenated on rank."""
+
+    def __init__(self, config: ExpertConfig, geometry: layout.Geometry):
+        super().__init__()
+        self.siglip = self.dinov3 = None
+        if config.train_encoders:
+            folder = sources.local(config.encoders)
+            self.siglip = encoders.load_siglip(folder / encoders.SIGLIP_FOLDER)
+            self.dinov3 = encoders.load_dinov3(folder / encoders.DINOV3_FOLDER)
+        self.expert = Expert(geometry) if config.kind != "bias" else None
+        self.bias = StaticLora(layout.module_shapes(geometry), config.rank) if config.kind == "bias" else None
+        self._kinds = (*_FROZEN[config.kind], *([config.kind] if self.expert else []))
+        # a plain tuple: frozen experts are not part of what is trained, saved and resumed
+        files = [sources.locate(config.weights, file) for file in config.frozen_files]
+        self.frozen = tuple(load_expert(file).requires_grad_(False) for file in files)
+
+    def to_device(self, device: torch.device) -> None:
+        """The frozen experts; what learns is moved by accelerate."""
+        for expert in self.frozen:
+            expert.to(device)
+
+    def forward(
+        self, references: Tensor, residuals: Mapping[int, Tensor], *, learning: bool = True
+    ) -> dict[str, Factors]:
+        """references: B K 3 S S in uint8 if the encoders train, else embeddings B K D. residuals: by resolution,
+        B K T W. `learning=False` leaves out what is trained."""
+        batch_size, count = references.shape[:2]
+        embeddings = self._embed(references.flatten(0, 1))
+        parts = []
+        experts = [*self.frozen, *([self.expert] if self.expert is not None and learning else [])]
+        for kind, expert in zip(self._kinds, experts, strict=False):
+            residual = (
+                residuals[encoders.RESOLUTIONS[kind]].flatten(0, 1).float() if kind in encoders.RESOLUTIONS else None
+            )
+            parts.append(averaged(expert(embeddings, residual), count))
+        if self.bias is not None and learning:
+            parts.append(self.bias(batch_size))
+        return concatenated(parts)
+
+    def _embed(self, references: Tensor) -> Tensor:
+        if self.siglip is None or self.dinov3 is None:
+            return references
+        sizes = self.siglip.config.image_size, self.dinov3.config.image_size
+        siglip, dinov3 = encoders.square_pixels(references.float() / 255, *sizes)
+        return torch.cat(
+            [encoders.embed_siglip(self.siglip, siglip), encoders.embed_dinov3(self.dinov3, dinov3)], dim=1
+        )
+
+    def save(self, output: Path) -> Path:
+        """What was trained, in the published layout; trained encoders beside it."""
+        if self.siglip is not None and self.dinov3 is not None:
+            encoders.save_siglip(self.siglip, output / "encoders" / encoders.SIGLIP_FOLDER)
+            encoders.save_dinov3(self.dinov3, output / "encoders" / encoders.DINOV3_FOLDER)
+        if self.bias is not None:
+            factors = {
+                name: LowRank(a.detach(), b.detach())
+                for name, a, b in zip(self.bias.names, self.bias.a, self.bias.b, strict=True)
+            }
+            write_lora(output / layout.FILES["bias"], AdapterWeights(factors), {})
+            return output / layout.FILES["bias"]
+        assert self.expert is not None
+        path = output / layout.FILES[self.expert.geometry.kind.lower()]
+        save_expert(self.expert, path)
+        return path
+
+
+def averaged(factors: Mapping[str, Factors], count: int) -> dict[str, Factors]:
+    """The mean dW of every `count` samples in a row: concatenated on rank, `a` divided by `count`."""
+    if count == 1:
+        return dict(factors)
+    return {
+        name: (
+            a.unflatten(0, (-1, count)).flatten(1, 2) / count,  # B K*rank in
+            b.unflatten(0, (-1, count)).permute(0, 2, 1, 3).flatten(2),  # B out K*rank
+        )
+        for name, (a, b) in factors.items()
+    }
+
+
+def concatenated(parts: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    """The sum of dW: all factors of a module on one rank axis."""
+    found: dict[str, list[Factors]] = {}
+    for part in parts:
+        for name, pair in part.items():
+            found.setdefault(name, []).append(pair)
+    return {
+        name: pairs[0]
+        if len(pairs) == 1
+        else (torch.cat([a for a, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=2))
+        for name, pairs in found.items()
+    }

@@ -1,0 +1,354 @@
+"""Train an i2L expert end to end: no teacher LoRAs, only the flow-matching loss through the frozen transformer.
+
+    reference pictures -> encoders -> experts -> a LoRA for each sample -> velocity loss on *another* picture of it
+
+The subject's other picture is what keeps an expert from copying: it must learn what stays the same. The log tells
+whether it does, on subjects never trained on: the loss with the right reference, with another subject's, with none.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from initializers.i2l import encoders, layout
+from initializers.i2l.expert import Expert, Factors
+from initializers.i2l.training import hypernetwork
+from initializers.i2l.training.batch_lora import BatchLora
+from initializers.i2l.training.hypernetwork import ExpertConfig, Hypernetwork, StaticLora
+from initializers.i2l.training.subjects import SubjectData, SubjectsConfig, read_subjects
+from trainer import checkpoint, flow, loop, plan, qwen_image, validation
+from trainer import config as configuration
+from trainer.checkpoint import CheckpointConfig
+from trainer.cli import add_run_arguments, guarded
+from trainer.data.cache import Cache, key
+from trainer.data.dataset import Example, load_picture
+from trainer.files import remove_leftovers, write_json
+from trainer.flow import FlowConfig
+from trainer.hardware import machine, memory, parallel
+from trainer.hub import sources
+from trainer.hub.sources import Need
+from trainer.loop import Loss, TrainConfig
+from trainer.qwen_image import ModelConfig
+from trainer.tracking import Tracker
+from trainer.validation import ValidationConfig
+
+log = logging.getLogger("trainer")
+
+NUM_SHOWN = 4  # held-out subjects in the sample pictures
+BIAS_STRANGERS = 0.1  # share of Bias's references that are other pictures than the target
+
+
+@dataclass(frozen=True, kw_only=True)
+class HypernetworkConfig:
+    """A hypernetwork's training run."""
+
+    output: str
+    """The run's folder; everything it makes is written there."""
+    seed: int = 0
+    """Of the expert's start, the pairs, the noise and the sigmas."""
+    model: ModelConfig
+    data: SubjectsConfig
+    expert: ExpertConfig = ExpertConfig()
+    train: TrainConfig = TrainConfig(steps=10_000, batch_size=16, learning_rate=1e-3, lr_schedule="cosine")
+    flow: FlowConfig = FlowConfig()
+    validation: ValidationConfig = ValidationConfig(every=500)
+    checkpoint: CheckpointConfig = CheckpointConfig(every=500)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m initializers.i2l train", description="Train an i2L expert on pictures of many subjects."
+    )
+    add_run_arguments(parser, "configs/i2l_creatures_style.toml")
+    parser.add_argument("--plan", action="store_true", help="check everything, print what the run would do, and stop")
+    parser.add_argument("--help-config", action="store_true", help="explain every key of the configuration, and stop")
+    options = parser.parse_args(arguments)
+    if options.help_config:
+        print(configuration.describe(HypernetworkConfig))
+        return 0
+    if options.config is None:
+        parser.error("--config is needed; configs/i2l_creatures_style.toml is the demo's")
+    overrides = options.set + ([f"output={options.output}"] if options.output else [])
+
+    def program() -> None:
+        settings = load(options.config, overrides)
+        if options.plan:
+            print(describe(settings, prepare(settings, resume=options.resume)))
+        else:
+            execute(settings, resume=options.resume, quiet=options.quiet)
+
+    return guarded(program)
+
+
+def load(path: Path, overrides: list[str]) -> HypernetworkConfig:
+    problems: list[str] = []
+    table = configuration.read_toml(path, problems)
+    if problems:  # nothing to look at: every key would be reported as missing
+        raise configuration.ConfigError(problems)
+    table = configuration.apply_overrides(table, overrides, problems)
+    parsed = configuration.parse(HypernetworkConfig, table, "", problems)
+    if parsed is None or problems:
+        raise configuration.ConfigError(problems)
+    return parsed
+
+
+def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]]:
+    """The pictures of each subject. ConfigError lists every problem of models, output and data at once."""
+    problems = [problem for need in _needs(settings) for problem in sources.check(need)]
+    output = Path(settings.output)
+    used = (output / "run.json").exists()
+    if used and not resume:
+        problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
+    if resume and not used:
+        problems.append(f"output: {output} holds no run to resume; start it without --resume")
+    if settings.model.compile:
+        problems.append("[model] compile: each step puts other LoRAs into the blocks, which would be compiled anew")
+    problems += parallel.problems(settings.model.dtype, settings.model.quantization, settings.train.optimizer)
+    subjects = read_subjects(settings.data, square=settings.expert.train_encoders, problems=problems)
+    if problems:
+        raise configuration.ConfigError(problems)
+    return subjects
+
+
+def describe(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]) -> str:
+    """What the run would do, from shapes alone: subjects, parameters, memory."""
+    transformer = qwen_image.transformer_on_meta(settings.model.base)
+    geometry = _geometry(settings, transformer)
+    with torch.device("meta"):
+        learning: nn.Module = (
+            StaticLora(layout.module_shapes(geometry), settings.expert.rank)
+            if settings.expert.kind == "bias"
+            else Expert(geometry, device="meta")
+        )
+    parameters = sum(p.numel() for p in learning.parameters())
+    base = sum(p.numel() for p in transformer.parameters())
+    batch, pixels = settings.train.batch_size, settings.data.resolution**2
+    weights = memory.weight_bytes(transformer, settings.model)
+    activations = memory.activation_bytes(transformer, settings.model, settings.train, pixels)
+    factors = batch * settings.data.max_references * settings.expert.rank * 4 * 2
+    factors *= sum(inside + out for inside, out in layout.module_shapes(geometry).values())
+    states = {"AdamW": 4 + 4 + 8, "8-bit AdamW": 4 + 4 + 2}
+    pictures = sum(len(group) for group in subjects)
+    lines = [
+        f"subjects     {len(subjects)} with {pictures} pictures, {settings.data.held_out_subjects} subjects held out",
+        f"expert       {settings.expert.kind}: {parameters / 1e9:.3f} B parameters, "
+        f"{len(layout.module_names(geometry))} modules, rank {settings.expert.rank}",
+        f"base         {settings.model.base}: {base / 1e6:,.1f} M parameters in {settings.model.dtype}, frozen",
+        f"training     {settings.train.steps} steps of {batch * settings.train.gradient_accumulation_steps} samples",
+        f"memory       base {plan.size(weights)}, predicted factors {plan.size(factors)}, "
+        f"activations about {plan.size(activations)}",
+    ]
+    for name, per_parameter in states.items():
+        lines.append(
+            f"             expert with gradients and {name} {plan.size(parameters * per_parameter)}; "
+            f"with FSDP over 8 GPUs {plan.size(parameters * per_parameter / 8)} on each"
+        )
+    lines += [f"download     {line}" for line in sources.describe(_needs(settings))]
+    return "\n".join(lines)
+
+
+def _needs(settings: HypernetworkConfig) -> list[Need]:
+    expert = settings.expert
+    frozen = [Need(expert.weights, expert.frozen_files)] if expert.frozen_files else []
+    return [qwen_image.need(settings.model.base), encoders.need(expert.encoders), *frozen]
+
+
+def _geometry(settings: HypernetworkConfig, transformer: Any) -> layout.Geometry:
+    size = encoders.embedding_size(settings.expert.encoders) or layout.Geometry().embedding_size
+    return hypernetwork.geometry(settings.expert, transformer.config, size)
+
+
+def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
+    """Train, then write the expert (and the encoders, if they were trained) in the published layout."""
+    output = Path(settings.output)
+    subjects = prepare(settings, resume=resume)
+    fingerprint = key(_course(settings), [[e.digest, e.caption] for group in subjects for e in group])
+    accelerator = parallel.make_accelerator(settings.model.dtype)
+    if resume:  # refused before run.json is written, which tells the settings to resume with
+        batches = loop.batches_per_step(settings.train, accelerator)
+        checkpoint.latest(output / "checkpoints", fingerprint, batches)
+    with accelerator.local_main_process_first():  # the others find it all on the disk
+        sources.fetch(_needs(settings), quiet=quiet)
+    with accelerator.main_process_first():  # the others find everything in the cache
+        if resume and accelerator.is_main_process:  # else the folder may hold what is not ours
+            remove_leftovers(output)
+        data = SubjectData(
+            settings.data,
+            subjects,
+            model=settings.model,
+            cache=Cache(Path(settings.data.cache or output / "cache")),
+            prompts=settings.validation.prompts,
+            encoders_from=None if settings.expert.train_encoders else settings.expert.encoders,
+            resolutions=settings.expert.resolutions,
+            seed=settings.seed,
+            device=accelerator.device,
+            quiet=quiet,
+        )
+    objective = HypernetworkObjective(settings, data, accelerator)
+    report: dict[str, Any] = {
+        "config": configuration.to_dict(settings),
+        "versions": machine.versions(),
+        "hardware": machine.hardware(accelerator.device),
+        "subjects": {"train": len(data.train), "held_out": len(data.held_out)},
+        "parameters": sum(p.numel() for p in objective.module.parameters()),
+        "sources": sources.used(_needs(settings)),
+    }
+    if accelerator.is_main_process:
+        write_json(output / "run.json", {"status": "running", **report})
+    log.info(
+        "%d subjects, %d held out; %s parameters", len(data.train), len(data.held_out), f"{report['parameters']:,}"
+    )
+    result = loop.train(
+        objective,
+        settings.train,
+        settings.checkpoint,
+        output=output,
+        accelerator=accelerator,
+        validate_every=settings.validation.every,
+        resume=resume,
+        quiet=quiet,
+        fingerprint=fingerprint,
+    )
+    parallel.gather(objective.network)
+    if accelerator.is_main_process:
+        file = objective.network.save(output)
+        report |= {"status": "finished", "steps": result.step, "validations": result.validations}
+        report |= {"seconds": result.seconds, "peak_memory_bytes": machine.peak_memory(accelerator.device)}
+        write_json(output / "run.json", report)
+        log.info("done: %s", file)
+    accelerator.end_training()
+    return output
+
+
+def _course(settings: HypernetworkConfig) -> dict[str, Any]:
+    """All that decides the course of training: a checkpoint belongs to one."""
+    values = configuration.to_dict(settings)
+    for name in ("output", "validation", "checkpoint"):
+        del values[name]
+    del values["data"]["cache"]
+    return values
+
+
+class HypernetworkObjective:
+    """The velocity loss of the frozen transformer with each sample's own predicted LoRA.
+
+    Pairs, sigmas and noise are drawn for all processes together, and each takes its part: two processes see what one
+    with twice the batch sees.
+    """
+
+    def __init__(self, settings: HypernetworkConfig, data: SubjectData, accelerator: Accelerator):
+        self._settings, self._data, self._accelerator = settings, data, accelerator
+        self._transformer = qwen_image.load_transformer(settings.model, accelerator.device)
+        checkpointing = settings.train.gradient_checkpointing
+        qwen_image.set_up(self._transformer, settings.model, gradient_checkpointing=checkpointing)
+        geometry = _geometry(settings, self._transformer)
+        self.network = Hypernetwork(settings.expert, geometry)
+        self.network.to_device(accelerator.device)
+        self.module: nn.Module = self.network
+        self._lora = BatchLora(self._transformer, layout.module_names(geometry))
+        self._other_subjects = BIAS_STRANGERS if settings.expert.kind == "bias" else 0.0
+
+    def loss(self, step: int, micro_step: int) -> Loss:
+        settings, batch_size = self._settings, self._settings.train.batch_size
+        total, first = batch_size * self._accelerator.num_processes, batch_size * self._accelerator.process_index
+        random = flow.generator(settings.seed, "pairs", step, micro_step)
+        pairs = self._data.pairs(total, random, other_subjects=self._other_subjects)
+        num_tokens = self._data.latents.shape[-1] * self._data.latents.shape[-2] // 4
+        sigmas = flow.sample_sigmas(settings.flow, total, num_tokens, random)
+        noise = torch.randn(total, *self._data.latents.shape[1:], generator=random)
+        own = slice(first, first + batch_size)
+        factors = self._predict(self.module, pairs.references[own])
+        losses = self._losses(pairs.targets[own], sigmas[own], noise[own], factors)
+        names = [self._data.examples[row].path.name for row in pairs.targets[own].tolist()]
+        return Loss(losses.mean(), ", ".join(names))
+
+    def _predict(self, network: nn.Module, rows: Tensor, **options: bool) -> dict[str, Factors]:
+        """rows: B K"""
+        device = self._accelerator.device
+        references, residuals = self._data.look(rows)
+        return network(references.to(device), {size: x.to(device) for size, x in residuals.items()}, **options)
+
+    def _losses(self, rows: Tensor, sigmas: Tensor, noise: Tensor, factors: dict[str, Factors]) -> Tensor:
+        device, dtype = self._accelerator.device, qwen_image.DTYPES[self._settings.model.dtype]
+        latents, embeds, mask = self._data.targets(rows)
+        latents, noise, sigmas = latents.to(device), noise.to(device), sigmas.to(device)
+        noisy = flow.interpolate(latents, noise, sigmas).to(dtype)
+        embeds, mask = embeds.to(device), None if mask is None else mask.to(device)
+        with self._lora.applied(factors):
+            predicted = qwen_image.predict_velocity(self._transformer, noisy, sigmas, embeds, mask)
+        return flow.losses(predicted, latents, noise)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.network.state_dict())
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        own = self.network.state_dict()
+        self.network.load_state_dict({name: parallel.like(tensor, own[name]) for name, tensor in tensors.items()})
+
+    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+        """On held-out subjects: the loss with the right reference, with the next subject's, with none, and, where
+        frozen experts are at work, with them alone."""
+        if not (self._accelerator.is_main_process or parallel.is_sharded(self.network)):
+            return {}
+        pairs = self._data.held_out_pairs()
+        count = len(pairs.targets)
+        sigmas = flow.stratified_sigmas(validation.NUM_SIGMAS).repeat(count // validation.NUM_SIGMAS + 1)[:count]
+        noise = torch.randn(count, *self._data.latents.shape[1:], generator=flow.generator("stable loss"))
+        arms: dict[str, tuple[Tensor | None, bool]] = {
+            "val_loss": (pairs.references, True),
+            "val_loss_wrong_picture": (pairs.references.roll(1, 0), True),
+            "val_loss_no_lora": (None, False),
+        }
+        if self.network.frozen:
+            arms["val_loss_frozen_only"] = (pairs.references, False)
+            arms["val_loss_frozen_only_wrong_picture"] = (pairs.references.roll(1, 0), False)
+        values = {}
+        for name, (references, learning) in arms.items():
+            parts = []
+            for rows in torch.arange(count).split(self._settings.train.batch_size):
+                factors = {} if references is None else self._predict(self.network, references[rows], learning=learning)
+                parts.append(self._losses(pairs.targets[rows], sigmas[rows], noise[rows], factors))
+            values[name] = float(torch.cat(parts).mean())
+        self._draw(step, tracker, pairs.references)
+        return values
+
+    def _draw(self, step: int, tracker: Tracker, references: Tensor) -> None:
+        """A sheet for each prompt: the reference, then samples with its LoRA, with the wrong one, with none."""
+        settings, data = self._settings.validation, self._data
+        right, wrong = references[:NUM_SHOWN], references.roll(1, 0)[:NUM_SHOWN]
+        sampler = qwen_image.Sampler(self._settings.model.base)
+        for number, text in enumerate(settings.prompts):
+            latents = []
+            for rows in (right, wrong, None):
+                with self._lora.applied({} if rows is None else self._predict(self.network, rows)):
+                    latents.append(
+                        sampler.latents(
+                            self._transformer,
+                            [data.prompts[text]] * len(right),
+                            size=data.examples[0].bucket,
+                            seeds=[settings.seed + row for row in range(len(right))],
+                            num_inference_steps=settings.num_inference_steps,
+                            true_cfg_scale=settings.true_cfg_scale,
+                            negative_prompt=data.prompts[validation.EMPTY_PROMPT],
+                            batch_size=len(right),
+                        )
+                    )
+            if not self._accelerator.is_main_process:  # it only helped to predict
+                continue
+            vae = qwen_image.load_vae(self._settings.model.base, self._accelerator.device)
+            columns = [qwen_image.decode_latents(vae, part) for part in latents]
+            pictures: list[list[Image.Image]] = [
+                [load_picture(data.examples[int(row)]), *[column[i] for column in columns]]
+                for i, row in enumerate(right[:, 0])
+            ]
+            sheet = validation.grid(pictures, ["reference", "its LoRA", "another's", "no LoRA"], [text] * len(right))
+            validation.write_png(Path(self._settings.output) / "samples" / f"step-{step:06d}-{number}.png", sheet)
+            tracker.image(step, f"samples/{text}", sheet)

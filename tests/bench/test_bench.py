@@ -1,0 +1,65 @@
+"""The benchmark measures the steps that a run does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import BAD_INPUT, FINISHED
+from trainer.bench import adapter as profile
+from trainer.bench.__main__ import main
+from trainer.bench.loop import TURNS, WARMUP
+
+
+def test_the_parts_and_the_whole(run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "bench.json"
+    assert main(["loop", "--config", str(run_toml), "--steps", str(WARMUP + 3), "--output", str(output)]) == FINISHED
+    report = json.loads(output.read_text())
+    assert report["steps"] == 3 * TURNS
+    assert [*report["parts"]] == ["data", "forward", "backward", "optimizer", "logging"]
+    assert all(value > 0 for value in report["parts"].values())
+    assert report["overhead"] == pytest.approx(sorted(report["overhead_of_turns"])[TURNS // 2])
+    assert report["overhead"] == pytest.approx(report["seconds_in_the_loop"] / report["seconds_bare"] - 1, abs=0.5)
+    assert report["pictures_per_second"] == pytest.approx(2 / report["seconds_in_the_loop"])
+    encoding = sum(report["encoding"].values())
+    assert [*report["encoding"]] == ["pictures", "captions"] and encoding > 0
+    assert report["pictures_per_second_without_caches"] == pytest.approx(2 / (report["seconds_in_the_loop"] + encoding))
+    assert "in the loop" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()  # nothing is left in the run's own folder
+
+
+def test_the_profile_of_an_adapter(run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def ways(dtype: str) -> dict[str, dict[str, float]]:
+        output = tmp_path / f"{dtype}.json"
+        command = ["adapter", "--config", str(run_toml), "--set", f"model.dtype={dtype}", "--output", str(output)]
+        assert main(command) == FINISHED
+        report = json.loads(output.read_text())
+        assert report["num_layers"] == 12 and report["config"]["model"]["dtype"] == dtype
+        return dict(report["ways"])
+
+    for row in (bf16 := ways("bf16")).values():
+        assert [*row] == ["kernels", "bytes_moved", "bytes_kept", "forward", "backward"]
+        assert all(value > 0 for value in row.values())
+    fp32 = ways("fp32")
+    for name in ("kernels", "bytes_moved", "bytes_kept"):
+        assert bf16[profile.BASE][name] < bf16[profile.HERE][name] < bf16[profile.PEFT][name]
+        assert fp32[profile.HERE][name] == fp32[profile.PEFT][name]  # there is nothing to cast
+    assert "each of its 12 layers" in capsys.readouterr().out
+
+
+def test_kernels_are_what_computes_or_copies() -> None:
+    x = torch.ones(4, 8)
+    with profile._Kernels() as kernels:
+        y = x.view(8, 4).T  # no kernel
+        y = y @ torch.empty(8, 2)  # one, after one that costs nothing
+        y.add_(1)
+        y.to(torch.bfloat16).float()
+    assert kernels.count == 4
+    assert kernels.num_bytes == 4 * (32 + 16 + 8) + 4 * (8 + 8) + 2 * (4 + 2) * 8
+
+
+def test_bad_arguments_are_told(run_toml: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["loop", "--config", str(run_toml), "--steps", str(WARMUP)]) == BAD_INPUT
+    assert main(["loop", "--config", str(run_toml), "--set", "train.stepz=3"]) == BAD_INPUT
+    assert "--steps must be more" in caplog.text and "train.stepz" in caplog.text.replace("[train] ", "train.")

@@ -1,0 +1,358 @@
+"""Comparisons: paired, resumable, told whole; on the tiny world, and with i2L and its controls on the demo's."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, SiglipConfig, SiglipModel
+
+import train
+from demo import creatures, painter
+from tests.helpers import BAD_INPUT, FINISHED, INTERRUPTED, files, kill_me, killed
+from trainer import loop
+from trainer.compare import execute as compare
+from trainer.compare import measures as samples
+from trainer.compare import plan as comparison
+from trainer.compare.__main__ import main
+
+ARGUMENTS = ("--seeds", "2", "--learning-rates", "1e-3", "1e-2", "--quiet")
+
+
+def go(config: Path, output: Path, *arguments: str) -> int:
+    return train.main(["--config", str(config), "--output", str(output), *ARGUMENTS, *arguments])
+
+
+def report_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "report.json").read_text())
+
+
+def curves(output: Path) -> dict[tuple[str, str, float, int], list[dict[str, float]]]:
+    """Of each run, without what a clock says."""
+    found = {
+        (run["subject"], run["arm"], run["learning_rate"], run["seed"]): [
+            {name: value for name, value in point.items() if name != "seconds"} for point in run["curve"]
+        ]
+        for run in report_of(output)["runs"]
+    }
+    assert found
+    return found
+
+
+@pytest.fixture
+def loras(run_toml: Path, tmp_path: Path) -> tuple[str, str]:
+    """One LoRA under two names."""
+    assert train.main(["--config", str(run_toml), "--output", str(tmp_path / "made"), "--quiet"]) == FINISHED
+    paths = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    for path in paths:
+        shutil.copy(tmp_path / "made" / "adapter" / "pytorch_lora_weights.safetensors", path)
+    return str(paths[0]), str(paths[1])
+
+
+def test_arms_are_paired_and_do_not_disturb_one_another(run_toml: Path, tmp_path: Path, loras: tuple[str, str]) -> None:
+    output = tmp_path / "compared"
+    assert go(run_toml, output, "--compare", "random", loras[0]) == FINISHED
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("result.json")}
+    first = curves(output)
+    assert len(before) == len(first) == 2 * 2 * 2
+
+    assert go(run_toml, output, "--compare", "random", "gaussian", *loras) == FINISHED
+    second = curves(output)
+    assert len(second) == 4 * 2 * 2
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # not run again
+    for name, curve in first.items():
+        assert second[name] == curve
+    for (subject, arm, rate, seed), curve in second.items():
+        if arm == "one":
+            assert second[subject, "two", rate, seed] == curve
+
+    assert go(run_toml, tmp_path / "turned", "--compare", loras[1], "random") == FINISHED
+    for name, curve in curves(tmp_path / "turned").items():
+        assert second[name] == curve
+    assert report_of(tmp_path / "turned")["baseline"] == "random"
+
+
+def test_a_run_of_a_comparison_is_the_run_that_train_does(run_toml: Path, tmp_path: Path) -> None:
+    assert go(run_toml, tmp_path / "compared", "--compare", "random", "gaussian") == FINISHED
+    alone = ["--config", str(run_toml), "--init", "gaussian", "--output", str(tmp_path / "alone"), "--quiet"]
+    assert train.main([*alone, "--set", "train.learning_rate=1e-2"]) == FINISHED
+    expected = json.loads((tmp_path / "alone" / "run.json").read_text())["validations"]
+    found = curves(tmp_path / "compared")["pictures", "gaussian", 1e-2, 0]
+    assert [(p["step"], p["val_loss"], p["train_stable_loss"]) for p in found] == [
+        (p["step"], p["val_loss"], p["train_stable_loss"]) for p in expected
+    ]
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_killed_in_the_middle_it_ends_with_the_same_report(
+    number: int, run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the `number`th run, after a checkpoint of it."""
+    arguments = ("--compare", "random", "gaussian")
+    assert go(run_toml, tmp_path / "whole", *arguments) == FINISHED
+    update, calls = loop._update, [0]
+
+    def dying(*given: Any) -> dict[str, float]:
+        calls[0] += 1
+        if calls[0] == 4 * (number - 1) + 4:  # the last of its four steps; checkpoints are after each second
+            kill_me()
+        return update(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_update", dying)
+        assert killed(lambda: go(run_toml, tmp_path / "cut", *arguments))
+    assert not (tmp_path / "cut" / "report.json").exists()
+    assert len([*(tmp_path / "cut").rglob("result.json")]) == number - 1
+    assert len([*(tmp_path / "cut").rglob("step-00000002")]) == 1
+    assert go(run_toml, tmp_path / "cut", *arguments) == FINISHED
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+    assert not [name for name in files(tmp_path / "cut") if "checkpoints" in name or "partial" in name]
+    assert {re.sub(r"tfevents.*", "", name) for name in files(tmp_path / "cut")} == {
+        re.sub(r"tfevents.*", "", name) for name in files(tmp_path / "whole")
+    }
+
+
+def test_stopped_by_ctrl_c_it_says_how_to_go_on(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    update = loop._update
+
+    def interrupted(*given: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_update", interrupted)
+        assert go(run_toml, tmp_path / "cut", "--compare", "random") == INTERRUPTED
+    assert "stopped after step 1; give the same command again" in caplog.text
+    assert go(run_toml, tmp_path / "cut", "--compare", "random") == FINISHED
+
+
+def test_parts_make_the_whole(run_toml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    arguments = ("--compare", "random", "gaussian")
+    assert go(run_toml, tmp_path / "whole", *arguments) == FINISHED
+    assert go(run_toml, tmp_path / "parts", *arguments, "--part", "2/2") == FINISHED
+    assert not (tmp_path / "parts" / "report.json").exists()
+    assert "4 runs of other parts are missing" in caplog.text
+    assert go(run_toml, tmp_path / "parts", *arguments, "--part", "1/2") == FINISHED
+    assert curves(tmp_path / "parts") == curves(tmp_path / "whole")
+
+
+def test_under_accelerate_launch_each_process_takes_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compare.own_part() == (1, 1)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert compare.own_part() == (3, 4)
+    assert "WORLD_SIZE" not in os.environ and "MASTER_PORT" not in os.environ  # else accelerate would join them
+
+
+def test_a_run_that_fails_is_in_the_report(run_toml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rates = ("--learning-rates", "1e-3", "1e30")
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian", *rates, "--seeds", "1") == FINISHED
+    status = {(run["arm"], run["learning_rate"]): run["status"] for run in report_of(tmp_path / "out")["runs"]}
+    assert status == {
+        (arm, rate): "failed" if rate == 1e30 else "finished" for arm in ("random", "gaussian") for rate in (1e-3, 1e30)
+    }
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Runs that failed" in page and "1e+30" in page and "gradient norm" in page
+    assert "gradient norm" in caplog.text
+
+
+def test_an_initializer_that_fails_fails_its_own_runs(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise ValueError("no seed for these pictures")
+
+    monkeypatch.setattr("initializers.gaussian.initialize", failing)
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian", "--seeds", "1") == FINISHED
+    runs = report_of(tmp_path / "out")["runs"]
+    assert {run["arm"]: run["status"] for run in runs} == {"random": "finished", "gaussian": "failed"}
+    assert all(run["error"] == "no seed for these pictures" for run in runs if run["arm"] == "gaussian")
+
+
+def test_the_page_is_made_again_from_the_json(
+    run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert go(run_toml, output, "--compare", "random", "gaussian") == FINISHED
+    made = {name: (output / name).read_bytes() for name in ("report.json", "report.html", "curves.png")}
+    for name in ("report.html", "curves.png", "contact_sheet.png"):
+        (output / name).unlink()
+    assert main(["report", str(output)]) == FINISHED
+    assert {name: (output / name).read_bytes() for name in made} == made
+    assert str(output / "report.html") in capsys.readouterr().out
+    assert main(["report", str(tmp_path)]) == BAD_INPUT
+    page = made["report.html"].decode()
+    assert page.count("data:image/png;base64,") == 3  # a figure in two themes, one contact sheet
+    assert not re.search(r'(src|href|srcset)="(?!data:)', page)  # nothing is fetched
+
+
+def test_all_that_is_wrong_is_told_at_once(
+    run_toml: Path, tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    subjects = tmp_path / "subjects"
+    shutil.copytree(pictures, subjects / "leaking")
+    (subjects / "leaking" / "held_out").mkdir()
+    shutil.copy(pictures / "0.png", subjects / "leaking" / "held_out")
+    (subjects / "leaking" / "held_out" / "0.txt").write_text("again")
+    (subjects / "empty").mkdir()
+    wrong = ("--compare", "random", "i2k", "gaussian", "random", "--subjects", str(subjects), "--seeds", "0")
+    wrong += ("--learning-rates", "0", "--controls", "norm-matched", "nothing", "--set", "validation.every=9")
+    assert go(run_toml, tmp_path / "out", *wrong) == BAD_INPUT
+    for part in (
+        '"i2k" is neither an initializer',
+        "random is there twice",
+        "--seeds must be at least 1",
+        "0.0 must be above 0",
+        "nothing is none of norm-matched",
+        "--controls are of i2l",
+        "every = 9 is more than [train] steps = 4",
+        f"{subjects / 'empty'}: there is no picture in it",
+        "is the same picture; remove one of them",
+    ):
+        assert part in caplog.text, part
+    assert not (tmp_path / "out").exists()
+
+    caplog.clear()
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "--set", "data.held_out=0") == BAD_INPUT
+    assert "there is no held-out picture" in caplog.text
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "--subjects", str(tmp_path / "nowhere")) == BAD_INPUT
+    assert "there is no folder" in caplog.text
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "--part", "3/2") == BAD_INPUT
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "--set", "model.compile=true") == BAD_INPUT
+    assert "[model] compile: each run of --compare" in caplog.text
+
+
+def test_wrong_pictures_need_another_subject(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = ("--compare", "random", "i2l", "--controls")
+    assert go(Path("configs/creatures.toml"), tmp_path / "out", *wrong) == BAD_INPUT
+    assert "zorp is alone in its group" in caplog.text and not (tmp_path / "out").exists()
+
+
+def test_results_of_other_settings_are_not_mixed_in(
+    run_toml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert go(run_toml, tmp_path / "out", "--compare", "random") == FINISHED
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "--set", "train.batch_size=1") == BAD_INPUT
+    assert "were made with other settings" in caplog.text
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+
+
+def test_results_of_other_files_of_one_name_are_not_mixed_in(
+    run_toml: Path, tmp_path: Path, loras: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert go(run_toml, tmp_path / "out", "--compare", "random", loras[0]) == FINISHED
+    weights = load_file(loras[0])
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, loras[0])
+    assert go(run_toml, tmp_path / "out", "--compare", "random", loras[0]) == BAD_INPUT
+    assert "4 runs there were made with other settings" in caplog.text and "/one/" in caplog.text
+
+
+def test_the_plan_of_a_comparison(run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian", "--plan") == FINISHED
+    text = capsys.readouterr().out
+    assert "8 of 4 steps, 0 of them done" in text and "random, gaussian; held against random" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_subjects_may_lie_in_folders_of_groups(tmp_path: Path) -> None:
+    for name in ("a/x", "a/y", "b"):
+        (tmp_path / name / "held_out").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    problems: list[str] = []
+    found = [path.relative_to(tmp_path).as_posix() for path in comparison._subject_folders(tmp_path, problems)]
+    assert found == ["a/x", "a/y", "b"] and not problems
+
+
+@pytest.fixture(scope="module")
+def demo_comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three creatures never seen, all controls, the demo's own models."""
+    folder = tmp_path_factory.mktemp("demo")
+    for index in (300, 301, 302):
+        creatures.paint(folder / "subjects", "new", index)
+    arguments = ["--config", "configs/creatures.toml", "--compare", "random", "i2l", "--controls", "--quiet"]
+    arguments += ["--subjects", str(folder / "subjects"), "--output", str(folder / "out"), "--seeds", "1"]
+    for setting in ("train.steps=4", "validation.every=2", "validation.num_inference_steps=2", "init.i2l.strength=1"):
+        arguments += ["--set", setting]
+    assert train.main([*arguments, "--learning-rates", "3e-4"]) == FINISHED
+    return folder / "out"
+
+
+def test_i2l_against_its_controls(demo_comparison: Path) -> None:
+    report = report_of(demo_comparison)
+    rows = {row["arm"]: row for row in report["summary"]}
+    assert rows.keys() == {"random", "i2l", *comparison.CONTROLS}
+    assert all(row["runs"] == row["subjects"] == 3 for row in rows.values())
+    assert rows["i2l"]["below_at_step_0"] == 3 and rows["i2l"]["steps"]["value"] == 0
+    for control in ("norm-matched", "wrong-pictures"):
+        assert rows[control]["never"] == 3 and rows[control]["step_0"] > 1.3 * rows["random"]["step_0"]
+    assert rows["no-training"]["step_0"] == rows["no-training"]["end"] == rows["i2l"]["step_0"]
+    assert rows["i2l"]["seconds"]["value"] > 0  # the initializer's own time counts
+
+
+def test_a_control_of_equal_norm_has_equal_norm(demo_comparison: Path) -> None:
+    """Trainable size and energy are the seed's: only directions differ."""
+    runs = {(run["subject"], run["arm"]): run for run in report_of(demo_comparison)["runs"]}
+    for subject in ("new/300", "new/301", "new/302"):
+        own, control = runs[subject, "i2l"]["applied"], runs[subject, "norm-matched"]["applied"]
+        assert own["seeded"] == control["seeded"] > 40 and own["padded"] == control["padded"]
+
+
+def test_samples_are_measured(demo_comparison: Path) -> None:
+    report = report_of(demo_comparison)
+    for run in report["runs"]:
+        for point in run["curve"]:
+            assert {"similarity DINOv3", "similarity SigLIP2", "diversity DINOv3", "drift"} <= point.keys()
+    start = {(run["subject"], run["arm"]): run["curve"][0] for run in report["runs"]}
+    for subject in ("new/300", "new/301", "new/302"):
+        assert start[subject, "random"]["drift"] == 0.0  # nothing but the base
+        assert start[subject, "i2l"]["drift"] > 0
+    for subject in report["subjects"]:
+        assert 0 < subject["training_pictures"]["similarity DINOv3"] <= 1
+
+
+def test_fidelity_is_the_cosine_of_picture_and_prompt(tiny_base: Path, tmp_path: Path) -> None:
+    """Against the two towers' own projections, picture by picture; and a model without a text tower is refused."""
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**shared, "vocab_size": 2000, "max_position_embeddings": 24, "projection_size": 16}
+    settings = SiglipConfig(text_config=text, vision_config={**shared, "image_size": 32, "patch_size": 16})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SiglipModel(settings).eval()
+    model.save_pretrained(tmp_path / "siglip")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "siglip")
+    pictures = [Image.fromarray(painter.paint(painter.identity("new", i), painter.scene(i))) for i in range(3)]
+    texts = ["a big creature", "a small creature on the left", "at night"]
+    found = samples.text_image_cosines(str(tmp_path / "siglip"), pictures, texts, torch.device("cpu"))
+    for picture, words, value in zip(pictures, texts, found, strict=True):
+        pixels = torch.from_numpy(np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)) / 127.5 - 1).float()
+        tokens = tokenizer(words, padding="max_length", max_length=24, return_tensors="pt").input_ids
+        with torch.no_grad():
+            image = model.get_image_features(pixels.permute(2, 0, 1)[None]).pooler_output[0]
+            word = model.get_text_features(tokens).pooler_output[0]
+        assert float(value) == pytest.approx(float(image @ word / image.norm() / word.norm()), abs=1e-5)
+    assert len({round(float(value), 6) for value in found}) == 3
+    assert not comparison._text_image_problems(str(tmp_path / "siglip"))
+    assert "text tower is needed" in comparison._text_image_problems("demo/encoders/SigLIP2-G384")[0]
+    assert comparison._text_image_problems(str(tmp_path / "nothing"))
+
+
+def test_the_contact_sheet_has_a_row_for_each_arm(demo_comparison: Path) -> None:
+    sheet = Image.open(demo_comparison / "contact_sheet.png")
+    side = 128  # 64 pixels, enlarged
+    assert sheet.height // (side + 26) == 6  # random, i2l, three controls that are run, real pictures; titles and gaps
+    assert sheet.width // side == 3  # steps 0, 2, 4

@@ -1,0 +1,102 @@
+"""`python -m trainer.bench loop | adapter | full-size`"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.adapter import AdapterWeights, InitContext, Seed
+from trainer.cli import guarded
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return guarded(lambda: run(options), again="give the same command again")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m trainer.bench", description="What a training step costs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    loop = commands.add_parser("loop", help="seconds of a step, and what of it is the loop around it")
+    adapter = commands.add_parser("adapter", help="what the adapter adds to one block; loads no weights")
+    for command in (loop, adapter):
+        command.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run's TOML")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key")
+    loop.add_argument("--steps", type=int, default=50, help="of each of 9 turns (default: 50)")
+    full_size = commands.add_parser(
+        "full-size",
+        help="a step of the published size, with random weights",
+        description="Writes a transformer of Qwen-Image's shape with random weights, 41 GB in bf16, loads it as a real "
+        "one is loaded, and times a step of each variant. Without a GPU a few blocks will do: --blocks 1 --resolution "
+        "256 --variants none fp8",
+    )
+    full_size.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
+    full_size.add_argument("--blocks", type=int, default=60, help="of the transformer (default: 60, as published)")
+    full_size.add_argument("--resolution", type=int, default=1024, help="pixels of the square's side (default: 1024)")
+    full_size.add_argument("--rank", type=int, default=16, help="of the adapter (default: 16)")
+    full_size.add_argument("--steps", type=int, default=10, help="timed for each variant (default: 10)")
+    full_size.add_argument(
+        "--folder", type=Path, default=Path(), help="for the weights (default: here); they are deleted"
+    )
+    for command in (loop, adapter, full_size):
+        command.add_argument("--output", type=Path, metavar="FILE", help="write the report there, as JSON")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    from trainer.files import write_json  # what takes seconds to import is imported here: --help answers at once
+
+    text, report = _full_size(options) if options.command == "full-size" else _step(options)
+    print(text)
+    if options.output:
+        write_json(options.output, report)
+
+
+def _full_size(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from trainer.bench import full_size
+
+    names = options.variants or [*full_size.VARIANTS]
+    if unknown := [name for name in names if name not in full_size.VARIANTS]:
+        raise ValueError(f"--variants: {unknown[0]} is none of {', '.join(full_size.VARIANTS)}")
+    if min(options.blocks, options.rank, options.steps) < 1 or options.resolution % 16 or options.resolution < 16:
+        raise ValueError("--blocks, --rank and --steps must be at least 1, --resolution a multiple of 16")
+    sizes = {"num_blocks": options.blocks, "resolution": options.resolution, "rank": options.rank}
+    report = full_size.measure_variants(names, **sizes, steps=options.steps, folder=options.folder)
+    return full_size.describe(report), report
+
+
+def _step(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Of the configuration's run, but for how the adapter starts: that costs no step anything."""
+    from trainer import config, plan
+    from trainer.bench import adapter, loop
+    from trainer.hardware import machine, parallel
+
+    if options.command == "loop" and options.steps <= loop.WARMUP:
+        raise ValueError(f"--steps must be more than {loop.WARMUP}, which do not count")
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        table = config.read_toml(options.config, problems)
+        table = config.apply_overrides(table, [*options.set, f"output={folder}"], problems)
+        settings = None if problems else config.parse(plan.RunConfig, {**table, "init": {}}, "", problems)
+        if settings is None or problems:
+            raise config.ConfigError(problems)
+        prepared = plan.prepare(settings, plan.Start("random", _random, None, [], []), resume=False)
+        accelerator = parallel.make_accelerator(settings.model.dtype)
+        if options.command == "adapter":
+            found = adapter.profile(prepared, accelerator.device)
+            text = adapter.describe(found)
+        else:
+            found = loop.measure(prepared, accelerator, options.steps)
+            text = loop.describe(found)
+    about = {"config": config.to_dict(settings), "hardware": machine.hardware(accelerator.device)}
+    return text, {**about, "versions": machine.versions(), **found}
+
+
+def _random(context: InitContext, config: Any) -> Seed:
+    return Seed(AdapterWeights({}), {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""`python -m trainer.compare report FOLDER`"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.cli import guarded
+from trainer.compare.report import write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.compare",
+        description="Make report.html and its pictures again from report.json. Comparisons are run by "
+        "`python train.py --config C --compare random i2l --output DIR`.",
+    )
+    parser.add_argument("command", choices=["report"])
+    parser.add_argument("folder", type=Path, help="the comparison's output folder")
+    options = parser.parse_args(arguments)
+
+    def program() -> None:
+        file = options.folder / "report.json"
+        if not file.exists():
+            raise ValueError(f"{file} is missing: run the comparison to its end first")
+        write_report(options.folder, json.loads(file.read_text(encoding="utf-8")))
+        print(options.folder / "report.html")
+
+    return guarded(program, again="give the same command again")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What the samples of a comparison look like to image encoders."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer.compare.plan import Comparison, Subject
+from trainer.data.cache import key
+from trainer.data.dataset import load_picture
+from trainer.files import write_json
+from trainer.hub.sources import local
+
+NUM_SAMPLES = 2  # noise seeds of each prompt
+CHUNK = 16  # pictures looked at together
+
+
+def _pictures_key(comparison: Comparison, subject: Subject) -> str:
+    seed = comparison.seeds[0]
+    cells = [cell for cell in comparison.cells() if cell.subject is subject and cell.seed == seed]
+    return key([comparison.fingerprint(cell) for cell in cells])
+
+
+def _pictures_file(comparison: Comparison, subject: Subject) -> Path:
+    return comparison.output / "runs" / subject.name / "pictures.json"
+
+
+def read_pictures(comparison: Comparison, subject: Subject) -> dict[str, Any] | None:
+    file = _pictures_file(comparison, subject)
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return found if found is not None and found["key"] == _pictures_key(comparison, subject) else None
+
+
+def look(comparison: Comparison, subjects: Sequence[Subject], device: torch.device, quiet: bool) -> None:
+    """Embed the samples and the real pictures, and write what that says of each run of the first seed:
+
+    `similarity <encoder>`: the mean cosine of all samples with all held-out pictures; `diversity <encoder>`: the mean
+    of 1 - cosine of samples that share a prompt; `fidelity`: the mean cosine of samples with their prompts. How
+    similar the training pictures are to the held-out ones is measured in the same way.
+    """
+    for subject in tqdm(subjects, desc="look at samples", unit="subject", disable=quiet):
+        if read_pictures(comparison, subject) is None:
+            write_json(_pictures_file(comparison, subject), _measure(comparison, subject, device))
+
+
+def _measure(comparison: Comparison, subject: Subject, device: torch.device) -> dict[str, Any]:
+    files = _samples(comparison, subject)
+    held_out, training = (
+        [load_picture(e) for e in part] for part in (subject.plan.dataset.held_out, subject.plan.dataset.train)
+    )
+    sampled = [Image.open(path).convert("RGB") for paths in files.values() for path in paths]
+    counts = [len(paths) for paths in files.values()]
+    similar: dict[str, float] = {}
+    runs: dict[str, dict[str, dict[str, float]]] = {name: {} for name, _ in files}
+    if comparison.eyes is not None and sampled:
+        eyes, pictures = comparison.eyes, [*held_out, *training, *sampled]
+        embedded = comparison.initializers.embed(eyes.method, eyes.options, pictures, device)
+        for encoder, rows in embedded.items():
+            rows = torch.nn.functional.normalize(rows.double(), dim=1)
+            real, shown, rest = rows.split([len(held_out), len(training), len(sampled)])
+            similar[f"similarity {encoder}"] = float((shown @ real.T).mean())
+            for (name, step), own in zip(files, rest.split(counts), strict=True):
+                values = runs[name].setdefault(str(step), {})
+                values[f"similarity {encoder}"] = float((own @ real.T).mean())
+                values[f"diversity {encoder}"] = _diversity(own)
+    settings = comparison.config.validation
+    if settings.text_image_model and sampled:
+        trigger = comparison.config.data.trigger
+        texts = [text.removeprefix(f"{trigger}, ") for text in settings.prompts for _ in range(NUM_SAMPLES)]
+        cosines = text_image_cosines(settings.text_image_model, sampled, texts * len(files), device)
+        for (name, step), own in zip(files, cosines.split(counts), strict=True):
+            runs[name].setdefault(str(step), {})["fidelity"] = float(own.mean())
+    return {"key": _pictures_key(comparison, subject), "training": similar, "runs": runs}
+
+
+def _samples(comparison: Comparison, subject: Subject) -> dict[tuple[str, int], list[Path]]:
+    """(run, step) -> samples, those of a prompt together."""
+    files: dict[tuple[str, int], list[Path]] = {}
+    for cell in comparison.cells():
+        if cell.subject is subject and cell.seed == comparison.seeds[0]:
+            for path in sorted((cell.folder / "samples").glob("step-*.png")):
+                files.setdefault((f"{cell.arm.name}/{cell.folder.name}", int(path.name.split("-")[1])), []).append(path)
+    return files
+
+
+@torch.no_grad()
+def text_image_cosines(
+    source: str, pictures: Sequence[Image.Image], texts: Sequence[str], device: torch.device
+) -> Tensor:
+    """How well each picture fits its text, by a SigLIP with both towers: N"""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = local(source)
+    model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    side, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+    found = []
+    for start in range(0, len(pictures), CHUNK):
+        some = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures[start : start + CHUNK]]
+        pixels = torch.from_numpy(np.stack([np.asarray(picture, np.float32) for picture in some])) / 127.5 - 1
+        tokens = tokenizer(
+            list(texts[start : start + CHUNK]),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        images = model.vision_model(pixel_values=pixels.permute(0, 3, 1, 2).to(device, model.dtype)).pooler_output
+        words = model.text_model(input_ids=tokens.input_ids.to(device)).pooler_output
+        found.append(torch.cosine_similarity(images.float(), words.float()).cpu())
+    return torch.cat(found)
+
+
+def _diversity(rows: Tensor) -> float:
+    """rows: (prompts NUM_SAMPLES) D, of length 1"""
+    groups = rows.unflatten(0, (-1, NUM_SAMPLES))  # P N D
+    cosines = groups @ groups.transpose(1, 2)
+    pairs = torch.triu_indices(NUM_SAMPLES, NUM_SAMPLES, 1)
+    return float((1 - cosines[:, pairs[0], pairs[1]]).mean())

@@ -1,0 +1,1 @@
+"""Pictures and captions: found, checked, encoded once and kept."""

@@ -1,0 +1,1 @@
+"""The machine: what it has, how much memory a run needs, several processes, threads."""

@@ -1,0 +1,77 @@
+"""The machine that a run is on: whether it has what the configuration asks for, and what a report says of it."""
+
+import importlib.metadata
+import platform
+import resource
+import sys
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from trainer import config, qwen_image
+from trainer.files import size
+from trainer.hardware import memory, parallel
+from trainer.hub import sources
+from trainer.plan import Plan
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+def check(plan: Plan, device: torch.device) -> None:
+    """ConfigError if the run asks for what this machine lacks, or for models that it can neither find nor fetch;
+    `--plan` may be of another machine."""
+    run, problems = plan.config, list[str]()
+    needs_gpu = [
+        ("[model] dtype", run.model.dtype, ("fp16",), '; use "fp32" or "bf16"'),
+        ("[model] quantization", run.model.quantization, ("int8", "nf4"), '; use "fp8" or "none"'),
+        ("[model] attention", run.model.attention, qwen_image.GPU_ATTENTION, '; use "native"'),
+        ("[train] optimizer", run.train.optimizer, ("paged_adamw8bit",), '; use "adamw" or "adamw8bit"'),
+    ]
+    for name, value, values, advice in needs_gpu:
+        if device.type != "cuda" and value in values:
+            problems.append(f'{name}: "{value}" needs a CUDA GPU, and there is none here{advice}')
+    if device.type == "cuda":
+        try:
+            qwen_image.set_attention(plan.transformer, run.model.attention)
+        except qwen_image.ModelError as error:
+            problems.append(str(error))
+    on_gpu = device.type == "cuda" and not parallel.offloads()
+    there = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
+    if on_gpu and parallel.wants_shards():
+        there *= parallel.num_processes()
+    needed = sum(memory.held(plan.transformer, run.model, run.adapter, run.train).values())
+    if needed > there:
+        what = "the GPU has" if on_gpu else "the CPU has" if device.type == "cuda" else "there is no GPU, the CPU has"
+        problems.append(
+            f"[model] base, with adapter and optimizer, needs {size(needed)} of memory; {what} {size(there)}. "
+            "--plan --vram GB lists settings that need less"
+        )
+    if problems := [*sources.obstacles(plan.needs), *problems]:
+        raise config.ConfigError(problems)
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "name": name, "threads": torch.get_num_threads()}
+
+
+def now(device: torch.device) -> float:
+    """Seconds; on a GPU, when it has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of the process, and of the GPU where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device)
+    return peak

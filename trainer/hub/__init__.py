@@ -1,0 +1,1 @@
+"""Models by name: on this machine, on Hugging Face, on ModelScope."""
