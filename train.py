@@ -77,9 +77,9 @@ def run(options: argparse.Namespace) -> None:
     from trainer import config, plan, run
 
     if options.help_config:
-        print(config.describe(plan.RunConfig))
+        print(config.explain(plan.RunConfig))
         for name in initializers.names():
-            print(f"\n[init.{name}]\n{config.describe(initializers.config_class(name))}")
+            print(f"\n[init.{name}]\n{config.explain(initializers.config_class(name))}")
         return
     overrides = [*options.set]
     for key, text in (("init.method", options.init), ("output", options.output)):
@@ -91,9 +91,9 @@ def run(options: argparse.Namespace) -> None:
     run_config, start = plan.load_config(options.config, overrides, initializers)
     prepared = plan.prepare(run_config, start, resume=options.resume)
     if options.plan:
-        print(plan.describe(prepared))
+        print(plan.plan_text(prepared))
         if options.vram:
-            print("\n" + plan.describe_fit(prepared, options.vram))
+            print("\n" + plan.fit_text(prepared, options.vram))
     else:
         run.execute(prepared, resume=options.resume, quiet=options.quiet)
 
@@ -114,7 +114,7 @@ def compare(options: argparse.Namespace, overrides: list[str]) -> None:
     )
     prepared = comparison.prepare(options.config, overrides, request, initializers)
     if options.plan:
-        print(comparison.describe(prepared))
+        print(comparison.plan_text(prepared))
     else:
         compare.execute(prepared, quiet=options.quiet)
 

@@ -119,7 +119,7 @@ class _World:
         return rows
 
     def _row(self, creature: _Creature, name: str, pictures: str, weights: AdapterWeights) -> dict[str, Any]:
-        handles = adapter.hold(self._transformer, weights) if weights.factors else []
+        handles = adapter.attach_frozen(self._transformer, weights) if weights.factors else []
         drift = float((self._samples() - self._plain).square().mean())
         loss = self._losses(creature.held_out)
         for handle in handles:
@@ -132,7 +132,7 @@ class _World:
         """What creature `index`'s pictures give, tried, if that is asked for, on those of `creature`."""
         folder = creatures.paint(output, "new", index)
         images = tuple(sorted(folder.glob("*.png")))
-        context = replace(creature.context, images=images, say=lambda message: None)
+        context = replace(creature.context, images=images, log=lambda message: None)
         options = replace(options, weights=self._options.weights, encoders=self._options.encoders)
         seed = predict.initialize(context, options)
         factors = {name: truncate(x, context.rank)[0] for name, x in seed.weights.factors.items()}

@@ -98,7 +98,7 @@ def warm_start(
             seed=seed,
             device=next(model.parameters()).device,
             base=base or str(getattr(model.config, "_name_or_path", "") or "Qwen/Qwen-Image"),
-            say=log.info,
+            log=log.info,
             cache=Path(cache) if cache else None,
         )
         sources.fetch(registry.needs(method, own, context.base))

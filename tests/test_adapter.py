@@ -288,7 +288,7 @@ def test_the_proof_of_a_zero_seed_is_exact() -> None:
     requested = adapter.read(model)
     layers(model)["transformer_blocks.0.attn.to_q"].lora_B["default"].weight.data[0, 0] = 1e-20
     with pytest.raises(AdapterError, match="1 of 24"):
-        adapter.prove(model, requested)
+        adapter.verify(model, requested)
 
 
 def test_a_seed_for_nothing_that_is_trained_is_an_error() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from trainer.config import ConfigError, apply_overrides, describe, parse, read_toml, to_dict
+from trainer.config import ConfigError, apply_overrides, explain, parse, read_toml, to_dict
 from trainer.data.pictures import DataError
 
 
@@ -350,7 +350,7 @@ def test_to_dict_is_json_and_parses_to_the_same():
 
 
 def test_describe_names_every_key_with_type_default_and_meaning():
-    text = describe(Run)
+    text = explain(Run)
     assert "[inner]\nname = (required)  # text\n    Who it is.\nsize = (not set)  # a number" in text
     assert "[train]\nsteps = 1000  # an integer\n    Optimizer updates.\n" in text
     assert 'optimizer = "adamw"  # one of "adamw", "adamw8bit"' in text
@@ -372,7 +372,7 @@ def test_docstrings_of_a_section_it_extends_are_found():
         size: float | None = 1.0
         """In feet."""
 
-    text = describe(Grandchild)
+    text = explain(Grandchild)
     assert "Who it is." in text and "In years." in text
     assert "In feet." in text and "In metres." not in text
 

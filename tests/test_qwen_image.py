@@ -258,7 +258,7 @@ def test_without_a_network_a_plan_takes_the_published_shape(monkeypatch: pytest.
     shape = qwen_image.transformer_on_meta("some/where").config
     assert (shape.num_layers, shape.num_attention_heads, shape.attention_head_dim) == (60, 24, 128)
     assert qwen_image.picture_multiple("some/where") == 16 and asked == [1]
-    (line,) = sources.describe([qwen_image.need("some/where")])
+    (line,) = sources.download_lines([qwen_image.need("some/where")])
     assert "some/where is not on this machine" in line and "ConnectionError: no network" in line
     hubs._model_info.cache_clear()
 

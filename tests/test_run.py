@@ -35,7 +35,7 @@ from tests.helpers import (
 from trainer import adapter, checkpoint, export, qwen_image, tracking, validation
 from trainer import run as program
 from trainer.adapter import InitContext, Seed
-from trainer.plan import Plan, describe, load_config, prepare
+from trainer.plan import Plan, load_config, plan_text, prepare
 from trainer.qwen_image import TextEncoder
 from trainer.run import LoraObjective
 
@@ -550,7 +550,7 @@ def test_the_plan_counts_what_will_be_trained(run_toml: Path, tiny_base: Path) -
     base_parameters = sum(parameter.numel() for parameter in transformer.parameters())
     adapter.inject(transformer, plan.config.adapter)
     trainable = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    text = describe(plan)
+    text = plan_text(plan)
     assert f"rank 3 on {len(plan.modules)} modules, {trainable:,} trainable parameters" in text
     assert f"{base_parameters / 1e6:,.1f} M parameters in fp32" in text
     assert "4 for training, 2 held out" in text and "64x64: 4" in text

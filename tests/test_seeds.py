@@ -46,7 +46,7 @@ def start_from(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
 def holding(context: InitContext) -> Seed:
     """Of a module that is not trained, too."""
     modules = {**context.modules, "transformer_blocks.0.img_mlp.net.0.proj": (64, 256)}
-    return Seed(AdapterWeights({}), {}, constant=some_weights(modules))
+    return Seed(AdapterWeights({}), {}, frozen=some_weights(modules))
 
 
 def losses_with(folder: Path, run_toml: Path, base: Path, *settings: str) -> dict[str, float]:
@@ -185,7 +185,7 @@ def test_holding_is_adding(tiny_base: Path) -> None:
             return qwen_image.predict_velocity(transformer, latents, torch.tensor([0.3]), prompt, None)
 
     plain = velocity()
-    handles = adapter.hold(transformer, weights)
+    handles = adapter.attach_frozen(transformer, weights)
     held = velocity()
     for handle in handles:
         handle.remove()
@@ -196,6 +196,6 @@ def test_holding_is_adding(tiny_base: Path) -> None:
     assert (held - plain).abs().max() > 0.01
     wide = AdapterWeights({"transformer_blocks.0.attn.to_q": LowRank(torch.zeros(2, 9), torch.zeros(64, 2))})
     with pytest.raises(AdapterError, match="is 9 -> 64 in the seed and 64 -> 64 in the model"):
-        adapter.hold(transformer, wide)
+        adapter.attach_frozen(transformer, wide)
     with pytest.raises(AdapterError, match="the seed is empty"):
-        adapter.hold(transformer, AdapterWeights({}))
+        adapter.attach_frozen(transformer, AdapterWeights({}))

@@ -17,9 +17,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trainer.config import first_few
 from trainer.flow import generator
-from trainer.hardware.parallel import like
-from trainer.hardware.threads import side_by_side
+from trainer.hardware.parallel import sharded_like
+from trainer.hardware.threads import parallel_map
 from trainer.lowrank import LowRank, norm, pad, rank, relative_difference, truncate, zeros
 
 NAME = "default"  # of the adapter in PEFT
@@ -105,7 +106,7 @@ class Seed:
     weights: AdapterWeights
     report: dict[str, Any]
     """Of the initializer, for run.json."""
-    constant: AdapterWeights | None = None
+    frozen: AdapterWeights | None = None
     """Held on the frozen base, under the adapter; not trained, and part of the exported LoRA."""
     rank: int | None = None
     """Of the adapter, instead of the configuration's, with `rank_pattern`."""
@@ -125,10 +126,10 @@ class InitContext:
     device: torch.device
     base: str
     """Folder or id of the pipeline, as `[model] base`."""
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     """Prints a line."""
     cache: Path | None = None
-    """Folder for what is dear to compute; None: nothing is kept."""
+    """Folder for what is expensive to compute; None: nothing is kept."""
     text_encoder: Any = None
     """`qwen_image.TextEncoder` of the base, if it may be loaded already. Who needs the memory lets it go."""
     try_seed: Callable[[AdapterWeights, int], float] | None = None
@@ -217,8 +218,8 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
     given = seed.weights.factors
     if given and not given.keys() & layers.keys():
         raise AdapterError(
-            f"the seed has none of the modules that are to be trained. It has {first(sorted(given))}; "
-            f"to be trained are {first(sorted(layers))}"
+            f"the seed has none of the modules that are to be trained. It has {first_few(sorted(given))}; "
+            f"to be trained are {first_few(sorted(layers))}"
         )
     requested, problems, padded = dict[str, LowRank](), list[str](), 0
     kept, energies, lost = dict[str, float](), dict[str, float](), dict[str, float]()
@@ -232,7 +233,7 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
         return None, norm(whole), energy, factors
 
     # each is asked for once: a seed may be made as it is asked for, and fill no memory
-    for name, (problem, size, energy, factors) in zip(layers, side_by_side(fit, layers), strict=True):
+    for name, (problem, size, energy, factors) in zip(layers, parallel_map(fit, layers), strict=True):
         if problem:
             problems.append(f"{name} {problem}")
             continue
@@ -242,9 +243,9 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
             padded += rank(factors) < wanted
         requested[name] = pad(factors, wanted, generator(random_seed, "adapter", name))
     if problems:
-        raise AdapterError(f"the seed does not fit: {first(problems, '; ')}")
+        raise AdapterError(f"the seed does not fit: {first_few(problems, '; ')}")
     _write(layers, requested, adapter_name)
-    largest = prove(transformer, AdapterWeights(requested), adapter_name)
+    largest = verify(transformer, AdapterWeights(requested), adapter_name)
     for name in given:
         if name not in layers and (size := norm(given[name])):
             lost[name] = energies[name] = size**2
@@ -260,13 +261,13 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
     }
 
 
-def prove(transformer: nn.Module, requested: AdapterWeights, adapter_name: str = NAME) -> float:
+def verify(transformer: nn.Module, requested: AdapterWeights, adapter_name: str = NAME) -> float:
     """The largest relative difference between the adapter's dW and what was requested. AdapterError if above 1e-5."""
     actual = read(transformer, adapter_name).factors
     if different := sorted(actual.keys() ^ requested.factors.keys()):
-        raise AdapterError(f"the seed is not in the adapter: its modules differ, as in {first(different)}")
+        raise AdapterError(f"the seed is not in the adapter: its modules differ, as in {first_few(different)}")
     names = list(requested.factors)
-    compared = side_by_side(lambda name: relative_difference(requested.factors[name], actual[name]), names)
+    compared = parallel_map(lambda name: relative_difference(requested.factors[name], actual[name]), names)
     errors = dict(zip(names, compared, strict=True))
     if wrong := [name for name, error in errors.items() if not error <= TOLERANCE]:
         worst = max(wrong, key=lambda name: errors[name])
@@ -289,7 +290,7 @@ def read(transformer: nn.Module, adapter_name: str = NAME) -> AdapterWeights:
     return AdapterWeights(factors)
 
 
-def hold(transformer: nn.Module, weights: AdapterWeights) -> list[RemovableHandle]:
+def attach_frozen(transformer: nn.Module, weights: AdapterWeights) -> list[RemovableHandle]:
     """Add dW of `weights` to the layers' outputs, not trained, until the handles are removed. In fp32.
 
     AdapterError if a module is missing or of another size.
@@ -306,7 +307,7 @@ def hold(transformer: nn.Module, weights: AdapterWeights) -> list[RemovableHandl
                 )
             )
     if problems or not weights.factors:
-        raise AdapterError(f"nothing to hold: {first(problems, '; ') or 'the seed is empty'}")
+        raise AdapterError(f"nothing to hold: {first_few(problems, '; ') or 'the seed is empty'}")
     return [
         transformer.get_submodule(name).register_forward_hook(_Constant(factors))
         for name, factors in weights.factors.items()
@@ -353,9 +354,9 @@ def load_tensors(transformer: nn.Module, saved: Mapping[str, Tensor]) -> None:
         ),
     ]
     if problems:
-        raise AdapterError(f"the saved tensors are of another adapter: {first(sorted(problems), '; ')}")
+        raise AdapterError(f"the saved tensors are of another adapter: {first_few(sorted(problems), '; ')}")
     for name, parameter in parameters.items():
-        parameter.copy_(like(saved[name], parameter))
+        parameter.copy_(sharded_like(saved[name], parameter))
 
 
 def peft_config(config: AdapterConfig) -> LoraConfig:
@@ -402,7 +403,7 @@ def _nearest(wanted: str, names: Iterable[str]) -> str:
     """The names most like `wanted`, counting the ends of names as names."""
     ends = {".".join(parts[start:]) for name in names for parts in [name.split(".")] for start in range(len(parts))}
     near = difflib.get_close_matches(wanted, sorted(ends), n=3, cutoff=0.5)
-    return f"near are {', '.join(near)}" if near else f"this model has {first(sorted(TARGETS['all']))}"
+    return f"near are {', '.join(near)}" if near else f"this model has {first_few(sorted(TARGETS['all']))}"
 
 
 def _layers(transformer: nn.Module, adapter_name: str = NAME) -> Iterator[tuple[str, Any]]:
@@ -460,10 +461,3 @@ def _write(layers: Mapping[str, Any], requested: Mapping[str, LowRank], adapter_
             device = magnitude.weight.device
             magnitude.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=scaling)
             magnitude.weight.data = magnitude.weight.data.float().to(device)
-
-
-def first(names: Iterable[str], separator: str = ", ", count: int = 3) -> str:
-    """The first of them in words, and how many more there are."""
-    listed = list(names)
-    rest = len(listed) - count
-    return separator.join(listed[:count]) + (f" and {rest} more" if rest > 0 else "")

@@ -15,7 +15,7 @@ import os
 import re
 import textwrap
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -54,6 +54,26 @@ def read_toml(path: Path, problems: list[str]) -> dict[str, Any]:
         shown = f"; the line is: {source[0].strip()}" if source else ""
         problems.append(f"{path}, line {error.lineno}: not TOML ({error.msg}){shown}")
     return {}
+
+
+def load_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The file's table with the overrides in it, for `parse`. ConfigError if the file or an override cannot be read."""
+    problems: list[str] = []
+    table = read_toml(path, problems)
+    if not problems:  # without a table every key would be reported as missing
+        table = apply_overrides(table, overrides, problems)
+    if problems:
+        raise ConfigError(problems)
+    return table
+
+
+def load(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """The file as a `cls`. ConfigError lists every problem."""
+    problems: list[str] = []
+    made = parse(cls, load_table(path, overrides), "", problems)
+    if made is None:
+        raise ConfigError(problems)
+    return made
 
 
 def apply_overrides(table: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -107,7 +127,7 @@ def to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def describe(cls: type, where: str = "") -> str:
+def explain(cls: type, where: str = "") -> str:
     """Every key with type, default and meaning, section by section, for `--help-config`."""
     hints, docs = get_type_hints(cls), _field_docs(cls)
     lines = [f"[{where}]"] if where else []
@@ -115,7 +135,7 @@ def describe(cls: type, where: str = "") -> str:
     for field in fields(cls):
         nested = _section(hints[field.name])
         if nested is not None:
-            sections.append(describe(nested, _join(where, field.name)))
+            sections.append(explain(nested, _join(where, field.name)))
             continue
         default = _default(field)
         value = "(required)" if default is MISSING else "(not set)" if default is None else _show(default, limit=None)
@@ -252,6 +272,13 @@ def _convert_array(hint: Any, value: list[Any], place: _Place, problems: list[st
 
 
 # --- words for messages -----------------------------------------------------------------------------------
+
+
+def first_few(names: Iterable[object], separator: str = ", ", count: int = 3) -> str:
+    """The first of them, and how many more there are: "a, b, c and 4 more"."""
+    listed = [str(name) for name in names]
+    rest = len(listed) - count
+    return separator.join(listed[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _at(where: str, message: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer import adapter
 from trainer.adapter import AdapterConfig, AdapterWeights
-from trainer.files import new_folder, write_json, write_tensors, write_text
+from trainer.files import DTYPES, new_folder, write_json, write_tensors, write_text
 from trainer.flow import generator
 from trainer.formats.layouts import LAYOUTS
 from trainer.formats.lora import (
@@ -30,7 +30,6 @@ from trainer.formats.lora import (
 )
 from trainer.hub.sources import plain_id, repository
 from trainer.lowrank import concatenate, norm, ordered, rank, truncate
-from trainer.qwen_image import DTYPES
 
 log = logging.getLogger("trainer")
 
@@ -67,7 +66,7 @@ def export(
     folder: Path,
     config: ExportConfig,
     settings: AdapterConfig,
-    constant: AdapterWeights | None,
+    frozen: AdapterWeights | None,
     report: Mapping[str, Any],
 ) -> None:
     """Write the adapter, with a constant term concatenated on rank, into `folder`, whole or not at all.
@@ -83,8 +82,8 @@ def export(
     metadata = origin(base, report["init"], energy, pictures, report["config"]["train"]["steps"])
     name = Path(report["config"]["output"]).name
     whole = None
-    if constant is not None or config.rank is not None:
-        whole = _truncated(_whole(transformer, constant), config.rank)
+    if frozen is not None or config.rank is not None:
+        whole = _truncated(_whole(transformer, frozen), config.rank)
         description = peft_description(whole, base)
         halves = {
             f"{module}.lora_{half}.weight": tensor
@@ -112,8 +111,8 @@ def export(
         write_text(partial / "README.md", model_card(report, samples, config.layouts, name))
 
 
-def _whole(transformer: QwenImageTransformer2DModel, constant: AdapterWeights | None) -> AdapterWeights:
-    parts = [weights.factors for weights in (constant, adapter.read(transformer)) if weights is not None]
+def _whole(transformer: QwenImageTransformer2DModel, frozen: AdapterWeights | None) -> AdapterWeights:
+    parts = [weights.factors for weights in (frozen, adapter.read(transformer)) if weights is not None]
     names = sorted({*chain(*parts)})
     return AdapterWeights({name: concatenate([part[name] for part in parts if name in part]) for name in names})
 

@@ -16,6 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Precisions by their name in configurations."""
+HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Precisions by their name in a safetensors header."""
+
 
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -76,9 +81,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_file(path, write)
 
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
 def stream_tensors(
     path: Path,
     shapes: Mapping[str, Sequence[int]],
@@ -91,9 +93,10 @@ def stream_tensors(
     Format: 8 bytes with the header's size, the header as JSON, the tensors (https://huggingface.co/docs/safetensors).
     """
     header, end = dict[str, Any](), 0
+    stored = next(name for name, value in HEADER_DTYPES.items() if value == dtype)
     for name, shape in shapes.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
 

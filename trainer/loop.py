@@ -120,10 +120,10 @@ def train(
     Raises TrainingError on NaN or infinity, Interrupted after a signal, CheckpointError if the checkpoint was
     written by a run with another `fingerprint`.
     """
-    if parallel.wants_shards():
+    if parallel.uses_fsdp():
         parallel.shard(objective.module, accelerator.device)
     else:
-        objective.module = parallel.copy(accelerator, objective.module)
+        objective.module = parallel.wrap_ddp(accelerator, objective.module)
     parameters = [p for p in objective.module.parameters() if p.requires_grad]
     optimizer: Any = make_optimizer(parameters, config)
     if accelerator.scaler is not None:  # accelerate's own optimizer looks for packages at each step: only where needed
@@ -139,7 +139,7 @@ def train(
 
     def save(step: int) -> None:
         result.step, result.seconds = step, seconds_before + time.monotonic() - begin
-        tensors, inner = parallel.whole(objective.tensors()), parallel.whole(optimizer.state_dict())
+        tensors, inner = parallel.unsharded(objective.tensors()), parallel.unsharded(optimizer.state_dict())
         if accelerator.is_main_process:
             state = {"fingerprint": fingerprint, "batches_per_step": batches}
             state |= {"seconds": result.seconds, "validations": result.validations}
@@ -202,7 +202,7 @@ def _update(
         loss, batches = _backward(objective, config, accelerator, step)
         if accelerator.scaler is not None:
             accelerator.unscale_gradients(optimizer)
-        grad_norm = float(parallel.whole(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)))
+        grad_norm = float(parallel.unsharded(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)))
         if math.isfinite(loss) and math.isfinite(grad_norm):
             break
         if accelerator.scaler is None or not math.isfinite(loss) or accelerator.scaler.get_scale() < 1:

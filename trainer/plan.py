@@ -204,7 +204,7 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
     return Plan(run, start, dataset, transformer, modules)
 
 
-def describe(plan: Plan) -> str:
+def plan_text(plan: Plan) -> str:
     """The plan in words: data, modules, parameters, steps, memory, downloads."""
     run, data = plan.config, plan.dataset
     images_per_step = run.train.batch_size * run.train.gradient_accumulation_steps
@@ -221,8 +221,8 @@ def describe(plan: Plan) -> str:
         f"start        {plan.start.method}",
         f"training     {run.train.steps} steps of {images_per_step} pictures: "
         f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
-        *(f"memory       {line}" for line in describe_memory(plan)),
-        *(f"download     {line}" for line in sources.describe(plan.needs)),
+        *(f"memory       {line}" for line in memory_lines(plan)),
+        *(f"download     {line}" for line in sources.download_lines(plan.needs)),
         *(f"note         {note}" for note in data.notes),
     ]
     return "\n".join(lines)
@@ -237,7 +237,7 @@ def pixels(plan: Plan) -> int:
     return max(example.bucket[0] * example.bucket[1] for example in plan.dataset.train)
 
 
-def describe_memory(plan: Plan) -> list[str]:
+def memory_lines(plan: Plan) -> list[str]:
     """Estimates: nothing is loaded."""
     run = plan.config
     needs = memory.estimate(run.model.base, plan.transformer, run.model, run.adapter, run.train, pixels(plan))
@@ -246,7 +246,7 @@ def describe_memory(plan: Plan) -> list[str]:
     return [f"at its peak about {size(needs.peak)} on the GPU: {stages}", f"while training: {parts}"]
 
 
-def describe_fit(plan: Plan, vram: float) -> str:
+def fit_text(plan: Plan, vram: float) -> str:
     """Which settings would fit a card with so many GB, the smallest change first."""
     run = plan.config
     ways = memory.ways_to_fit(run.model.base, plan.transformer, run.model, run.adapter, run.train, pixels(plan))

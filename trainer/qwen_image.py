@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from trainer.files import read_header, sample
+from trainer.files import DTYPES, read_header, sample
 from trainer.flow import generator
 from trainer.hub import sources
 from trainer.hub.sources import Need
@@ -47,7 +47,12 @@ Attention = Literal[
     "xformers",
 ]
 GPU_ATTENTION = ("_native_cudnn", "flash_varlen", "_flash_varlen_3", "flex", "xformers")
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NO_CAPTION = ""
+"""What a picture whose caption is dropped is trained with."""
+NEGATIVE_PROMPT = " "
+"""What guidance leads away from; not the empty text, as in the published examples."""
+PICTURE_MULTIPLE = 16
+"""Sides of pictures are multiples of this many pixels in the published model: the VAE's step of 8, 2 x 2 in a patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +218,7 @@ def load_vae(base: str, device: torch.device) -> AutoencoderKLQwenImage:
 def picture_multiple(base: str) -> int:
     """Width and height of a picture must be a multiple of this many pixels: the VAE's step times the 2x2 patch."""
     vae = part_config(AutoencoderKLQwenImage, base, "vae")
-    return 2 * 2 ** len(vae["temperal_downsample"]) if vae else 16
+    return 2 * 2 ** len(vae["temperal_downsample"]) if vae else PICTURE_MULTIPLE
 
 
 def set_up(transformer: QwenImageTransformer2DModel, config: ModelConfig, *, gradient_checkpointing: bool) -> None:
@@ -239,7 +244,7 @@ def fits(num_bytes: float, device: torch.device) -> bool:
     return num_bytes * 1.1 < torch.cuda.mem_get_info(device)[0]
 
 
-def roomy(num_bytes: float, device: torch.device, what: str) -> torch.device:
+def device_with_room(num_bytes: float, device: torch.device, what: str) -> torch.device:
     """`device`, or the CPU if so many bytes would not fit into what is free of it."""
     if fits(num_bytes, device):
         return device
@@ -265,14 +270,14 @@ class TextEncoder:
     def model(self, dtype: torch.dtype) -> Any:
         """Qwen2_5_VLForConditionalGeneration, in `dtype`."""
         if self._loaded is None or self._loaded.dtype != dtype:
-            self.let_go()
-            device = roomy(text_encoder_bytes(self.base), self._device, "the text encoder")
+            self.unload()
+            device = device_with_room(text_encoder_bytes(self.base), self._device, "the text encoder")
             folder, options = sources.local(self.base), {"dtype": dtype, "use_safetensors": True}
             loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder="text_encoder", **options)
             self._loaded = loaded.to(device).eval()
         return self._loaded
 
-    def let_go(self) -> None:
+    def unload(self) -> None:
         """Free its memory."""
         self._loaded = None
         free_memory()

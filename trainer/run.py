@@ -22,7 +22,7 @@ from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.data.cache import Cache
 from trainer.data.dataset import Dataset, Example, batch, drops_caption
 from trainer.data.encode import encode_pictures, encode_prompts
-from trainer.files import remove_leftovers, write_json
+from trainer.files import DTYPES, remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.hardware import machine, parallel
 from trainer.hub import sources
@@ -33,7 +33,7 @@ from trainer.tracking import Tracker, duration
 
 log = logging.getLogger("trainer")
 
-CONSTANT_FILE = "constant.safetensors"  # in the output: what is held on the base, to resume and to export
+FROZEN_FILE = "frozen.safetensors"  # in the output: what is held on the base, to resume and to export
 
 
 def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
@@ -60,35 +60,35 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     report: dict[str, Any] = {"config": config.to_dict(run), "init_options": config.to_dict(plan.start.options)}
     report |= {"versions": machine.versions(), "hardware": machine.hardware(device), "data": data_report(plan.dataset)}
     report["sources"] = sources.used(plan.needs)
-    settings, constant = run.adapter, None
+    settings, frozen = run.adapter, None
     if saved:
         log.info("resuming after step %d", saved.step)
         report["init"] = json.loads((plan.output / "run.json").read_text(encoding="utf-8"))["init"]
         settings = replace(settings, **report["init"]["adapter"])
-        text_encoder.let_go()
+        text_encoder.unload()
         transformer = qwen_image.load_transformer(run.model, loading)
         adapter.inject(transformer, settings)
-        if (plan.output / CONSTANT_FILE).exists():
-            constant = read_lora(plan.output / CONSTANT_FILE)[0]
+        if (plan.output / FROZEN_FILE).exists():
+            frozen = read_lora(plan.output / FROZEN_FILE)[0]
     else:
         if resume:
             log.info("no checkpoint yet: starting from the beginning")
         trials = Trials(plan, encoded, text_encoder, lambda: qwen_image.load_transformer(run.model, loading))
-        context = init_context(plan, device, None if parallel.wants_shards() else trials, text_encoder)
+        context = init_context(plan, device, None if parallel.uses_fsdp() else trials, text_encoder)
         with accelerator.main_process_first():  # the others find what it predicted in the cache
             seed = plan.start.initialize(context, plan.start.options)
         transformer = trials.transformer
         settings, applied = install(transformer, seed, settings, random_seed=run.seed)
-        constant = seed.constant
-        if constant is not None and accelerator.is_main_process:
-            write_lora(plan.output / CONSTANT_FILE, constant, {})
+        frozen = seed.frozen
+        if frozen is not None and accelerator.is_main_process:
+            write_lora(plan.output / FROZEN_FILE, frozen, {})
         seconds["init"] = time.monotonic() - tick
         report["init"] = {"method": plan.start.method, **seed.report, "applied": applied}
         report["init"]["adapter"] = {"rank": settings.rank, "rank_pattern": settings.rank_pattern}
         report["init"]["seconds"] = seconds["init"]
-        log.info("start: %s", summary(plan.start.method, applied, seconds["init"], held=constant))
-    if constant is not None:
-        adapter.hold(transformer, constant)
+        log.info("start: %s", summary(plan.start.method, applied, seconds["init"], held=frozen))
+    if frozen is not None:
+        adapter.attach_frozen(transformer, frozen)
     if accelerator.is_main_process:
         write_json(plan.output / "run.json", {"status": "running", **report})
     qwen_image.set_up(transformer, run.model, gradient_checkpointing=run.train.gradient_checkpointing)
@@ -106,10 +106,10 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
         fingerprint=plan.fingerprint(),
     )
     folder = plan.output / "adapter"
-    parallel.gather(objective.transformer)
+    parallel.unshard(objective.transformer)
     if accelerator.is_main_process:
         report |= {"status": "finished", "steps": result.step, "validations": result.validations}
-        export.export(objective.transformer, folder, run.export, settings, constant, report)
+        export.export(objective.transformer, folder, run.export, settings, frozen, report)
         report["seconds"] = {**seconds, "train": result.seconds, "total": time.monotonic() - began}
         report["peak_memory_bytes"] = machine.peak_memory(device)
         write_json(plan.output / "run.json", report)
@@ -123,7 +123,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
 def install(
     transformer: QwenImageTransformer2DModel, seed: Seed, settings: AdapterConfig, *, random_seed: int
 ) -> tuple[AdapterConfig, dict[str, Any]]:
-    """Inject an adapter and write the seed into it. What is constant in the seed is left to `adapter.hold`. Returns the
+    """Inject an adapter and write the seed into it; its frozen LoRA is left to `adapter.attach_frozen`. Returns the
     settings that the adapter has, and the report of `apply_seed`."""
     settings = adapter.settings_for(seed, settings)
     adapter.inject(transformer, settings)
@@ -139,7 +139,7 @@ def init_context(plan: Plan, device: torch.device, trials: "Trials | None", text
         seed=plan.config.seed,
         device=device,
         base=plan.config.model.base,
-        say=log.info,
+        log=log.info,
         cache=Path(plan.config.data.cache or plan.output / "cache"),
         text_encoder=text_encoder,
         try_seed=trials,
@@ -161,16 +161,16 @@ class Trials:
 
     @cached_property
     def transformer(self) -> QwenImageTransformer2DModel:
-        self._text_encoder.let_go()
+        self._text_encoder.unload()
         return self._load()
 
     def __call__(self, weights: AdapterWeights, index: int) -> float:
         """Of training picture `index` with `weights` on the base; of the base itself if they are empty."""
         run, device = self._plan.config, self.transformer.device
         item = self._encoded.item(self._plan.dataset.train[index])
-        handles = adapter.hold(self.transformer, weights) if weights.factors else []
+        handles = adapter.attach_frozen(self.transformer, weights) if weights.factors else []
         try:
-            dtype = qwen_image.DTYPES[run.model.dtype]
+            dtype = DTYPES[run.model.dtype]
             size = run.train.batch_size
             return float(validation.stable_errors(self.transformer, [item], device, dtype, batch_size=size).mean())
         finally:
@@ -220,10 +220,10 @@ def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet
     texts = {e.caption for e in examples} | {
         *run.validation.prompts,
         *run.validation.unrelated_prompts,
-        "",
-        validation.EMPTY_PROMPT,
+        qwen_image.NO_CAPTION,
+        qwen_image.NEGATIVE_PROMPT,
     }
-    prompts = encode_prompts(cache, text_encoder, qwen_image.DTYPES[run.model.dtype], texts, quiet=quiet)
+    prompts = encode_prompts(cache, text_encoder, DTYPES[run.model.dtype], texts, quiet=quiet)
     qwen_image.free_memory()
     return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
 
@@ -233,15 +233,15 @@ def stable_losses(
 ) -> dict[str, float]:
     """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`. Shared out among the processes."""
     run, values = plan.config, dict[str, float]()
-    device, dtype = accelerator.device, qwen_image.DTYPES[run.model.dtype]
+    device, dtype = accelerator.device, DTYPES[run.model.dtype]
     for name, examples in (("val_loss", plan.dataset.held_out), ("train_stable_loss", plan.dataset.train)):
         items = [encoded.item(example) for example in examples[: run.validation.num_pictures]]
         if items:
             size = 2 * run.train.batch_size  # without gradients there is room for it
-            rows = parallel.shared_out(accelerator, len(items))
+            rows = parallel.rows_of_process(accelerator, len(items))
             own = [items[row] for row in rows]
             errors = validation.stable_errors(transformer, own, device, dtype, batch_size=size)
-            values[name] = float(parallel.collect(accelerator, len(items), rows, errors).mean())
+            values[name] = float(parallel.collect_rows(accelerator, len(items), rows, errors).mean())
     return values
 
 
@@ -275,7 +275,7 @@ class LoraObjective:
         self.transformer = transformer
         self._plan, self._run, self._encoded, self._accelerator = plan, plan.config, encoded, accelerator
         self._sample = sample or self._draw
-        self._device, self._dtype = accelerator.device, qwen_image.DTYPES[plan.config.model.dtype]
+        self._device, self._dtype = accelerator.device, DTYPES[plan.config.model.dtype]
 
     def loss(self, step: int, micro_step: int) -> Loss:
         inputs = self.inputs(step, micro_step)
@@ -288,7 +288,9 @@ class LoraObjective:
         index = step * run.train.gradient_accumulation_steps * processes + part
         examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
         texts = [
-            "" if drops_caption(run.data.caption_dropout, seed=run.seed, index=index, position=i) else e.caption
+            qwen_image.NO_CAPTION
+            if drops_caption(run.data.caption_dropout, seed=run.seed, index=index, position=i)
+            else e.caption
             for i, e in enumerate(examples)
         ]
         random = flow.generator(run.seed, "noise", step, part, 0)
@@ -329,7 +331,7 @@ class LoraObjective:
         if not settings.prompts:
             return {}
         count, base = len(settings.prompts), self._run.model.base
-        rows = parallel.shared_out(self._accelerator, count)
+        rows = parallel.rows_of_process(self._accelerator, count)
         latents = qwen_image.Sampler(base).latents(
             self.transformer,
             [prompts[settings.prompts[row]] for row in rows],
@@ -337,11 +339,11 @@ class LoraObjective:
             seeds=[settings.seed + row for row in rows],
             num_inference_steps=settings.num_inference_steps,
             true_cfg_scale=settings.true_cfg_scale,
-            negative_prompt=prompts[validation.EMPTY_PROMPT],
+            negative_prompt=prompts[qwen_image.NEGATIVE_PROMPT],
             batch_size=self._run.train.batch_size,
             device=self._device,
         )
-        latents = parallel.collect(self._accelerator, count, rows, latents)
+        latents = parallel.collect_rows(self._accelerator, count, rows, latents)
         if not self._accelerator.is_main_process:
             return {}
         vae = qwen_image.load_vae(base, self._device)  # brought in to decode, and let go

@@ -12,7 +12,6 @@ from trainer import flow, qwen_image
 from trainer.files import write_file
 
 NUM_SIGMAS = 8
-EMPTY_PROMPT = " "  # the negative prompt of guidance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from initializers.i2l.initializer import Config, check, initialize, needs
 from initializers.i2l.layout import (
     PUBLISHED,
     LayoutError,
-    describe,
+    geometry_text,
     header_rank,
     infer_geometry,
     is_expert,
@@ -31,13 +31,13 @@ from trainer import config, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, linears, target_modules
 from trainer.data.pictures import SUFFIXES, pictures_in
 from trainer.export import origin
-from trainer.files import Header, read_header
+from trainer.files import DTYPES, Header, read_header
 from trainer.formats import FormatError, check_lora, write_lora
-from trainer.formats.check import describe as judgement
+from trainer.formats.check import verdict_text
 from trainer.formats.convert import hand_off
 from trainer.formats.read_config import RecipeError, read_recipe
 from trainer.formats.rules import TRAINERS
-from trainer.hardware.threads import side_by_side
+from trainer.hardware.threads import parallel_map
 from trainer.hub import sources
 from trainer.lowrank import truncate
 
@@ -67,13 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = "that trainer's configuration, to read rank, alpha and targets from"
     predict.add_argument("--recipe", type=Path, metavar="FILE", help=recipe)
     predict.add_argument("--strength", type=float, help="factor of the LoRA (default: the configuration's; 1 for auto)")
-    predict.add_argument("--dtype", choices=[*qwen_image.DTYPES], default="fp32", help="of the file (default: fp32)")
+    predict.add_argument("--dtype", choices=[*DTYPES], default="fp32", help="of the file (default: fp32)")
     draws = commands.add_parser("draw", help="let the base draw pictures of prompts, to train Bias on")
     draws.add_argument("--base", required=True, help="folder or id (as [model] base) of the pipeline")
     draws.add_argument("--prompts", type=Path, required=True, help="text file, a prompt a line")
     draws.add_argument("--output", type=Path, required=True, help="new folder for the pictures")
     draws.add_argument("--resolution", type=int, default=1024, help="side of the square (default: 1024)")
-    draws.add_argument("--dtype", choices=[*qwen_image.DTYPES], default="bf16", help="default: bf16")
+    draws.add_argument("--dtype", choices=[*DTYPES], default="bf16", help="default: bf16")
     draws.add_argument("--num-inference-steps", type=int, default=30, help="default: 30")
     draws.add_argument("--true-cfg-scale", type=float, default=4.0, help="guidance; default: 4, as Qwen-Image's")
     commands.add_parser("train", help="train an expert; see train --help")
@@ -146,11 +146,11 @@ def _expert_lines(header: Header) -> list[str]:
     geometry = infer_geometry(header.shapes, header_rank(header))
     name = published_name(header.shapes)
     if name is None:
-        title = f"miniature {describe(geometry)}"
+        title = f"miniature {geometry_text(geometry)}"
         if geometry.num_blocks == PUBLISHED["style"].geometry.num_blocks:
-            title = f"not a published file: {describe(geometry)}"
+            title = f"not a published file: {geometry_text(geometry)}"
     else:
-        title = f"Qwen-Image-i2L {geometry.kind}, as published: {describe(geometry)}"
+        title = f"Qwen-Image-i2L {geometry.kind}, as published: {geometry_text(geometry)}"
     return [
         title,
         *_size_lines(header),
@@ -224,10 +224,10 @@ def predict_file(options: argparse.Namespace) -> int:
         seed=0,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         base=base,
-        say=lambda message: print(message, flush=True),
+        log=lambda message: print(message, flush=True),
     )
     seed = initialize(context, own)
-    whole = seed.constant or seed.weights
+    whole = seed.frozen or seed.weights
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
     if options.trainer:
         done = hand_off(
@@ -241,16 +241,16 @@ def predict_file(options: argparse.Namespace) -> int:
             wanted_rank=options.rank,
             dtype=options.dtype,
         )
-        print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), judgement(done.verdict)]))
+        print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), verdict_text(done.verdict)]))
     else:
         kept, factors = {}, {}
         modules_done = tqdm(whole.factors, desc="truncating", unit="module", leave=False, disable=None)
-        truncated = side_by_side(lambda module: (module, *truncate(whole.factors[module], rank)), modules_done)
+        truncated = parallel_map(lambda module: (module, *truncate(whole.factors[module], rank)), modules_done)
         for module, short, share in truncated:
             factors[module], kept[module] = short, share
         average = sum(kept.values()) / len(kept)
         metadata = origin(base, seed.report, average, digests, 0)
-        write_lora(options.output, AdapterWeights(factors), metadata, qwen_image.DTYPES[options.dtype])
+        write_lora(options.output, AdapterWeights(factors), metadata, DTYPES[options.dtype])
         incoming = seed.report["incoming_rank"]
         print(f"{options.output}: {len(factors)} modules, rank {min(rank, incoming)} of {incoming}, ", end="")
         print(f"from {len(pictures)} pictures")

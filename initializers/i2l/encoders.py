@@ -399,7 +399,7 @@ def qwen_vl_residuals(
             states.append(output.last_hidden_state[:, drop:].float())
         result[resolution] = torch.cat(states) * RESIDUAL_SCALE
     del model
-    text_encoder.let_go()
+    text_encoder.unload()
     return result
 
 

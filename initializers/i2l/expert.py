@@ -23,15 +23,14 @@ from initializers.i2l.layout import (
     header_rank,
     infer_geometry,
 )
-from trainer.files import read_header, write_tensors
-from trainer.hardware.threads import side_by_side
+from trainer.files import HEADER_DTYPES, read_header, write_tensors
+from trainer.hardware.threads import parallel_map
 from trainer.lowrank import LowRank
 
 INITIAL_SCALE = 0.3
 PIECE = (
     1 << 21
 )  # bytes of a weight that are read, turned into fp32 and multiplied while they are in the processor's cache
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Factors = tuple[Tensor, Tensor]  # a: B rank in, b: B out rank
 
 
@@ -177,8 +176,8 @@ def predict(
     what comes out.
     """
     geometry, header = read_geometry(path), read_header(path)
-    if foreign := sorted(set(header.dtypes.values()) - _DTYPES.keys()):
-        raise LayoutError(f"{path}: weights in {', '.join(foreign)}; an expert has them in {', '.join(_DTYPES)}")
+    if foreign := sorted(set(header.dtypes.values()) - HEADER_DTYPES.keys()):
+        raise LayoutError(f"{path}: weights in {', '.join(foreign)}; an expert has them in {', '.join(HEADER_DTYPES)}")
     embeddings = embeddings.float()
     residual = None if residual is None else residual.float().to(embeddings.device)
     _check_inputs(geometry, embeddings, residual)
@@ -195,7 +194,7 @@ def predict(
                 raise ValueError(f"{path}: NaN or infinity in what it predicts for {module}")
         return predicted
 
-    for predicted in side_by_side(block, progress(range(len(GROUPS) * geometry.num_blocks))):
+    for predicted in parallel_map(block, progress(range(len(GROUPS) * geometry.num_blocks))):
         yield from predicted.items()
 
 
@@ -210,7 +209,7 @@ class _Weights:
     def times(self, block: str, name: str, x: Tensor) -> Tensor:
         """x: ... columns -> ... rows, the product with the weight of that name in that block."""
         name = f"{block}.{name}.weight"
-        (num_rows, num_columns), dtype = self._header.shapes[name], _DTYPES[self._header.dtypes[name]]
+        (num_rows, num_columns), dtype = self._header.shapes[name], HEADER_DTYPES[self._header.dtypes[name]]
         flat = x.reshape(-1, num_columns)
         result = flat.new_empty(len(flat), num_rows)
         at_once = len(self._bytes) // (num_columns * dtype.itemsize)

@@ -159,7 +159,7 @@ def initialize(context: InitContext, config: Config) -> Seed:
         found.sort(key=lambda source: ORDER.index(source.kind))
         check_fit(found, context)
     if "coarse" in (kinds := [source.kind for source in found]) and "fine" not in kinds:
-        context.say("i2L: coarse without fine, with few pictures, drags their content into every picture")
+        context.log("i2L: coarse without fine, with few pictures, drags their content into every picture")
 
     predictions = predict_pictures(context, config.encoders, found, pictures, seconds)
     strength, tried = config.strength, None
@@ -186,15 +186,15 @@ def initialize(context: InitContext, config: Config) -> Seed:
         report["tried"] = tried
     weights = AdapterWeights(factors)
     if config.mode == "merge":
-        return Seed(AdapterWeights({}), report, constant=AdapterWeights(dict(factors)) if factors else None)
+        return Seed(AdapterWeights({}), report, frozen=AdapterWeights(dict(factors)) if factors else None)
     if config.energy is None or not factors:
         return Seed(weights, report)
     trained = ((name, factors[name]) for name in factors if name in context.modules)
     uniform, pattern = ranks_for_energy(trained, config.energy)
     if not config.rank_per_module:
-        context.say(f"i2L: rank {uniform} keeps {config.energy:.0%} of the energy")
+        context.log(f"i2L: rank {uniform} keeps {config.energy:.0%} of the energy")
         return Seed(weights, report, rank=uniform)
-    context.say(
+    context.log(
         f"i2L: ranks {min(pattern.values())} to {max(pattern.values())} keep {config.energy:.0%} of the energy of each "
         f"module, {sum(pattern.values()) / len(pattern):.1f} on average"
     )
@@ -249,5 +249,5 @@ def _choose_strength(
     means = losses.mean(0)
     best = STRENGTHS[int(means.argmin())]
     shown = ", ".join(f"{strength:g}: {float(loss):.4f}" for strength, loss in zip(STRENGTHS, means, strict=True))
-    context.say(f"i2L: strength {best:g} is best for pictures that the seed has not seen ({shown})")
+    context.log(f"i2L: strength {best:g} is best for pictures that the seed has not seen ({shown})")
     return best, {"strengths": STRENGTHS, "losses": means.tolist(), "pictures": len(places)}

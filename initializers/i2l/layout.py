@@ -190,7 +190,7 @@ def infer_geometry(shapes: Mapping[str, Shape], rank: int = PUBLISHED_RANK) -> G
         return best
     expected = expert_layout(best)
     raise LayoutError(
-        f"incomplete or foreign i2L expert: compared with the {describe(best)}, "
+        f"incomplete or foreign i2L expert: compared with the {geometry_text(best)}, "
         + "; ".join(
             [
                 *([f"{len(missing)} of {len(expected)} tensors are missing: {_some(missing)}"] if missing else []),
@@ -208,7 +208,7 @@ def infer_geometry(shapes: Mapping[str, Shape], rank: int = PUBLISHED_RANK) -> G
     )
 
 
-def describe(geometry: Geometry) -> str:
+def geometry_text(geometry: Geometry) -> str:
     """Style layout (60 blocks, hidden size 3072, embedding 5632, compress 64, rank 4)"""
     values = {
         "hidden size": geometry.hidden_size,

@@ -101,13 +101,13 @@ def predict_pictures(
         if source.geometry is None:
             static = dict(read_lora(source.path)[0].factors)
         elif context.cache is not None and (cached := read_predictions(files[source.kind])) is not None:
-            context.say(f"i2L: {source.kind}, as predicted before")
+            context.log(f"i2L: {source.kind}, as predicted before")
             by_picture[source.kind] = cached
         else:
             missing.append(source)
     embeddings, residuals = _look(context, encoders_from, missing, pictures, digests, seconds)
     for source in missing:
-        context.say(f"i2L: {source.kind} ({source.path})")
+        context.log(f"i2L: {source.kind} ({source.path})")
         with timed(seconds, source.kind):
             residual = residuals[source.resolution] if source.resolution is not None else None
             progress = _progress(f"i2L {source.kind}", "block")
@@ -168,7 +168,7 @@ def _look(
     dtype, where = dtype_for(context.device), context.device.type
 
     def embed(positions: list[int]) -> list[Tensor]:
-        context.say(f"i2L: encoding {len(positions)} pictures")
+        context.log(f"i2L: encoding {len(positions)} pictures")
         paths = [pictures[i] for i in positions]
         squares = [encoders.cover_crop(open_picture(path), encoders.CROP_SIZE) for path in paths]  # photographs are big
         rows = encoders.encode_pictures(squares, encoders_from, context.device, dtype)
@@ -177,7 +177,7 @@ def _look(
     looks = [(source.resolution, i) for source in found if source.resolution is not None for i in range(len(pictures))]
 
     def read(positions: list[int]) -> list[Tensor]:
-        context.say("i2L: reading the pictures with Qwen2.5-VL")
+        context.log("i2L: reading the pictures with Qwen2.5-VL")
         squares, paths = dict[int, list[Image.Image]](), [pictures[looks[i][1]] for i in positions]
         for (resolution, _), path in zip([looks[i] for i in positions], paths, strict=True):
             squares.setdefault(resolution, []).append(encoders.cover_crop(open_picture(path), resolution))
@@ -194,7 +194,7 @@ def _look(
         for (resolution, _), row in zip(looks, rows, strict=True):
             residuals.setdefault(resolution, []).append(row)
     if context.text_encoder is not None:
-        context.text_encoder.let_go()
+        context.text_encoder.unload()
     with timed(seconds, "encoders"):
         names = [key("i2l embedding", encoders.identity(encoders_from), where, digest) for digest in digests]
         embeddings = torch.stack(_cached(context, names, embed))

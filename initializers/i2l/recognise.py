@@ -14,7 +14,7 @@ from initializers.i2l.layout import (
     FINE_TOKENS,
     PUBLISHED,
     Geometry,
-    describe,
+    geometry_text,
     header_rank,
     infer_geometry,
     is_expert,
@@ -82,7 +82,7 @@ def recognise(name: str, path: Path) -> Source:
             f"of Fine {FINE_TOKENS}"
         )
     if name in FILES and name != kind:
-        raise LayoutError(f'{path}: expected the expert "{name}", found the {describe(geometry)}')
+        raise LayoutError(f'{path}: expected the expert "{name}", found the {geometry_text(geometry)}')
     return Source(kind, path, header, geometry)
 
 

@@ -129,7 +129,7 @@ def test_offloaded_weights_leave_three_blocks_on_the_gpu(tiny_base: Path) -> Non
     offloaded = memory.offloaded_bytes(model, BF16, needs)
     block = 2 * sum(p.numel() for p in model.transformer_blocks[0].parameters())
     held = sum(value for name, value in needs.parts.items() if name != "activations")
-    assert held == sum(memory.held(model, BF16, AdapterConfig(), train_config).values())
+    assert held == sum(memory.resident_bytes(model, BF16, AdapterConfig(), train_config).values())
     adapted = held - needs.parts["weights"]
     assert needs.stages["training"] - offloaded == pytest.approx(adapted + 6 * block)
 
@@ -166,9 +166,9 @@ def test_a_text_encoder_too_large_for_the_card_runs_on_the_cpu(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16e9, 24e9))
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     with caplog.at_level("INFO", logger="trainer"):
-        assert qwen_image.roomy(10e9, gpu, "it") == gpu and not caplog.text
-        assert qwen_image.roomy(16.6e9, gpu, "it") == cpu and "16.6 GB" in caplog.text
-    assert qwen_image.roomy(16.6e9, cpu, "it") == cpu
+        assert qwen_image.device_with_room(10e9, gpu, "it") == gpu and not caplog.text
+        assert qwen_image.device_with_room(16.6e9, gpu, "it") == cpu and "16.6 GB" in caplog.text
+    assert qwen_image.device_with_room(16.6e9, cpu, "it") == cpu
     size = sum(p.stat().st_size for p in (tiny_base / "text_encoder").glob("*.safetensors"))
     assert qwen_image.text_encoder_bytes(str(tiny_base)) == size and size > 0
     assert qwen_image.text_encoder_bytes("Qwen/Qwen-Image") == 16.6e9

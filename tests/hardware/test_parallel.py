@@ -155,7 +155,7 @@ def test_the_ready_configurations_are_read_by_accelerate(name: str, monkeypatch:
     for key, value in prepare_multi_gpu_env(arguments).items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("WORLD_SIZE", str(arguments.num_processes))
-    assert parallel.wants_shards() == (name != "ddp")
+    assert parallel.uses_fsdp() == (name != "ddp")
     assert parallel.problems("bf16", "none", "adamw") == []
     assert os.environ.get("FSDP_OFFLOAD_PARAMS", "false") == ("true" if name == "fsdp2_offload" else "false")
 
@@ -176,9 +176,9 @@ def test_the_things_of_all_processes_come_back_in_order(monkeypatch: pytest.Monk
         values = torch.arange(1.0, count + 1)[:, None].expand(-1, 2)
         sizes = set()
         for process in range(3):
-            rows = parallel.shared_out(Fake(process), count)  # type: ignore[arg-type]
+            rows = parallel.rows_of_process(Fake(process), count)  # type: ignore[arg-type]
             sizes.add(len(rows))
-            parallel.collect(Fake(process), count, rows, values[rows])  # type: ignore[arg-type]
+            parallel.collect_rows(Fake(process), count, rows, values[rows])  # type: ignore[arg-type]
         assert len(sizes) == 1  # every process does as many
         assert torch.equal(sum(placed), values)  # type: ignore[arg-type]
 
@@ -186,10 +186,10 @@ def test_the_things_of_all_processes_come_back_in_order(monkeypatch: pytest.Monk
 def test_whole_tensors_and_plain_modules_are_left_as_they_are() -> None:
     module = nn.Linear(2, 3)
     state = {"a": [module.weight, 3], "b": {"c": module.bias}}
-    assert parallel.whole(state)["a"][0] is module.weight and parallel.whole(state)["b"]["c"] is module.bias
-    assert parallel.like(module.bias, module.weight) is module.bias
+    assert parallel.unsharded(state)["a"][0] is module.weight and parallel.unsharded(state)["b"]["c"] is module.bias
+    assert parallel.sharded_like(module.bias, module.weight) is module.bias
     before = dict(module.named_parameters())
-    parallel.gather(module)
+    parallel.unshard(module)
     assert all(parameter is before[name] for name, parameter in module.named_parameters())
     optimizer = loop.make_optimizer([*module.parameters()], loop.TrainConfig())
     module(torch.ones(1, 2)).sum().backward()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from trainer.hardware.threads import side_by_side
+from trainer.hardware.threads import parallel_map
 
 
 @pytest.fixture
@@ -24,24 +24,24 @@ def test_results_come_in_order_and_few_are_made_before_they_are_taken(three_thre
             given.append(number)
             yield number
 
-    results = side_by_side(lambda number: number**2, items())
+    results = parallel_map(lambda number: number**2, items())
     assert next(results) == 0
     assert len(given) <= 6
     assert list(results) == [number**2 for number in range(1, 100)]
 
 
 def test_torch_computes_with_one_thread_in_each_and_with_all_afterwards(three_threads: None) -> None:
-    assert set(side_by_side(lambda _: torch.get_num_threads(), range(10))) == {1}
+    assert set(parallel_map(lambda _: torch.get_num_threads(), range(10))) == {1}
     assert torch.get_num_threads() == 3
-    some = side_by_side(lambda number: number, range(10))
+    some = parallel_map(lambda number: number, range(10))
     next(some)
     some.close()
     assert torch.get_num_threads() == 3
     with pytest.raises(ZeroDivisionError):
-        list(side_by_side(lambda number: 1 / number, range(10)))
+        list(parallel_map(lambda number: 1 / number, range(10)))
     assert torch.get_num_threads() == 3
 
 
 def test_there_are_no_gradients() -> None:
     weight = torch.ones(2, requires_grad=True)
-    assert not any(result.requires_grad for result in side_by_side(lambda number: weight * number, range(3)))
+    assert not any(result.requires_grad for result in parallel_map(lambda number: weight * number, range(3)))

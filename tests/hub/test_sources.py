@@ -83,7 +83,7 @@ def test_one_way_to_name_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_model_is_fetched_by_its_id_and_nothing_that_is_not_needed(hub: Hub, tiny_base: Path) -> None:
-    (line,) = sources.describe(base("some/model"))
+    (line,) = sources.download_lines(base("some/model"))
     assert line.startswith("some/model: ") and "from Hugging Face" in line and not hub.files()
     sources.fetch(base("some/model"))
     folder, served = sources.local("some/model"), hub.repositories["some/model"]["main"]
@@ -100,7 +100,7 @@ def test_what_is_here_is_not_asked_for_again(hub: Hub, monkeypatch: pytest.Monke
     forget()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     sources.fetch(base("some/model"))
-    assert sources.describe(base("some/model")) == [] and len(hub.asked) == asked
+    assert sources.download_lines(base("some/model")) == [] and len(hub.asked) == asked
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub) -> None:
@@ -171,7 +171,7 @@ def test_too_little_space_is_told_before_the_first_byte(hub: Hub, monkeypatch: p
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     (problem,) = problems(base("some/model"))
     assert f"to {constants.HF_HUB_CACHE}, where 0.0 MB are free" in problem and "HF_HOME" in problem
-    assert problem in sources.describe(base("some/model"))
+    assert problem in sources.download_lines(base("some/model"))
     assert not hub.files() and not Path(constants.HF_HUB_CACHE).exists()
 
 
@@ -290,7 +290,7 @@ def test_a_model_of_modelscope(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mon
     library.set_default_config(config)
     try:
         need = [qwen_image.need("modelscope:some/model", ("vae",))]
-        (line,) = sources.describe(need)
+        (line,) = sources.download_lines(need)
         assert line.startswith("some/model: ") and f"from ModelScope to {tmp_path / 'scope'}" in line
         sources.fetch(need)
         folder, served = sources.local("modelscope:some/model"), hub.repositories["some/model"]["main"]

@@ -21,7 +21,7 @@ MODULES = {"transformer_blocks.0.attn.to_q": (400, 300), "transformer_blocks.0.i
 
 def context(seed: int = 0, rank: int = 8, modules: dict[str, tuple[int, int]] = MODULES) -> InitContext:
     return InitContext(
-        images=(), modules=modules, rank=rank, seed=seed, device=torch.device("cpu"), base="base", say=lambda _: None
+        images=(), modules=modules, rank=rank, seed=seed, device=torch.device("cpu"), base="base", log=lambda _: None
     )
 
 

@@ -286,7 +286,7 @@ def test_quantised_bases(kind: str, dora: bool, lora: str) -> None:
     assert warm_start(model, init=lora)["seeded"] == 24
     seeded = output(model)
     reference = quantised(kind)
-    adapter.hold(reference, weights())
+    adapter.attach_frozen(reference, weights())
     expected = output(reference)
     assert (seeded - expected).norm() < 1e-4 * (expected - base).norm()
     assert_seeded(model)

@@ -64,7 +64,7 @@ def _full_size(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         raise ValueError("--blocks, --rank and --steps must be at least 1, --resolution a multiple of 16")
     sizes = {"num_blocks": options.blocks, "resolution": options.resolution, "rank": options.rank}
     report = full_size.measure_variants(names, **sizes, steps=options.steps, folder=options.folder)
-    return full_size.describe(report), report
+    return full_size.report_text(report), report
 
 
 def _step(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -86,10 +86,10 @@ def _step(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         accelerator = parallel.make_accelerator(settings.model.dtype)
         if options.command == "adapter":
             found = adapter.profile(prepared, accelerator.device)
-            text = adapter.describe(found)
+            text = adapter.report_text(found)
         else:
             found = loop.measure(prepared, accelerator, options.steps)
-            text = loop.describe(found)
+            text = loop.report_text(found)
     about = {"config": config.to_dict(settings), "hardware": machine.hardware(accelerator.device)}
     return text, {**about, "versions": machine.versions(), **found}
 

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trainer import plan
+from trainer.files import DTYPES
 from trainer.hardware import machine, memory
 from trainer.plan import Plan
-from trainer.qwen_image import DTYPES
 
 BASE, PEFT, HERE = "base alone", "as PEFT has it", "as it is here"
 REPETITIONS = 5
@@ -54,7 +54,7 @@ def profile(prepared: Plan, device: torch.device) -> dict[str, Any]:
     return {"size": size, "num_layers": len(layers), "ways": rows}
 
 
-def describe(report: dict[str, Any]) -> str:
+def report_text(report: dict[str, Any]) -> str:
     base, layers = report["ways"][BASE], report["num_layers"]
     lines = [
         f"{report['size']}, and what each of its {layers} layers with an adapter adds:",

@@ -82,7 +82,7 @@ def measure(base: Path, name: str, settings: AdapterConfig, pixels: int, steps: 
         step()
         seconds.append(machine.now(device) - began)
     like = qwen_image.transformer_on_meta(str(base))
-    needs = memory.held(like, model, settings, TRAIN)
+    needs = memory.resident_bytes(like, model, settings, TRAIN)
     activations = memory.activation_bytes(like, model, TRAIN, pixels, settings)
     return {
         "variant": name,
@@ -126,7 +126,7 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * side**3 / statistics.median(seconds)
 
 
-def describe(report: dict[str, Any]) -> str:
+def report_text(report: dict[str, Any]) -> str:
     rate = report["matmul_flop_a_second"]
     flop = max((entry["flop"] for entry in report["variants"]), default=0)  # the same for all
     lines = [f"{report['hardware']['name']}: {rate / 1e12:.3g} TFLOP/s in a plain product"]

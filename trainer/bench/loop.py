@@ -20,6 +20,7 @@ from trainer import loop, qwen_image, run
 from trainer.adapter import AdapterWeights, Seed
 from trainer.checkpoint import CheckpointConfig
 from trainer.data.dataset import batch, load_picture
+from trainer.files import DTYPES
 from trainer.hardware import machine
 from trainer.hub import sources
 from trainer.plan import Plan
@@ -75,7 +76,7 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     text_encoder = qwen_image.TextEncoder(settings.model.base, accelerator.device)
     encoding = _encoding(prepared, accelerator.device, text_encoder)
     encoded = run.encode(prepared, accelerator.device, text_encoder, quiet=False)
-    text_encoder.let_go()
+    text_encoder.unload()
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
     qwen_image.set_up(transformer, settings.model, gradient_checkpointing=settings.train.gradient_checkpointing)
@@ -117,7 +118,7 @@ def _encoding(prepared: Plan, device: torch.device, text_encoder: qwen_image.Tex
         qwen_image.encode_pictures(vae, [load_picture(example) for example in examples])
         clock.lap("pictures")
     del vae
-    encoder = qwen_image.PromptEncoder(text_encoder, qwen_image.DTYPES[settings.model.dtype])
+    encoder = qwen_image.PromptEncoder(text_encoder, DTYPES[settings.model.dtype])
     for examples in batches:
         clock.start()
         for example in examples:
@@ -172,7 +173,7 @@ def _by_parts(objective: run.LoraObjective, prepared: Plan, steps: int, clock: _
             now.lap("logging")
 
 
-def describe(report: dict[str, Any]) -> str:
+def report_text(report: dict[str, Any]) -> str:
     step, bare = (f"{1000 * report[name]:.2f} ms" for name in ("seconds_in_the_loop", "seconds_bare"))
     encoding = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in report["encoding"].items())
     turns = f"{min(report['overhead_of_turns']):.1%} to {max(report['overhead_of_turns']):.1%}"

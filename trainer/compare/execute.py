@@ -30,7 +30,7 @@ log = logging.getLogger("trainer")
 
 def own_part() -> tuple[int, int]:
     """Under `accelerate launch`: each process does a part of the runs, and does it alone, on its own GPU."""
-    if parallel.wants_shards():
+    if parallel.uses_fsdp():
         raise ValueError("--compare does each run on one GPU: launch it with configs/accelerate/ddp.yaml")
     count = int(os.environ.get("WORLD_SIZE", "1"))
     number, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -53,7 +53,7 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     bench = Workbench(comparison, quiet)
     sources.fetch(comparison.needs, quiet=quiet)
     for subject in tqdm(dict.fromkeys(cell.subject for cell in todo), "subjects prepared", disable=quiet):
-        bench.introduce(subject, list(dict.fromkeys(cell.arm for cell in todo if cell.subject is subject)))
+        bench.prepare_subject(subject, list(dict.fromkeys(cell.arm for cell in todo if cell.subject is subject)))
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="runs", unit="run", disable=quiet) as bar:
         for cell in todo:
             bar.set_postfix_str(f"{cell.subject.name} {cell.arm.name} {cell.learning_rate:g} seed {cell.seed}")

@@ -58,9 +58,9 @@ def _measure(comparison: Comparison, subject: Subject, device: torch.device) -> 
     counts = [len(paths) for paths in files.values()]
     similar: dict[str, float] = {}
     runs: dict[str, dict[str, dict[str, float]]] = {name: {} for name, _ in files}
-    if comparison.eyes is not None and sampled:
-        eyes, pictures = comparison.eyes, [*held_out, *training, *sampled]
-        embedded = comparison.initializers.embed(eyes.method, eyes.options, pictures, device)
+    if comparison.image_encoders is not None and sampled:
+        encoders, pictures = comparison.image_encoders, [*held_out, *training, *sampled]
+        embedded = comparison.initializers.embed(encoders.method, encoders.options, pictures, device)
         for encoder, rows in embedded.items():
             rows = torch.nn.functional.normalize(rows.double(), dim=1)
             real, shown, rest = rows.split([len(held_out), len(training), len(sampled)])

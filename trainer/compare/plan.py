@@ -77,7 +77,7 @@ class Comparison:
     arms: tuple[Arm, ...]
     subjects: tuple[Subject, ...]
     initializers: Initializers
-    eyes: Start | None
+    image_encoders: Start | None
     """The initializer whose encoders look at the samples."""
 
     @property
@@ -189,8 +189,8 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
     problems += _text_image_problems(settings.validation.text_image_model)
     subjects = _subjects(settings, arms[0].start, request, problems)
     settings = replace(settings, init=InitConfig())  # each arm has its own
-    eyes = _eyes(path, overrides, initializers)
-    comparison = Comparison(settings, request, tuple(arms), tuple(subjects), initializers, eyes)
+    image_encoders = _image_encoders(path, overrides, initializers)
+    comparison = Comparison(settings, request, tuple(arms), tuple(subjects), initializers, image_encoders)
     if "wrong-pictures" in request.controls:
         alone = [subject.name for subject in subjects if comparison.other(subject) is None]
         others = ", ".join(name for name in CONTROLS if name != "wrong-pictures")
@@ -205,7 +205,7 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
     return comparison
 
 
-def _eyes(path: Path, overrides: Sequence[str], initializers: Initializers) -> Start | None:
+def _image_encoders(path: Path, overrides: Sequence[str], initializers: Initializers) -> Start | None:
     try:
         return plan.load_config(path, [*overrides, f'init.method="{OF}"'], initializers)[1]
     except config.ConfigError:
@@ -319,7 +319,7 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
     return json.loads(cell.result_file.read_text(encoding="utf-8")) if cell.result_file.exists() else None
 
 
-def describe(comparison: Comparison) -> str:
+def plan_text(comparison: Comparison) -> str:
     """What would be done."""
     cells = comparison.cells()
     done = sum((result := read_result(cell)) is not None and result["status"] == "finished" for cell in cells)
@@ -334,6 +334,6 @@ def describe(comparison: Comparison) -> str:
             f"pictures     drawn at steps {', '.join(map(str, comparison.sample_steps))}, for the first seed",
             "",
             "each run:",
-            plan.describe(comparison.subjects[0].plan),
+            plan.plan_text(comparison.subjects[0].plan),
         ]
     )

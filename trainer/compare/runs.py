@@ -53,11 +53,11 @@ class Workbench:
         self.__dict__.pop("_transformer", None)
         self._accelerator.free_memory()
 
-    def introduce(self, subject: Subject, arms: Sequence[Arm]) -> None:
+    def prepare_subject(self, subject: Subject, arms: Sequence[Arm]) -> None:
         """Encode its pictures and captions, and let each initializer predict, before the base is there. The first time
         is what an initializer costs: the runs find its predictions in the cache."""
         encoded = run.encode(subject.plan, self.device, self._text_encoder, quiet=self._quiet)
-        self._text_encoder.let_go()  # an initializer that needs it has to load it: that is part of what it costs
+        self._text_encoder.unload()  # an initializer that needs it has to load it: that is part of what it costs
         self._encoded[subject.name] = encoded
         for arm in arms:
             file = self._init_file(subject, arm)
@@ -77,7 +77,7 @@ class Workbench:
         trials = run.Trials(prepared, self._encoded[subject.name], self._text_encoder, lambda: self._transformer)
         cache = self._comparison.output / "cache"  # of its own: what it costs must not be known from elsewhere
         context = run.init_context(prepared, self.device, trials, self._text_encoder)
-        context = replace(context, seed=seed, say=lambda message: None, cache=cache)
+        context = replace(context, seed=seed, log=lambda message: None, cache=cache)
         if arm.control == "wrong-pictures":
             other = self._comparison.other(subject)
             assert other is not None
@@ -99,8 +99,8 @@ class Workbench:
                 found[name] = with_random_directions(kept, generator(number, "norm-matched", name))
             return AdapterWeights(found)
 
-        constant = shuffled(seed.constant, lambda name: None) if seed.constant else None
-        return replace(seed, weights=shuffled(seed.weights, settings.rank_of), constant=constant)
+        frozen = shuffled(seed.frozen, lambda name: None) if seed.frozen else None
+        return replace(seed, weights=shuffled(seed.weights, settings.rank_of), frozen=frozen)
 
     def _seed(self, cell: Cell) -> Seed:
         """Asked for once for all learning rates."""
@@ -156,8 +156,8 @@ class Workbench:
         encoded, handles = self._encoded[cell.subject.name], []
         try:
             _, applied = run.install(transformer, seed, settings.adapter, random_seed=cell.seed)
-            if seed.constant is not None:
-                handles = adapter.hold(transformer, seed.constant)
+            if seed.frozen is not None:
+                handles = adapter.attach_frozen(transformer, seed.frozen)
             objective = run.LoraObjective(prepared, transformer, encoded, self._accelerator, sample)
             result = loop.train(
                 objective,
@@ -214,6 +214,6 @@ class Workbench:
             seeds=[settings.seed + number for _ in texts for number in range(count)],
             num_inference_steps=settings.num_inference_steps,
             true_cfg_scale=settings.true_cfg_scale,
-            negative_prompt=prompts[validation.EMPTY_PROMPT],
+            negative_prompt=prompts[qwen_image.NEGATIVE_PROMPT],
             batch_size=prepared.config.train.batch_size,
         )

@@ -1,4 +1,4 @@
-"""Tensors that are dear to compute, kept on disk under a hash of all that they depend on.
+"""Tensors that are expensive to compute, kept on disk under a hash of all that they depend on.
 
 The key holds the picture's or caption's content, the model and every setting, so a changed caption or another
 model is a new key, and nothing stale is ever read. Tensors lie in shards of many, so that 40,000 latents are not

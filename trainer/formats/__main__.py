@@ -8,8 +8,9 @@ from pathlib import Path
 
 from trainer import adapter, qwen_image
 from trainer.adapter import AdapterWeights
+from trainer.files import DTYPES
 from trainer.flow import generator
-from trainer.formats.check import describe, judge
+from trainer.formats.check import judge, verdict_text
 from trainer.formats.convert import hand_off
 from trainer.formats.layouts import LAYOUTS
 from trainer.formats.lora import ALPHA_KEY, PEFT_FILE, FormatError, interface_metadata, open_lora, write_lora
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument(
         "--rank", type=int, help="of the new file, by exact truncation (default: the recipe's, or as it is)"
     )
-    convert.add_argument("--dtype", choices=[*qwen_image.DTYPES], default="fp32", help="default: fp32")
+    convert.add_argument("--dtype", choices=[*DTYPES], default="fp32", help="default: fp32")
     check = commands.add_parser("check", help="what a trainer will do with a LoRA file")
     check.add_argument("file", type=Path)
     check.add_argument("--for", dest="trainer", choices=[*TRAINERS], required=True)
@@ -75,7 +76,7 @@ def _check(options: argparse.Namespace) -> int:
     verdict = judge(options.file, options.trainer, base_modules(options.base), recipe)
     if options.recipe is None and options.trainer != "comfyui":
         print("no --recipe: taken at the file's rank, with that trainer's defaults otherwise")
-    print(describe(verdict))
+    print(verdict_text(verdict))
     return 0 if verdict.equal else 1
 
 
@@ -112,7 +113,7 @@ def _convert(options: argparse.Namespace) -> int:
         wanted_rank=options.rank,
         dtype=options.dtype,
     )
-    print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), describe(done.verdict)]))
+    print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), verdict_text(done.verdict)]))
     return 0
 
 
@@ -127,7 +128,7 @@ def _convert_layout(options: argparse.Namespace, weights: AdapterWeights, metada
         factors[name] = ordered(x, wanted, generator("hand off", name))[0]
         worst = max(worst, relative_difference(x, factors[name]))
     entries = {**metadata, **interface_metadata(options.layout, path.stem, [rank(x) for x in factors.values()])}
-    write_lora(path, AdapterWeights(factors), entries, qwen_image.DTYPES[options.dtype], layout=options.layout)
+    write_lora(path, AdapterWeights(factors), entries, DTYPES[options.dtype], layout=options.layout)
     rounded = f"before rounding to {options.dtype}, dW differs by {worst:.0e} at most"
     print(f"{options.out}: {len(factors)} modules; {rounded}")
     return 0

@@ -142,7 +142,7 @@ def _difference(weights: AdapterWeights, loaded: Mapping[str, LowRank]) -> float
     return float((lost / total).sqrt()) if total else 0.0
 
 
-def describe(verdict: Verdict) -> str:
+def verdict_text(verdict: Verdict) -> str:
     """In words, with what to do."""
     lines = [
         f"layout       {', '.join(verdict.layouts) or 'several, or none of ours'}",

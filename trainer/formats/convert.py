@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.adapter import TARGETS, AdapterWeights
-from trainer.files import new_folder, write_text
+from trainer.files import DTYPES, new_folder, write_text
 from trainer.flow import generator
 from trainer.formats.check import Verdict, judge
 from trainer.formats.lora import FormatError, interface_metadata, write_lora
@@ -14,7 +14,7 @@ from trainer.formats.read_config import Recipe, read_recipe
 from trainer.formats.rules import TRAINERS, by_suffix
 from trainer.formats.write_config import SNIPPETS, readme
 from trainer.lowrank import LowRank, norm, ordered, pad, rank, relative_difference, zeros
-from trainer.qwen_image import DTYPES, Dtype
+from trainer.qwen_image import Dtype
 
 
 @dataclass(frozen=True)

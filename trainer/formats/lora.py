@@ -16,7 +16,8 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.adapter import AdapterWeights, first
+from trainer.adapter import AdapterWeights
+from trainer.config import first_few
 from trainer.files import write_json, write_tensors
 from trainer.formats.layouts import LAYOUTS, PEFT_PREFIX, ModuleKeys, sort_keys
 from trainer.lowrank import LowRank, rank
@@ -78,7 +79,7 @@ class LoraFile:
                     problems.append(f"{name} contains NaN or infinity")
                 factors[name] = LowRank(a, b * scale)
         if problems:
-            raise FormatError(f"{self.path}: {first(problems)}")
+            raise FormatError(f"{self.path}: {first_few(problems)}")
         return AdapterWeights(factors), self.metadata
 
 
@@ -231,12 +232,12 @@ def _sort(shapes: Mapping[str, Any]) -> dict[str, ModuleKeys]:
     if found.twice:
         raise FormatError("{} is in it twice, the second time as {}".format(*found.twice[0]))
     if not found.modules and not found.foreign:
-        raise FormatError(f"this is no LoRA: {first(found.unread) or 'it is empty'}")
+        raise FormatError(f"this is no LoRA: {first_few(found.unread) or 'it is empty'}")
     if found.foreign:
         names = list(dict.fromkeys(found.foreign))
-        raise FormatError(f"Qwen-Image has no such modules: {first(names)}. {_other_model(names)}")
+        raise FormatError(f"Qwen-Image has no such modules: {first_few(names)}. {_other_model(names)}")
     if found.unread:
-        raise FormatError(f"these tensors are not part of a plain LoRA: {first(found.unread)}")
+        raise FormatError(f"these tensors are not part of a plain LoRA: {first_few(found.unread)}")
     return found.modules
 
 
@@ -279,7 +280,7 @@ def _check_shapes(modules: Mapping[str, ModuleKeys], shapes: Mapping[str, tuple[
         elif keys.alpha and math.prod(shapes[keys.alpha]) != 1:
             problems.append(f"{keys.alpha} is not one number")
     if problems:
-        raise FormatError(first(problems, "; "))
+        raise FormatError(first_few(problems, "; "))
 
 
 def _peft_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -37,18 +37,18 @@ def check(plan: Plan, device: torch.device) -> None:
             qwen_image.set_attention(plan.transformer, run.model.attention)
         except qwen_image.ModelError as error:
             problems.append(str(error))
-    on_gpu = device.type == "cuda" and not parallel.offloads()
+    on_gpu = device.type == "cuda" and not parallel.uses_cpu_offload()
     there = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
-    if on_gpu and parallel.wants_shards():
+    if on_gpu and parallel.uses_fsdp():
         there *= parallel.num_processes()
-    needed = sum(memory.held(plan.transformer, run.model, run.adapter, run.train).values())
+    needed = sum(memory.resident_bytes(plan.transformer, run.model, run.adapter, run.train).values())
     if needed > there:
         what = "the GPU has" if on_gpu else "the CPU has" if device.type == "cuda" else "there is no GPU, the CPU has"
         problems.append(
             f"[model] base, with adapter and optimizer, needs {size(needed)} of memory; {what} {size(there)}. "
             "--plan --vram GB lists settings that need less"
         )
-    if problems := [*sources.obstacles(plan.needs), *problems]:
+    if problems := [*sources.download_problems(plan.needs), *problems]:
         raise config.ConfigError(problems)
 
 

@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from trainer import adapter, qwen_image
 from trainer.adapter import AdapterConfig
+from trainer.files import DTYPES
 from trainer.loop import TrainConfig
-from trainer.qwen_image import DTYPES, ModelConfig
+from trainer.qwen_image import ModelConfig
 
 ENCODING = "encoding captions"
 PROMPT_TOKENS = 128  # of a caption, in estimates
@@ -51,7 +52,7 @@ def estimate(
     pixels: int,
 ) -> Needs:
     """transformer: on the meta device; pixels: of the largest bucket."""
-    parts = held(transformer, model, settings, train)
+    parts = resident_bytes(transformer, model, settings, train)
     total = sum(parts.values())
     parts["activations"] = activation_bytes(transformer, model, train, pixels, settings)
     if model.quantization == "fp8":  # the block that is computed again, in the model's precision
@@ -66,7 +67,9 @@ def estimate(
     return Needs({name: value + CONTEXT_BYTES for name, value in stages.items()}, parts)
 
 
-def held(transformer: nn.Module, model: ModelConfig, settings: AdapterConfig, train: TrainConfig) -> dict[str, float]:
+def resident_bytes(
+    transformer: nn.Module, model: ModelConfig, settings: AdapterConfig, train: TrainConfig
+) -> dict[str, float]:
     """Bytes of what stays in memory from the first step to the last, by arithmetic on shapes."""
     modules = adapter.target_modules(transformer, settings)
     trained = sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())

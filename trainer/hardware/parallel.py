@@ -46,7 +46,7 @@ def problems(dtype: str, quantization: str, optimizer: str) -> list[str]:
         )
     if _set("ACCELERATE_USE_MEGATRON_LM"):
         found.append("accelerate: Megatron-LM is not supported; take one of configs/accelerate")
-    if not wants_shards():
+    if not uses_fsdp():
         return found
     if "WORLD_SIZE" not in os.environ:
         found.append("accelerate: FSDP needs processes that `accelerate launch` starts, also if it is only one")
@@ -62,14 +62,14 @@ def problems(dtype: str, quantization: str, optimizer: str) -> list[str]:
     return found
 
 
-def wants_shards() -> bool:
+def uses_fsdp() -> bool:
     """Whether `accelerate launch` was told to use FSDP."""
     return _set("ACCELERATE_USE_FSDP")
 
 
-def offloads() -> bool:
+def uses_cpu_offload() -> bool:
     """Whether sharded weights are to stay in the CPU's memory."""
-    return wants_shards() and _set("FSDP_OFFLOAD_PARAMS")
+    return uses_fsdp() and _set("FSDP_OFFLOAD_PARAMS")
 
 
 def num_processes() -> int:
@@ -82,10 +82,10 @@ def _set(name: str) -> bool:
 
 def loading_device(device: torch.device) -> torch.device:
     """Where a model is to be loaded: what will be sharded may be too large for one GPU."""
-    return torch.device("cpu") if wants_shards() else device
+    return torch.device("cpu") if uses_fsdp() else device
 
 
-def copy(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+def wrap_ddp(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """DDP, where there are several processes. What is frozen is the same everywhere, and is not sent around."""
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
@@ -99,7 +99,7 @@ def shard(module: nn.Module, device: torch.device) -> None:
     long as all that is trained has the same.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = CPUOffloadPolicy() if offloads() and device.type != "cpu" else OffloadPolicy()
+    policy = CPUOffloadPolicy() if uses_cpu_offload() and device.type != "cpu" else OffloadPolicy()
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # none is changed in place
     for block in _blocks(module):
         fully_shard(block, mesh=mesh, offload_policy=policy)
@@ -130,7 +130,7 @@ def no_sync(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
         module.set_requires_gradient_sync(True)
 
 
-def gather(module: nn.Module) -> None:
+def unshard(module: nn.Module) -> None:
     """Make what was trained whole again, to be read; the module cannot be run any more. By all processes together."""
     for name, parameter in [*module.named_parameters()]:
         if parameter.requires_grad and isinstance(parameter, DTensor):
@@ -138,16 +138,16 @@ def gather(module: nn.Module) -> None:
             module.get_submodule(parent)._parameters[own] = nn.Parameter(parameter.full_tensor())
 
 
-def whole(values: Any) -> Any:
+def unsharded(values: Any) -> Any:
     """The same nested dicts and lists with whole tensors in place of sharded ones. By all processes together."""
     if isinstance(values, dict):
-        return {name: whole(value) for name, value in values.items()}
+        return {name: unsharded(value) for name, value in values.items()}
     if isinstance(values, list):
-        return [whole(value) for value in values]
+        return [unsharded(value) for value in values]
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
+def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     """`value` sharded as `parameter` is; itself if that is whole, or if it is no tensor of that shape."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
@@ -159,7 +159,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     own = {
         index: {
-            name: like(value, parameters[index]) if isinstance(value, Tensor) else value
+            name: sharded_like(value, parameters[index]) if isinstance(value, Tensor) else value
             for name, value in values.items()
         }
         for index, values in state["state"].items()
@@ -167,14 +167,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict({**state, "state": own})
 
 
-def shared_out(accelerator: Accelerator, count: int) -> list[int]:
+def rows_of_process(accelerator: Accelerator, count: int) -> list[int]:
     """Which of `count` things this process does: every process as many, so some are done twice where they do not divide
     evenly, because sharded models need all processes in each forward pass."""
     rounds = -(-count // accelerator.num_processes)
     return [(accelerator.process_index + i * accelerator.num_processes) % count for i in range(rounds)]
 
 
-def collect(accelerator: Accelerator, count: int, rows: list[int], values: Tensor) -> Tensor:
+def collect_rows(accelerator: Accelerator, count: int, rows: list[int], values: Tensor) -> Tensor:
     """`values` (one for each of `rows`, any shape) of all processes, in order: `count` of them, on every process."""
     if accelerator.num_processes == 1:
         return values

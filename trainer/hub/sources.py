@@ -161,13 +161,13 @@ def config_file(source: str, file: str) -> Path | None:
     return locate(source, file)
 
 
-def describe(needs: Sequence[Need]) -> list[str]:
+def download_lines(needs: Sequence[Need]) -> list[str]:
     """For a plan: a line on each download, and on what stands in its way. Nothing is fetched."""
     todo, problems = _to_fetch(needs)
     return [_line(hub, files) for hub, files in todo.items() if files] + list(dict.fromkeys(problems))
 
 
-def obstacles(needs: Sequence[Need]) -> list[str]:
+def download_problems(needs: Sequence[Need]) -> list[str]:
     """What stands in the way of fetching what is missing: repositories, access, the network, disk space."""
     return list(dict.fromkeys(_to_fetch(needs)[1]))
 
@@ -175,7 +175,7 @@ def obstacles(needs: Sequence[Need]) -> list[str]:
 def fetch(needs: Sequence[Need], *, quiet: bool = False) -> None:
     """Have all files on this machine, and know that they are whole and what they should be.
 
-    ConfigError lists the `obstacles`, before the first byte is downloaded. DownloadError if a download stops.
+    ConfigError lists the `download_problems`, before the first byte is downloaded. DownloadError if a download stops.
     """
     todo, problems = _to_fetch(needs)
     if problems:

@@ -28,7 +28,7 @@ from initializers.i2l.layout import FILES, PUBLISHED, Geometry, expert_layout
 from initializers.i2l.predictions import Predictions, read_predictions, stream_predictions
 from trainer.cli import guarded
 from trainer.files import stream_tensors, write_json
-from trainer.hardware.threads import side_by_side
+from trainer.hardware.threads import parallel_map
 from trainer.lowrank import truncate
 
 EXPERTS = ("style", "coarse", "fine")
@@ -163,7 +163,7 @@ def measure_merge(kinds: list[str], folder: Path, num_pictures: int, rank: int) 
     began = time.perf_counter()
     with Peak() as peak:
         modules = tqdm(whole, "truncate", unit="module", leave=False, disable=None)
-        for _ in side_by_side(lambda module: truncate(whole[module], rank), modules):
+        for _ in parallel_map(lambda module: truncate(whole[module], rank), modules):
             pass
     incoming = max(predictions.ranks(num_pictures).values())
     seconds = time.perf_counter() - began

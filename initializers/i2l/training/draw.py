@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from trainer import qwen_image, validation
 from trainer.data.cache import Cache, key
-from trainer.files import new_folder, write_text
+from trainer.files import DTYPES, new_folder, write_text
 from trainer.qwen_image import ModelConfig
 
 
@@ -32,8 +32,8 @@ def draw(
     if output.exists():
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = qwen_image.PromptEncoder(qwen_image.TextEncoder(base, device), qwen_image.DTYPES[dtype])
-    texts = [validation.EMPTY_PROMPT, *prompts]
+    encoder = qwen_image.PromptEncoder(qwen_image.TextEncoder(base, device), DTYPES[dtype])
+    texts = [qwen_image.NEGATIVE_PROMPT, *prompts]
     empty, *embeds = [encoder([text])[0] for text in tqdm(texts, "encode prompts", unit="prompt", disable=None)]
     del encoder
     transformer = qwen_image.load_transformer(ModelConfig(base=base, dtype=dtype), device)

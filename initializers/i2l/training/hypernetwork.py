@@ -55,7 +55,7 @@ class ExpertConfig:
                     found.append(f"weights: {error}")
                     continue
                 if geometry.kind.lower() != kind:
-                    found.append(f"weights: {path} is {layout.describe(geometry)}; {kind} is expected here")
+                    found.append(f"weights: {path} is {layout.geometry_text(geometry)}; {kind} is expected here")
         if self.train_encoders and self.kind not in ("style", "coarse"):
             found.append(f'train_encoders: the frozen experts of kind = "{self.kind}" rely on the encoders as they are')
         return found

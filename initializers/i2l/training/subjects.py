@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from initializers.i2l import encoders
-from trainer import flow, qwen_image, validation
+from trainer import flow, qwen_image
 from trainer.data.cache import Cache, key
 from trainer.data.dataset import DataConfig, Example, scan
 from trainer.data.encode import encode_pictures, encode_prompts
 from trainer.data.pictures import DataError, open_picture
+from trainer.files import DTYPES
 from trainer.qwen_image import ModelConfig
 
 COLUMNS = ("subject", "style")  # of metadata.jsonl: pictures that agree in it belong together
@@ -58,7 +59,8 @@ def read_subjects(config: SubjectsConfig, *, square: bool, problems: list[str]) 
     """
     folder = Path(config.images)
     try:
-        examples = scan(DataConfig(images=str(folder), resolution=config.resolution), multiple=16, seed=0).train
+        data = DataConfig(images=str(folder), resolution=config.resolution)
+        examples = scan(data, multiple=qwen_image.PICTURE_MULTIPLE, seed=0).train
     except DataError as error:
         problems += [f"[data] {problem}" for problem in error.problems]
         return []
@@ -135,12 +137,12 @@ class SubjectData:
         looked_at = [row for group in rows for row in group[:limit]]
         self._place = {row: place for place, row in enumerate(looked_at)}  # of a reference among what is looked at
         shown = [self.examples[row] for row in looked_at]
-        dtype = qwen_image.DTYPES[model.dtype]
+        dtype = DTYPES[model.dtype]
         self.latents = torch.stack(encode_pictures(cache, model.base, self.examples, device, quiet=quiet))  # N C 1 h w
-        texts = {e.caption for e in self.examples} | {*prompts, validation.EMPTY_PROMPT}
+        texts = {e.caption for e in self.examples} | {*prompts, qwen_image.NEGATIVE_PROMPT}
         text_encoder = qwen_image.TextEncoder(model.base, device)
         self.prompts = encode_prompts(cache, text_encoder, dtype, texts, batch_size=16, quiet=quiet)
-        text_encoder.let_go()
+        text_encoder.unload()
         self._references = (
             encoders.stacked([open_picture(example.path) for example in shown])  # N 3 S S in uint8
             if encoders_from is None

@@ -30,7 +30,7 @@ from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
 from trainer.data.cache import Cache, key
 from trainer.data.dataset import Example, load_picture
-from trainer.files import remove_leftovers, write_json
+from trainer.files import DTYPES, remove_leftovers, write_json
 from trainer.flow import FlowConfig
 from trainer.hardware import machine, memory, parallel
 from trainer.hub import sources
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--help-config", action="store_true", help="explain every key of the configuration, and stop")
     options = parser.parse_args(arguments)
     if options.help_config:
-        print(configuration.describe(HypernetworkConfig))
+        print(configuration.explain(HypernetworkConfig))
         return 0
     if options.config is None:
         parser.error("--config is needed; configs/i2l_creatures_style.toml is the demo's")
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def program() -> None:
         settings = load(options.config, overrides)
         if options.plan:
-            print(describe(settings, prepare(settings, resume=options.resume)))
+            print(plan_text(settings, prepare(settings, resume=options.resume)))
         else:
             execute(settings, resume=options.resume, quiet=options.quiet)
 
@@ -118,7 +118,7 @@ def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]
     return subjects
 
 
-def describe(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]) -> str:
+def plan_text(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]) -> str:
     """What the run would do, from shapes alone: subjects, parameters, memory."""
     transformer = qwen_image.transformer_on_meta(settings.model.base)
     geometry = _geometry(settings, transformer)
@@ -151,7 +151,7 @@ def describe(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]
             f"             expert with gradients and {name} {plan.size(parameters * per_parameter)}; "
             f"with FSDP over 8 GPUs {plan.size(parameters * per_parameter / 8)} on each"
         )
-    lines += [f"download     {line}" for line in sources.describe(_needs(settings))]
+    lines += [f"download     {line}" for line in sources.download_lines(_needs(settings))]
     return "\n".join(lines)
 
 
@@ -217,7 +217,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
         quiet=quiet,
         fingerprint=fingerprint,
     )
-    parallel.gather(objective.network)
+    parallel.unshard(objective.network)
     if accelerator.is_main_process:
         file = objective.network.save(output)
         report |= {"status": "finished", "steps": result.step, "validations": result.validations}
@@ -277,7 +277,7 @@ class HypernetworkObjective:
         return network(references.to(device), {size: x.to(device) for size, x in residuals.items()}, **options)
 
     def _losses(self, rows: Tensor, sigmas: Tensor, noise: Tensor, factors: dict[str, Factors]) -> Tensor:
-        device, dtype = self._accelerator.device, qwen_image.DTYPES[self._settings.model.dtype]
+        device, dtype = self._accelerator.device, DTYPES[self._settings.model.dtype]
         latents, embeds, mask = self._data.targets(rows)
         latents, noise, sigmas = latents.to(device), noise.to(device), sigmas.to(device)
         noisy = flow.interpolate(latents, noise, sigmas).to(dtype)
@@ -291,7 +291,9 @@ class HypernetworkObjective:
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         own = self.network.state_dict()
-        self.network.load_state_dict({name: parallel.like(tensor, own[name]) for name, tensor in tensors.items()})
+        self.network.load_state_dict(
+            {name: parallel.sharded_like(tensor, own[name]) for name, tensor in tensors.items()}
+        )
 
     def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
         """On held-out subjects: the loss with the right reference, with the next subject's, with none, and, where
@@ -337,7 +339,7 @@ class HypernetworkObjective:
                             seeds=[settings.seed + row for row in range(len(right))],
                             num_inference_steps=settings.num_inference_steps,
                             true_cfg_scale=settings.true_cfg_scale,
-                            negative_prompt=data.prompts[validation.EMPTY_PROMPT],
+                            negative_prompt=data.prompts[qwen_image.NEGATIVE_PROMPT],
                             batch_size=len(right),
                         )
                     )

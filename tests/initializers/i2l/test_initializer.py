@@ -96,7 +96,7 @@ def context(world: Path, modules: dict[str, tuple[int, int]] | None = None) -> I
         seed=0,
         device=torch.device("cpu"),
         base=str(world / "base"),
-        say=lambda message: None,
+        log=lambda message: None,
     )
 
 

@@ -332,7 +332,7 @@ def test_the_plan_of_the_published_sizes(kind: str, parameters: str, subjects: P
     """From shapes alone, without a byte of the real weights."""
     options = [f"data.images={subjects}", "data.held_out_subjects=2"]
     settings = train.load(Path(f"configs/i2l_qwen_image_{kind}.toml"), options)
-    text = train.describe(settings, train.prepare(settings, resume=False))
+    text = train.plan_text(settings, train.prepare(settings, resume=False))
     assert f"{kind}: {parameters} B parameters, 720 modules, rank 4" in text
     assert "8 with 24 pictures, 2 subjects held out" in text and "20,430.4 M parameters in bf16" in text
     assert "8-bit AdamW" in text and text.count("with FSDP over 8 GPUs") == 2
