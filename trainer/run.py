@@ -287,12 +287,9 @@ class LoraObjective:
         part = micro_step * processes + self._accelerator.process_index  # of the step, however it is divided
         index = step * run.train.gradient_accumulation_steps * processes + part
         examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
-        texts = [
-            qwen_image.NO_CAPTION
-            if drops_caption(run.data.caption_dropout, seed=run.seed, index=index, position=i)
-            else e.caption
-            for i, e in enumerate(examples)
-        ]
+        share = run.data.caption_dropout
+        dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
+        texts = [qwen_image.NO_CAPTION if drop else e.caption for e, drop in zip(examples, dropped, strict=True)]
         random = flow.generator(run.seed, "noise", step, part, 0)
         latents = torch.stack([self._encoded.latents[_name(e)] for e in examples])  # B C 1 h w
         noise = torch.randn(latents.shape, generator=random)

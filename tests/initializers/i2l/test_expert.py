@@ -274,7 +274,7 @@ def test_wrong_inputs_are_named(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="cannot be read"):
         predict_all(tmp_path / "nothing.safetensors", embeddings, residual)
     save_expert(expert, tmp_path / "expert.safetensors", torch.float64)
-    with pytest.raises(LayoutError, match="weights in F64; an expert has them in F32, BF16, F16"):
+    with pytest.raises(LayoutError, match="weights in F64; an expert has them in BF16, F16, F32"):
         predict_all(tmp_path / "expert.safetensors", embeddings, residual)
 
 
