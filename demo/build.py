@@ -100,16 +100,8 @@ def pretrain(objective: Objective, config: TrainConfig, output: Path, validate_e
         objective.load_tensors(saved.tensors)
         return
     accelerator = Accelerator()
-    loop.train(
-        objective,
-        config,
-        CheckpointConfig(every=250),
-        output=output,
-        accelerator=accelerator,
-        validate_every=validate_every,
-        resume=True,
-        quiet=not sys.stderr.isatty(),
-    )
+    job = loop.Job(output, config, CheckpointConfig(every=250), validate_every)
+    loop.train(objective, job, accelerator, resume=True, quiet=not sys.stderr.isatty())
 
 
 def build_text(work: Path) -> None:

@@ -35,7 +35,7 @@ def named(tensors: list[nn.Parameter]) -> dict[str, Tensor]:
 def save(root: Path, step: int, keep: int = 2, state: dict[str, Any] | None = None) -> Path:
     tensors = parameters()
     optimizer = torch.optim.AdamW(tensors)
-    values = {"fingerprint": "", **(state or {})}
+    values = {"course": {}, **(state or {})}
     return checkpoint.save(root, step, named(tensors), optimizer.state_dict(), values, keep)
 
 
@@ -58,7 +58,7 @@ def test_an_optimizer_goes_on_as_if_it_had_never_stopped(kind: str, tmp_path: Pa
     tensors = parameters()
     optimizer = make_optimizer(tensors, config)
     update(tensors, optimizer, range(3))
-    checkpoint.save(tmp_path, 3, named(tensors), optimizer.state_dict(), {"fingerprint": ""}, 2)
+    checkpoint.save(tmp_path, 3, named(tensors), optimizer.state_dict(), {"course": {}}, 2)
     saved = checkpoint.latest(tmp_path)
     assert saved is not None and saved.step == 3
     tensors = [nn.Parameter(saved.tensors[name]) for name in named(tensors)]
@@ -73,7 +73,7 @@ def test_an_optimizer_goes_on_as_if_it_had_never_stopped(kind: str, tmp_path: Pa
 
 
 def test_a_checkpoint_holds_tensors_step_and_state(tmp_path: Path) -> None:
-    state = {"fingerprint": "f", "seconds": 1.5, "validations": [{"step": 0, "val_loss": 0.1}]}
+    state = {"course": {"seed": 1}, "seconds": 1.5, "validations": [{"step": 0, "val_loss": 0.1}]}
     path = save(tmp_path, 12, state=state)
     saved = checkpoint.load(path)
     assert (saved.path, saved.step, saved.state) == (path, 12, state)
@@ -191,21 +191,58 @@ def test_a_damaged_file_is_named(name: str, damage: str, tmp_path: Path) -> None
     assert saved is not None and saved.step == 1
 
 
+def settings(**changes: Any) -> dict[str, Any]:
+    tables = {"seed": 0, "train": {"learning_rate": 3e-4, "steps": 9, "shape": {"a": 1}}, "data": {"cache": None}}
+    tables["train"] |= changes  # type: ignore[operator]
+    return tables
+
+
+ONE, TWO = ("digest 1", "a cat"), ("digest 2", "a dog")
+
+
+def test_a_course_is_what_may_not_change() -> None:
+    found = checkpoint.course(settings(), [ONE], {"train.steps", "data", "train.shap"})
+    assert found == {"seed": 0, "train.learning_rate": 3e-4, "train.shape.a": 1, "pictures": [["digest 1", "a cat"]]}
+    assert json.loads(json.dumps(found)) == found
+
+
 def test_a_checkpoint_of_another_course_is_refused(tmp_path: Path) -> None:
-    save(tmp_path / "checkpoints", 1, state={"fingerprint": "mine"})
-    saved = checkpoint.latest(tmp_path / "checkpoints", "mine")
-    assert saved is not None and saved.step == 1
-    assert checkpoint.latest(tmp_path / "checkpoints") is not None
-    with pytest.raises(CheckpointError, match="other settings") as caught:
-        checkpoint.latest(tmp_path / "checkpoints", "yours")
-    assert str(tmp_path / "run.json") in str(caught.value)
+    root, own = tmp_path / "checkpoints", checkpoint.course(settings(), [ONE, TWO])
+    path = save(root, 1, state={"course": own})
+    for course in (own, None):
+        saved = checkpoint.latest(root, course)
+        assert saved is not None and saved.step == 1
+    other = checkpoint.course({**settings(learning_rate=1e-4, steps=None), "more": [1, 2]}, [ONE, TWO])
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.latest(root, other)
+    assert str(caught.value) == (
+        f"Cannot resume from {path}: more is [1, 2], the checkpoint has not set; train.learning_rate is 0.0001, the "
+        "checkpoint has 0.0003; train.steps is not set, the checkpoint has 9. Set it back (the run's own settings are "
+        f"in {tmp_path / 'run.json'}), or choose another --output."
+    )
 
 
-def test_a_checkpoint_with_other_batches_in_a_step_is_refused(tmp_path: Path) -> None:
-    save(tmp_path, 1, state={"batches_per_step": 2})
-    assert checkpoint.latest(tmp_path, "", 2) is not None
-    with pytest.raises(CheckpointError, match=r"with 2 batches a step .* now there would be 4"):
-        checkpoint.latest(tmp_path, "", 4)
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        ([ONE], r"other training pictures \(1\) than those of the checkpoint \(2\)"),
+        ([TWO, ONE], "in another order"),
+        ([ONE, ("digest 2", "a hog")], '1 captions have changed, such as "a hog", which was "a dog"'),
+    ],
+)
+def test_other_pictures_are_another_course(pictures: list[tuple[str, str]], said: str, tmp_path: Path) -> None:
+    save(tmp_path, 1, state={"course": checkpoint.course(settings(), [ONE, TWO])})
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.latest(tmp_path, checkpoint.course(settings(), pictures))
+
+
+def test_a_checkpoint_without_a_course_is_of_an_older_version(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    del state["course"]
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="older version"):
+        checkpoint.latest(tmp_path, {})
 
 
 def test_the_state_is_json_a_person_can_read(tmp_path: Path) -> None:

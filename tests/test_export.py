@@ -37,7 +37,7 @@ def report(folder: Path) -> dict[str, Any]:
             "experts": [{"expert": "style"}],
             "strength": 1.0,
             "adapter": {"rank": 4},
-            "applied": {"energy_kept": {"mean": 0.9}, "seeded": 20, "random": 4},
+            "applied": {"energy_kept": {"total": 0.9}, "seeded": 20, "random": 4},
         },
     }
 

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,21 +59,12 @@ def train(
     every: int = 100,
     validate_every: int = 100,
     resume: bool = False,
-    fingerprint: str = "",
+    course: dict[str, Any] | None = None,
     accelerator: Accelerator | None = None,
 ) -> Fit:
     objective = objective or Fit()
-    loop.train(
-        objective,
-        config,
-        CheckpointConfig(every=every),
-        output=output,
-        accelerator=accelerator or Accelerator(),
-        validate_every=validate_every,
-        resume=resume,
-        quiet=True,
-        fingerprint=fingerprint,
-    )
+    job = loop.Job(output, config, CheckpointConfig(every=every), validate_every, course or {})
+    loop.train(objective, job, accelerator or Accelerator(), resume=resume, quiet=True)
     return objective
 
 
@@ -319,10 +311,10 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_resuming_another_course_is_refused_and_touches_nothing(tmp_path: Path) -> None:
-    train(tmp_path, config=TrainConfig(steps=2), fingerprint="mine")
+    train(tmp_path, config=TrainConfig(steps=2), course={"train.learning_rate": 1e-4})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match="other settings"):
-        train(tmp_path, config=TrainConfig(steps=4), resume=True, fingerprint="yours")
+    with pytest.raises(CheckpointError, match=r"train.learning_rate is 0.0003, the checkpoint has 0.0001"):
+        train(tmp_path, config=TrainConfig(steps=4), resume=True, course={"train.learning_rate": 3e-4})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -33,11 +33,11 @@ from tests.helpers import (
     run,
 )
 from trainer import adapter, checkpoint, export, qwen_image, tracking, validation
-from trainer import run as program
+from trainer import objective as program
 from trainer.adapter import InitContext, Seed
+from trainer.objective import LoraObjective
 from trainer.plan import Plan, load_config, plan_text, prepare
 from trainer.qwen_image import TextEncoder
-from trainer.run import LoraObjective
 
 PLAIN = ("validation.prompts=[]",)  # without sample pictures, where they do not matter
 
@@ -236,9 +236,18 @@ def test_a_used_folder_needs_resume_and_resume_a_used_folder(
     assert snapshot(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("change", ["train.learning_rate=1e-4", "seed=3", "adapter.rank=8", "caption"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train.learning_rate=1e-4", "train.learning_rate is 0.0001, the checkpoint has 0.001"),
+        ("seed=3", "seed is 3, the checkpoint has 0"),
+        ("adapter.rank=8", "adapter.rank is 8, the checkpoint has 4"),
+        ("init.method=gaussian", 'init.method is "gaussian", the checkpoint has "random"'),
+        ("caption", 'such as "another caption", which was "a '),
+    ],
+)
 def test_resuming_with_other_settings_is_refused(
-    change: str, run_toml: Path, pictures: Path, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+    change: str, said: str, run_toml: Path, pictures: Path, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = (*PLAIN, cache, "data.held_out=0")
     assert run(run_toml, tmp_path / "out", *settings) == FINISHED
@@ -247,7 +256,8 @@ def test_resuming_with_other_settings_is_refused(
         (pictures / "1.txt").write_text("another caption")
     more = () if change == "caption" else (change,)
     assert run(run_toml, tmp_path / "out", *settings, *more, resume=True) == BAD_INPUT
-    assert "step-00000004 was written by a run with other settings" in caplog.text
+    assert f"Cannot resume from {tmp_path / 'out' / 'checkpoints' / 'step-00000004'}" in caplog.text
+    assert said in caplog.text
     assert snapshot(tmp_path / "out") == before  # run.json still tells the settings to resume with
 
 
@@ -520,9 +530,9 @@ def test_a_result_starts_the_next_run(run_toml: Path, tmp_path: Path, cache: str
 # --- before anything loads --------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_of_the_course_alone(run_toml: Path, pictures: Path, tmp_path: Path) -> None:
-    first = make_plan(run_toml).fingerprint()
-    assert make_plan(run_toml).fingerprint() == first
+def test_the_course_is_what_decides_training(run_toml: Path, pictures: Path, tmp_path: Path) -> None:
+    first = make_plan(run_toml).course()
+    assert make_plan(run_toml).course() == first
     for same in (
         "output=elsewhere",
         "train.steps=9",
@@ -530,18 +540,18 @@ def test_the_fingerprint_is_of_the_course_alone(run_toml: Path, pictures: Path, 
         "checkpoint.keep=5",
         f"data.cache={tmp_path}",
     ):
-        assert make_plan(run_toml, same).fingerprint() == first
+        assert make_plan(run_toml, same).course() == first
     for other in ("seed=1", "train.batch_size=1", "flow.sigma_sampling=uniform", "init.method=gaussian",
                   "data.held_out=1", "data.trigger=zorp", "adapter.alpha=8", "train.weight_decay=0.0"):  # fmt: skip
-        assert make_plan(run_toml, other).fingerprint() != first
-    cosine = make_plan(run_toml, "train.lr_schedule=cosine").fingerprint()
+        assert make_plan(run_toml, other).course() != first
+    cosine = make_plan(run_toml, "train.lr_schedule=cosine").course()
     assert (
-        make_plan(run_toml, "train.lr_schedule=cosine", "train.steps=9").fingerprint() != cosine
+        make_plan(run_toml, "train.lr_schedule=cosine", "train.steps=9").course() != cosine
     )  # the curve depends on it
     (pictures / "0.txt").write_text("other words")
     (pictures / "1.txt").write_text("other words")
     (pictures / "2.txt").write_text("other words")
-    assert make_plan(run_toml).fingerprint() != first
+    assert make_plan(run_toml).course() != first
 
 
 def test_the_plan_counts_what_will_be_trained(run_toml: Path, tiny_base: Path) -> None:

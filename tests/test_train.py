@@ -152,7 +152,7 @@ def test_quiet_prints_no_bars(
     assert capfd.readouterr() == ("", "")
     messages = [record.getMessage() for record in caplog.records]
     assert any(message.startswith("step 4/4  loss ") for message in messages)
-    assert any(message.startswith("start: random") for message in messages)
+    assert any(message.startswith("LoRA initialised at random") for message in messages)
     assert any(message.startswith("done in ") for message in messages)
 
 

@@ -21,7 +21,7 @@ from trainer.config import first_few
 from trainer.flow import generator
 from trainer.hardware.parallel import sharded_like
 from trainer.hardware.threads import parallel_map
-from trainer.lowrank import LowRank, norm, pad, rank, relative_difference, truncate, zeros
+from trainer.lowrank import LowRank, energy, energy_kept, pad, rank, relative_difference, truncate, zeros
 
 NAME = "default"  # of the adapter in PEFT
 TOLERANCE = 1e-5  # of the proof: fp32 rounds at 6e-8, a wrong scale or a swapped module is off by far more
@@ -225,21 +225,21 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
     kept, energies, lost = dict[str, float](), dict[str, float](), dict[str, float]()
 
     def fit(name: str) -> tuple[str | None, float, float, LowRank]:
-        """What is wrong with the module's part of the seed, its norm, the energy kept, and the truncated factors."""
+        """What is wrong with the module's part of the seed, its energy, the share kept, and the truncated factors."""
         whole = given[name] if name in given else zeros(*sizes[name])
         if problem := _misfit(whole, sizes[name]):
             return problem, 0.0, 0.0, whole
-        factors, energy = _at_most(whole, layers[name].r[adapter_name])
-        return None, norm(whole), energy, factors
+        factors, share = _at_most(whole, layers[name].r[adapter_name])
+        return None, energy(whole), share, factors
 
     # each is asked for once: a seed may be made as it is asked for, and fill no memory
-    for name, (problem, size, energy, factors) in zip(layers, parallel_map(fit, layers), strict=True):
+    for name, (problem, before, share, factors) in zip(layers, parallel_map(fit, layers), strict=True):
         if problem:
             problems.append(f"{name} {problem}")
             continue
         wanted = layers[name].r[adapter_name]
-        if size:
-            energies[name], kept[name] = size**2, energy
+        if before:
+            energies[name], kept[name] = before, share
             padded += rank(factors) < wanted
         requested[name] = pad(factors, wanted, generator(random_seed, "adapter", name))
     if problems:
@@ -247,15 +247,15 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
     _write(layers, requested, adapter_name)
     largest = verify(transformer, AdapterWeights(requested), adapter_name)
     for name in given:
-        if name not in layers and (size := norm(given[name])):
-            lost[name] = energies[name] = size**2
+        if name not in layers and (before := energy(given[name])):
+            lost[name] = energies[name] = before
     total = sum(energies.values())
     return {
         "seeded": len(kept),
         "padded": padded,
         "random": len(layers) - len(kept),
-        "dropped": {name: energy / total for name, energy in sorted(lost.items())},
-        "energy_kept": {"min": min(kept.values()), "mean": sum(kept.values()) / len(kept)} if kept else None,
+        "dropped": {name: value / total for name, value in sorted(lost.items())},
+        "energy_kept": energy_kept(kept, energies) if kept else None,
         "largest_error": largest,
         "seconds": round(time.perf_counter() - start, 2),
     }

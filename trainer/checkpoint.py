@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.files import new_folder, write_json, write_tensors
 
+PICTURES = "pictures"  # the key of a course that is not a setting
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -55,9 +56,8 @@ def save(
 ) -> Path:
     """Write `root/step-<step>`, then delete all but the newest `keep`, and what a killed run left half written.
 
-    optimizer: its state dict.
-
-    OSError if the disk is full; then nothing was deleted.
+    optimizer: its state dict. state: `course`, and what else is to be read back, as JSON. OSError if the disk is full;
+    then nothing was deleted.
     """
     path = root / f"step-{step:08d}"
     optimizer_tensors, optimizer_rest = _split(optimizer)
@@ -70,26 +70,68 @@ def save(
     return path
 
 
-def latest(root: Path, fingerprint: str | None = None, batches_per_step: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint under `root`, or None. CheckpointError if it cannot be read, or was saved with another
-    `fingerprint` or other `batches_per_step`, where they are given.
+def course(
+    settings: Mapping[str, Any], pictures: Iterable[tuple[str, str]], free: Collection[str] = ()
+) -> dict[str, Any]:
+    """All that decides the course of a training: a checkpoint belongs to one, and `latest` compares it key by key.
 
-    batches_per_step: gradient_accumulation_steps x processes. As long as it is the same, all that follows is the same.
+    settings: a configuration as nested tables, without the keys and tables that `free` names by their dotted names,
+    which may change when a run is resumed. pictures: hash and caption of each training picture, in their order.
+    """
+    found = dict(_dotted(settings))
+    kept = {name: value for name, value in found.items() if not any(f"{name}.".startswith(f"{key}.") for key in free)}
+    return json.loads(json.dumps({**kept, PICTURES: list(pictures)}))
+
+
+def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def latest(root: Path, course: Mapping[str, Any] | None = None) -> Checkpoint | None:
+    """The newest checkpoint under `root`, or None.
+
+    CheckpointError if it cannot be read, or belongs to another course than `course`: names each key that differs, with
+    both values.
     """
     folders = _folders(root)
     saved = load(folders[-1]) if folders else None
-    if saved and fingerprint is not None and saved.state["fingerprint"] != fingerprint:
+    if saved is None or course is None:
+        return saved
+    if "course" not in saved.state:
+        raise CheckpointError(f"{saved.path} is from an older version of this program. Choose another --output.")
+    if different := _differences(course, saved.state["course"]):
         raise CheckpointError(
-            f"{saved.path} was written by a run with other settings: resume with the configuration in "
-            f"{root.parent / 'run.json'}, or choose another --output."
-        )
-    if saved and batches_per_step is not None and saved.state["batches_per_step"] != batches_per_step:
-        raise CheckpointError(
-            f"{saved.path} was written by a run with {saved.state['batches_per_step']} batches a step "
-            f"(gradient_accumulation_steps x processes), and now there would be {batches_per_step}: other pictures "
-            "from here on. Change one of the two so that the product is the same, or choose another --output."
+            f"Cannot resume from {saved.path}: {'; '.join(different)}. Set it back (the run's own settings are in "
+            f"{root.parent / 'run.json'}), or choose another --output."
         )
     return saved
+
+
+def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """A phrase for each key that differs."""
+    found = []
+    for name in sorted({*now, *then}):
+        here, there = (json.dumps(values.get(name), ensure_ascii=False) for values in (now, then))
+        if here != there and name == PICTURES:
+            found.append(_different_pictures(now[PICTURES], then[PICTURES]))
+        elif here != there:
+            here, there = (text if text != "null" else "not set" for text in (here, there))
+            found.append(f"{name} is {here}, the checkpoint has {there}")
+    return found
+
+
+def _different_pictures(now: Sequence[Sequence[str]], then: Sequence[Sequence[str]]) -> str:
+    if sorted(digest for digest, _ in now) != sorted(digest for digest, _ in then):
+        return f"there are other training pictures ({len(now)}) than those of the checkpoint ({len(then)})"
+    before = {digest: text for digest, text in then}
+    changed = [(text, before[digest]) for digest, text in now if text != before[digest]]
+    if not changed:
+        return "the training pictures are in another order, by their file names, than those of the checkpoint"
+    return f'{len(changed)} captions have changed, such as "{changed[0][0]}", which was "{changed[0][1]}"'
 
 
 def load(path: Path) -> Checkpoint:

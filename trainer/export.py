@@ -29,7 +29,7 @@ from trainer.formats.lora import (
     write_lora,
 )
 from trainer.hub.sources import plain_id, repository
-from trainer.lowrank import concatenate, norm, ordered, rank, truncate
+from trainer.lowrank import concatenate, energy, energy_kept, ordered, rank, truncate
 
 log = logging.getLogger("trainer")
 
@@ -77,9 +77,9 @@ def export(
     run's own: what it says of the start goes into the files' metadata, and into the model card README.md.
     """
     base = plain_id(report["config"]["model"]["base"])
-    energy = (report["init"]["applied"]["energy_kept"] or {}).get("mean")
+    share = (report["init"]["applied"]["energy_kept"] or {}).get("total")
     pictures = [entry["sha256"] for entry in report["data"]["train"]]
-    metadata = origin(base, report["init"], energy, pictures, report["config"]["train"]["steps"])
+    metadata = origin(base, report["init"], share, pictures, report["config"]["train"]["steps"])
     name = Path(report["config"]["output"]).name
     whole = None
     if frozen is not None or config.rank is not None:
@@ -120,11 +120,11 @@ def _whole(transformer: QwenImageTransformer2DModel, frozen: AdapterWeights | No
 def _truncated(weights: AdapterWeights, limit: int | None) -> AdapterWeights:
     if limit is None:
         return weights
-    kept = {name: truncate(factors, limit) for name, factors in weights.factors.items()}
-    energies = {name: norm(factors) ** 2 for name, factors in weights.factors.items()}
-    lost = sum(energies[name] * (1 - share) for name, (_, share) in kept.items()) / (sum(energies.values()) or 1)
-    log.info("exported at rank %d, with %.2f%% of the energy lost", limit, 100 * lost)
-    return AdapterWeights({name: factors for name, (factors, _) in kept.items() if len(factors.a)})
+    short = {name: truncate(factors, limit) for name, factors in weights.factors.items()}
+    energies = {name: energy(factors) for name, factors in weights.factors.items()}
+    kept = energy_kept({name: share for name, (_, share) in short.items()}, energies)["total"]
+    log.info("exported at rank %d: truncation kept %.2f %% of the energy", limit, 100 * kept)
+    return AdapterWeights({name: factors for name, (factors, _) in short.items() if len(factors.a)})
 
 
 def _ordered(weights: AdapterWeights) -> AdapterWeights:

@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointConfig
+from trainer.checkpoint import Checkpoint, CheckpointConfig
 from trainer.hardware import parallel
 from trainer.tracking import Tracker
 
@@ -97,93 +97,124 @@ class Objective(Protocol):
 class Result:
     step: int
     seconds: float
-    """Of all parts of the run, without validation."""
+    """Training time of all parts of the run, without validation."""
     validations: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop must know of a run, besides its objective."""
+
+    output: Path
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    validate_every: int
+    course: Mapping[str, Any] = field(default_factory=dict)
+    """What must be the same when the run is resumed: see `checkpoint.course`."""
 
 
 def train(
     objective: Objective,
-    config: TrainConfig,
-    checkpoints: CheckpointConfig,
-    *,
-    output: Path,
+    job: Job,
     accelerator: Accelerator,
-    validate_every: int,
+    *,
     resume: bool = False,
     quiet: bool = False,
     nested: bool = False,
-    fingerprint: str = "",
 ) -> Result:
-    """Train to `config.steps`; with `resume`, on from the newest checkpoint under `output`.
+    """Train to the last step; with `resume`, from the newest checkpoint on. nested: one run of many, see `Tracker`.
 
     The loop divides the loss by the accumulation steps: `accelerator` must not be told of them, or it would, too.
     Raises TrainingError on NaN or infinity, Interrupted after a signal, CheckpointError if the checkpoint was
-    written by a run with another `fingerprint`.
+    written by a run of another course.
     """
-    if parallel.uses_fsdp():
-        parallel.shard(objective.module, accelerator.device)
-    else:
-        objective.module = parallel.wrap_ddp(accelerator, objective.module)
-    parameters = [p for p in objective.module.parameters() if p.requires_grad]
-    optimizer: Any = make_optimizer(parameters, config)
-    if accelerator.scaler is not None:  # accelerate's own optimizer looks for packages at each step: only where needed
-        optimizer = accelerator.prepare(optimizer)
-    start, result = 0, Result(0, 0.0)
-    batches = batches_per_step(config, accelerator)
-    saved = checkpoint.latest(output / "checkpoints", fingerprint, batches) if resume else None
-    if saved:
-        objective.load_tensors(saved.tensors)
-        parallel.load_optimizer(optimizer, saved.optimizer)
-        start, result = saved.step, Result(saved.step, saved.state["seconds"], saved.state["validations"])
-    seconds_before, begin = result.seconds, time.monotonic()
-
-    def save(step: int) -> None:
-        result.step, result.seconds = step, seconds_before + time.monotonic() - begin
-        tensors, inner = parallel.unsharded(objective.tensors()), parallel.unsharded(optimizer.state_dict())
-        if accelerator.is_main_process:
-            state = {"fingerprint": fingerprint, "batches_per_step": batches}
-            state |= {"seconds": result.seconds, "validations": result.validations}
-            checkpoint.save(output / "checkpoints", step, tensors, inner, state, checkpoints.keep)
-        accelerator.wait_for_everyone()
-
-    def validate(step: int, tracker: Tracker) -> None:
-        nonlocal begin
-        paused = time.monotonic()
-        with torch.no_grad():
-            values = objective.validate(step, tracker)
-        begin += time.monotonic() - paused
-        if values:
-            values["seconds"] = round(seconds_before + time.monotonic() - begin, 3)
-            if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-                raise TrainingError(f"validation after step {step}: {', '.join(bad)}. No checkpoint was saved since.")
-            result.validations.append({"step": step, **values})
-            tracker.scalars(step, values)
-
-    main = accelerator.is_main_process
+    training = _Training(objective, job, accelerator)
+    if resume:
+        training.resume()
+    start, steps, main = training.result.step, job.train.steps, accelerator.is_main_process
     with (
-        Tracker(output, start_step=start, steps=config.steps, quiet=quiet, main=main, nested=nested) as tracker,
+        Tracker(job.output, start_step=start, steps=steps, quiet=quiet, main=main, nested=nested) as tracker,
         _stop_signals() as stop,
     ):
         if start == 0:
-            validate(0, tracker)
-        for step in range(start, config.steps):
-            values = _update(objective, optimizer, parameters, config, accelerator, step)
+            training.validate(0, tracker)
+        for step in range(start, steps):
+            values = training.update(step)
             done = step + 1
             tracker.scalars(done, values)
             tracker.progress(done, values["loss"])
-            if done % validate_every == 0 or done == config.steps:
-                validate(done, tracker)
+            if done % job.validate_every == 0 or done == steps:
+                training.validate(done, tracker)
             stopping = _any_process(accelerator, bool(stop))
-            if done % checkpoints.every == 0 or done == config.steps or stopping:
-                save(done)
-            if stopping and done < config.steps:
+            if done % job.checkpoint.every == 0 or done == steps or stopping:
+                training.save(done)
+            if stopping and done < steps:
                 raise Interrupted(f"stopped after step {done}")
-    return result
+    return training.result
 
 
-def batches_per_step(config: TrainConfig, accelerator: Accelerator) -> int:
-    """Of all processes together: a checkpoint goes on only with as many."""
-    return config.gradient_accumulation_steps * accelerator.num_processes
+def latest(job: Job, accelerator: Accelerator) -> Checkpoint | None:
+    """The checkpoint to resume from, or None. CheckpointError if it is damaged, or of another course."""
+    return checkpoint.latest(job.output / "checkpoints", _course(job, accelerator))
+
+
+def _course(job: Job, accelerator: Accelerator) -> dict[str, Any]:
+    """The batches of a step may be divided otherwise when a run is resumed, as long as they are as many."""
+    batches = job.train.gradient_accumulation_steps * accelerator.num_processes
+    return {**job.course, "train.gradient_accumulation_steps x processes": batches}
+
+
+class _Training:
+    """A training under way: its optimizer, and what came of it so far."""
+
+    def __init__(self, objective: Objective, job: Job, accelerator: Accelerator):
+        self._objective, self._job, self._accelerator = objective, job, accelerator
+        if parallel.uses_fsdp():
+            parallel.shard(objective.module, accelerator.device)
+        else:
+            objective.module = parallel.wrap_ddp(accelerator, objective.module)
+        self._parameters = [p for p in objective.module.parameters() if p.requires_grad]
+        self._optimizer: Any = make_optimizer(self._parameters, job.train)
+        if accelerator.scaler is not None:  # accelerate's own optimizer looks for packages at each step
+            self._optimizer = accelerator.prepare(self._optimizer)
+        self.result, self._begin = Result(0, 0.0), time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        saved = latest(self._job, self._accelerator)
+        if saved is None:
+            return
+        self._objective.load_tensors(saved.tensors)
+        parallel.load_optimizer(self._optimizer, saved.optimizer)
+        self.result = Result(saved.step, saved.state["seconds"], saved.state["validations"])
+        self._begin = time.monotonic() - self.result.seconds
+
+    def update(self, step: int) -> dict[str, float]:
+        return _update(self._objective, self._optimizer, self._parameters, self._job.train, self._accelerator, step)
+
+    def validate(self, step: int, tracker: Tracker) -> None:
+        paused = time.monotonic()
+        with torch.no_grad():
+            values = self._objective.validate(step, tracker)
+        self._begin += time.monotonic() - paused
+        if not values:
+            return
+        values["seconds"] = round(time.monotonic() - self._begin, 3)
+        if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
+            raise TrainingError(f"validation after step {step}: {', '.join(bad)}. No checkpoint was saved since.")
+        self.result.validations.append({"step": step, **values})
+        tracker.scalars(step, values)
+
+    def save(self, step: int) -> None:
+        result, settings = self.result, self._job.checkpoint
+        result.step, result.seconds = step, time.monotonic() - self._begin
+        tensors = parallel.unsharded(self._objective.tensors())
+        optimizer = parallel.unsharded(self._optimizer.state_dict())
+        if self._accelerator.is_main_process:
+            state = {"course": _course(self._job, self._accelerator), "seconds": result.seconds}
+            state |= {"validations": result.validations}
+            checkpoint.save(self._job.output / "checkpoints", step, tensors, optimizer, state, settings.keep)
+        self._accelerator.wait_for_everyone()
 
 
 def _update(

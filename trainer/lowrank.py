@@ -5,7 +5,7 @@ Everything is computed in float64 and returned in fp32, on the device of the fac
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -142,6 +142,21 @@ def norm(x: LowRank) -> float:
     """Frobenius norm of dW: its square is tr((b^T b) (a a^T))."""
     a, b = x.a.double(), x.b.double()
     return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+
+
+def energy(x: LowRank) -> float:
+    """|dW|^2, the squared Frobenius norm: the sum of the squared singular values."""
+    return norm(x) ** 2
+
+
+def energy_kept(shares: Mapping[str, float], energies: Mapping[str, float]) -> dict[str, float]:
+    """What is left of several layers' energy, as shares from 0 to 1: `total` of all together, `min` of the worst layer.
+
+    shares: what each layer keeps; energies: what it had, which may be 0.
+    """
+    whole = sum(energies[name] for name in shares)
+    kept = sum(shares[name] * energies[name] for name in shares)
+    return {"total": kept / whole if whole else 1.0, "min": min(shares.values(), default=1.0)}
 
 
 def relative_difference(x: LowRank, y: LowRank) -> float:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from trainer import adapter, config, qwen_image
 from trainer.adapter import AdapterConfig, Initializer
-from trainer.checkpoint import CheckpointConfig
-from trainer.data.cache import key
+from trainer.checkpoint import CheckpointConfig, course
 from trainer.data.dataset import DataConfig, Dataset, scan
 from trainer.data.pictures import DataError
 from trainer.export import ExportConfig
@@ -105,16 +104,19 @@ class Plan:
         """All files of models that the run loads."""
         return [qwen_image.need(self.config.model.base), *self.start.needs]
 
-    def fingerprint(self) -> str:
-        """Of all that decides the course of training, except its length, and into how many passes and processes a step
-        is divided, which the loop looks at: a checkpoint belongs to one such course."""
+    @property
+    def cache(self) -> Path:
+        """The folder of what is expensive to compute."""
+        return Path(self.config.data.cache or self.output / "cache")
+
+    def course(self) -> dict[str, Any]:
+        """What must be the same when the run is resumed. Not its length, unless the learning rate depends on it."""
         values = config.to_dict(self.config)
-        for name in ("output", "validation", "checkpoint", "export"):
-            del values[name]
-        del values["train"]["steps"], values["train"]["gradient_accumulation_steps"], values["data"]["cache"]
-        if self.config.train.lr_schedule != "constant":
-            values["train"]["steps"] = self.config.train.steps
-        return key(values, config.to_dict(self.start.options), [(e.digest, e.caption) for e in self.dataset.train])
+        values["init"][self.start.method] = config.to_dict(self.start.options)
+        free = {"output", "validation", "checkpoint", "export", "data.cache", "train.gradient_accumulation_steps"}
+        if self.config.train.lr_schedule == "constant":
+            free.add("train.steps")
+        return course(values, [(e.digest, e.caption) for e in self.dataset.train], free)
 
 
 def load_config(path: Path, overrides: list[str], initializers: Initializers) -> tuple[RunConfig, Start]:

@@ -81,6 +81,14 @@ def stable_errors(
     return torch.cat(losses).view(len(items), NUM_SIGMAS)
 
 
+def write_samples(output: Path, step: int, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> None:
+    """The pictures of a step, one for each prompt, and the contact sheet with those of all steps."""
+    save_samples(output / "samples", step, pictures)
+    sheet = contact_sheet(output / "samples", prompts)
+    if sheet is not None:
+        write_png(output / "contact_sheet.png", sheet)
+
+
 def save_samples(folder: Path, step: int, pictures: Sequence[Image.Image]) -> None:
     """`folder/step-<step>-<row>.png`"""
     for row, picture in enumerate(pictures):

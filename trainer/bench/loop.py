@@ -23,6 +23,7 @@ from trainer.data.dataset import batch, load_picture
 from trainer.files import DTYPES
 from trainer.hardware import machine
 from trainer.hub import sources
+from trainer.objective import LoraObjective, encode
 from trainer.plan import Plan
 from trainer.tracking import Tracker
 
@@ -49,7 +50,7 @@ class _Clock:
 class _Watched:
     """The objective, with the time at which each step begins."""
 
-    def __init__(self, objective: run.LoraObjective):
+    def __init__(self, objective: LoraObjective):
         self._objective, self.begins = objective, list[float]()
         self.module = objective.module
 
@@ -75,12 +76,12 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     sources.fetch(prepared.needs)
     text_encoder = qwen_image.TextEncoder(settings.model.base, accelerator.device)
     encoding = _encoding(prepared, accelerator.device, text_encoder)
-    encoded = run.encode(prepared, accelerator.device, text_encoder, quiet=False)
+    encoded = encode(prepared, accelerator.device, text_encoder, quiet=False)
     text_encoder.unload()
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
     qwen_image.set_up(transformer, settings.model, gradient_checkpointing=settings.train.gradient_checkpointing)
-    objective = run.LoraObjective(prepared, transformer, encoded, accelerator)
+    objective = LoraObjective(prepared, transformer, encoded, accelerator)
     whole, laps = list[float](), list[dict[str, float]]()
     for _ in range(TURNS):
         whole.append(statistics.median(_by_the_loop(objective, prepared, accelerator, steps)))
@@ -127,25 +128,18 @@ def _encoding(prepared: Plan, device: torch.device, text_encoder: qwen_image.Tex
     return {name: statistics.median(laps[1:]) for name, laps in clock.laps.items()}  # the first warms up
 
 
-def _by_the_loop(objective: run.LoraObjective, prepared: Plan, accelerator: Any, steps: int) -> list[float]:
+def _by_the_loop(objective: LoraObjective, prepared: Plan, accelerator: Any, steps: int) -> list[float]:
     """Seconds from the beginning of a step to that of the next. Neither validation nor checkpoints."""
     settings, watched = prepared.config.train, _Watched(objective)
     with tempfile.TemporaryDirectory() as folder:
-        loop.train(
-            watched,
-            replace(settings, steps=steps + 1),
-            CheckpointConfig(every=10 * steps),
-            output=Path(folder),
-            accelerator=accelerator,
-            validate_every=10 * steps,
-            quiet=True,
-            nested=True,
-        )
+        never = 10 * steps
+        job = loop.Job(Path(folder), replace(settings, steps=steps + 1), CheckpointConfig(every=never), never)
+        loop.train(watched, job, accelerator, quiet=True, nested=True)
     between = [after - before for before, after in zip(watched.begins, watched.begins[1:], strict=False)]
     return between[WARMUP:]
 
 
-def _by_parts(objective: run.LoraObjective, prepared: Plan, steps: int, clock: _Clock) -> None:
+def _by_parts(objective: LoraObjective, prepared: Plan, steps: int, clock: _Clock) -> None:
     """The same, step by step, with a clock: data, forward, backward, optimizer, logging."""
     settings = prepared.config.train
     parameters = [p for p in objective.module.parameters() if p.requires_grad]

@@ -122,14 +122,14 @@ class Comparison:
         return group[(group.index(subject) + 1) % len(group)] if len(group) > 1 else None
 
     def fingerprint(self, cell: Cell) -> str:
-        """Of all that decides a run's result, the content of models and experts included."""
+        """A hash of all that decides a run's result, the content of models and experts included."""
         prepared = self.plan_of(cell)
         models = [self._base_identity, *self._identities[cell.arm.name]]
         other = self.other(cell.subject) if cell.arm.control == "wrong-pictures" else None
         shown = [example.digest for example in other.plan.dataset.train] if other else []
         held_out = [example.digest for example in prepared.dataset.held_out]
         settings = config.to_dict(self.config.validation)
-        run, train = prepared.fingerprint(), self.config.train
+        run, train = prepared.course(), self.config.train
         lengths = [train.steps, train.gradient_accumulation_steps]
         return key(run, models, lengths, cell.arm.control, shown, held_out, settings)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import adapter, loop, qwen_image, run, validation
+from trainer import adapter, loop, objective, qwen_image, run, validation
 from trainer.adapter import AdapterWeights, Seed
 from trainer.compare.measures import NUM_SAMPLES
 from trainer.compare.plan import Arm, Cell, Comparison, Subject
@@ -32,7 +32,7 @@ class Workbench:
         self.device = self._accelerator.device
         machine.check(comparison.subjects[0].plan, self.device)
         self._text_encoder = qwen_image.TextEncoder(comparison.config.model.base, self.device)
-        self._encoded: dict[str, run.Encoded] = {}
+        self._encoded: dict[str, objective.Encoded] = {}
         self._base_losses: dict[str, float] = {}
         self._base_samples: dict[tuple[int, int], Tensor | None] = {}
         self._seeds: tuple[tuple[str, str, int], Seed] | None = None
@@ -56,7 +56,7 @@ class Workbench:
     def prepare_subject(self, subject: Subject, arms: Sequence[Arm]) -> None:
         """Encode its pictures and captions, and let each initializer predict, before the base is there. The first time
         is what an initializer costs: the runs find its predictions in the cache."""
-        encoded = run.encode(subject.plan, self.device, self._text_encoder, quiet=self._quiet)
+        encoded = objective.encode(subject.plan, self.device, self._text_encoder, quiet=self._quiet)
         self._text_encoder.unload()  # an initializer that needs it has to load it: that is part of what it costs
         self._encoded[subject.name] = encoded
         for arm in arms:
@@ -74,7 +74,7 @@ class Workbench:
 
     def _initialize(self, subject: Subject, arm: Arm, seed: int) -> Seed:
         prepared = subject.plan
-        trials = run.Trials(prepared, self._encoded[subject.name], self._text_encoder, lambda: self._transformer)
+        trials = objective.Trials(prepared, self._encoded[subject.name], self._text_encoder, lambda: self._transformer)
         cache = self._comparison.output / "cache"  # of its own: what it costs must not be known from elsewhere
         context = run.init_context(prepared, self.device, trials, self._text_encoder)
         context = replace(context, seed=seed, log=lambda message: None, cache=cache)
@@ -134,7 +134,7 @@ class Workbench:
         """Of its held-out pictures, without any adapter."""
         if subject.name not in self._base_losses:
             encoded = self._encoded[subject.name]
-            losses = run.stable_losses(subject.plan, self._transformer.eval(), encoded, self._accelerator)
+            losses = objective.stable_losses(subject.plan, self._transformer.eval(), encoded, self._accelerator)
             self._base_losses[subject.name] = losses["val_loss"]
         return self._base_losses[subject.name]
 
@@ -158,19 +158,11 @@ class Workbench:
             _, applied = run.install(transformer, seed, settings.adapter, random_seed=cell.seed)
             if seed.frozen is not None:
                 handles = adapter.attach_frozen(transformer, seed.frozen)
-            objective = run.LoraObjective(prepared, transformer, encoded, self._accelerator, sample)
-            result = loop.train(
-                objective,
-                prepared.config.train,
-                settings.checkpoint,
-                output=cell.folder,
-                accelerator=self._accelerator,
-                validate_every=settings.validation.every,
-                resume=(cell.folder / "checkpoints").exists(),
-                quiet=self._quiet,
-                nested=True,
-                fingerprint=prepared.fingerprint(),
-            )
+            training = objective.LoraObjective(prepared, transformer, encoded, self._accelerator, sample)
+            every = settings.validation.every
+            job = loop.Job(cell.folder, prepared.config.train, settings.checkpoint, every, prepared.course())
+            resume = (cell.folder / "checkpoints").exists()
+            result = loop.train(training, job, self._accelerator, resume=resume, quiet=self._quiet, nested=True)
         finally:
             for handle in handles:
                 handle.remove()

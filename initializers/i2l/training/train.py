@@ -28,7 +28,7 @@ from trainer import checkpoint, flow, loop, plan, qwen_image, validation
 from trainer import config as configuration
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
-from trainer.data.cache import Cache, key
+from trainer.data.cache import Cache
 from trainer.data.dataset import Example, load_picture
 from trainer.files import DTYPES, remove_leftovers, write_json
 from trainer.flow import FlowConfig
@@ -170,11 +170,10 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     """Train, then write the expert (and the encoders, if they were trained) in the published layout."""
     output = Path(settings.output)
     subjects = prepare(settings, resume=resume)
-    fingerprint = key(_course(settings), [[e.digest, e.caption] for group in subjects for e in group])
     accelerator = parallel.make_accelerator(settings.model.dtype)
+    job = loop.Job(output, settings.train, settings.checkpoint, settings.validation.every, _course(settings, subjects))
     if resume:  # refused before run.json is written, which tells the settings to resume with
-        batches = loop.batches_per_step(settings.train, accelerator)
-        checkpoint.latest(output / "checkpoints", fingerprint, batches)
+        loop.latest(job, accelerator)
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(_needs(settings), quiet=quiet)
     with accelerator.main_process_first():  # the others find everything in the cache
@@ -206,17 +205,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     log.info(
         "%d subjects, %d held out; %s parameters", len(data.train), len(data.held_out), f"{report['parameters']:,}"
     )
-    result = loop.train(
-        objective,
-        settings.train,
-        settings.checkpoint,
-        output=output,
-        accelerator=accelerator,
-        validate_every=settings.validation.every,
-        resume=resume,
-        quiet=quiet,
-        fingerprint=fingerprint,
-    )
+    result = loop.train(objective, job, accelerator, resume=resume, quiet=quiet)
     parallel.unshard(objective.network)
     if accelerator.is_main_process:
         file = objective.network.save(output)
@@ -228,13 +217,11 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     return output
 
 
-def _course(settings: HypernetworkConfig) -> dict[str, Any]:
-    """All that decides the course of training: a checkpoint belongs to one."""
-    values = configuration.to_dict(settings)
-    for name in ("output", "validation", "checkpoint"):
-        del values[name]
-    del values["data"]["cache"]
-    return values
+def _course(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]) -> dict[str, Any]:
+    """What must be the same when the training is resumed."""
+    pictures = [(e.digest, e.caption) for group in subjects for e in group]
+    free = {"output", "validation", "checkpoint", "data.cache"}
+    return checkpoint.course(configuration.to_dict(settings), pictures, free)
 
 
 class HypernetworkObjective:

@@ -382,8 +382,8 @@ def test_a_resume_that_is_refused_changes_nothing(toml: Path) -> None:
     before = (output / "run.json").read_bytes()
     settings = train.load(toml, ["train.steps=1", "validation.prompts=[]"])
     saved = output / "checkpoints" / "step-00000001" / "state.json"
-    saved.write_text(saved.read_text().replace('"batches_per_step": 1', '"batches_per_step": 3'))
-    with pytest.raises(CheckpointError, match="with 3 batches a step"):
+    saved.write_text(saved.read_text().replace('steps x processes": 1', 'steps x processes": 3'))
+    with pytest.raises(CheckpointError, match="x processes is 1, the checkpoint has 3"):
         train.execute(settings, resume=True, quiet=True)
     assert (output / "run.json").read_bytes() == before
 

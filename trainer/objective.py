@@ -1,0 +1,217 @@
+"""What a run trains: the adapter in the transformer, on encoded pictures, with the flow-matching loss.
+
+`LoraObjective` is what the loop trains, validates and saves. `Trials` tells an initializer what a start would be worth.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from accelerate import Accelerator
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor
+
+from trainer import adapter, flow, qwen_image, validation
+from trainer.adapter import AdapterWeights
+from trainer.data.cache import Cache
+from trainer.data.dataset import Example, batch, drops_caption
+from trainer.data.encode import encode_pictures, encode_prompts
+from trainer.files import DTYPES
+from trainer.hardware import parallel
+from trainer.loop import Loss
+from trainer.plan import Plan
+from trainer.qwen_image import TextEncoder
+from trainer.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Latents and prompt_embeds of all examples, on the CPU."""
+
+    latents: dict[str, Tensor]  # picture digest and bucket -> C 1 h w
+    prompts: dict[str, Tensor]  # text -> L D
+
+    def latents_of(self, example: Example) -> Tensor:
+        """C 1 h w"""
+        return self.latents[_name(example)]
+
+    def item(self, example: Example) -> validation.Item:
+        return validation.Item(
+            example.path.name, example.digest, self.latents_of(example), self.prompts[example.caption]
+        )
+
+
+def _name(example: Example) -> str:
+    return f"{example.digest} {example.bucket}"
+
+
+def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet: bool) -> Encoded:
+    """Encode what is not in the cache yet: first the pictures, then the captions."""
+    run, cache = plan.config, Cache(plan.cache)
+    examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out)}.values())
+    latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
+    texts = {e.caption for e in examples} | {*run.validation.prompts, *run.validation.unrelated_prompts}
+    texts |= {qwen_image.NO_CAPTION, qwen_image.NEGATIVE_PROMPT}
+    prompts = encode_prompts(cache, text_encoder, DTYPES[run.model.dtype], texts, quiet=quiet)
+    qwen_image.free_memory()
+    return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one forward pass."""
+
+    latents: Tensor  # B C 1 h w
+    noise: Tensor  # B C 1 h w
+    sigmas: Tensor  # B
+    prompt_embeds: Tensor  # B L D
+    mask: Tensor | None  # B L
+    random: torch.Generator
+    """For the adapter's dropout."""
+    names: list[str]
+    """Paths of the pictures, for messages."""
+
+
+class LoraObjective:
+    """Train the adapter in the transformer with the flow-matching loss."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        transformer: QwenImageTransformer2DModel,
+        encoded: Encoded,
+        accelerator: Accelerator,
+        sample: Callable[[int, Tracker], Mapping[str, float]] | None = None,
+    ):
+        """`sample(step, tracker)` is called at validations instead of drawing the sample pictures of the configuration;
+        what it returns is logged."""
+        self.module: torch.nn.Module = transformer.train()
+        self.transformer = transformer
+        self._plan, self._run, self._encoded, self._accelerator = plan, plan.config, encoded, accelerator
+        self._sample = sample or self._draw_samples
+        self._device, self._dtype = accelerator.device, DTYPES[plan.config.model.dtype]
+
+    def loss(self, step: int, micro_step: int) -> Loss:
+        inputs = self.inputs(step, micro_step)
+        return Loss(self.forward(inputs), ", ".join(inputs.names))
+
+    def inputs(self, step: int, micro_step: int) -> Inputs:
+        """Pictures, captions, sigmas and noise: functions of the seed and the step."""
+        run, processes = self._run, self._accelerator.num_processes
+        part = micro_step * processes + self._accelerator.process_index  # of the step, however it is divided
+        index = step * run.train.gradient_accumulation_steps * processes + part
+        examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
+        share = run.data.caption_dropout
+        dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
+        texts = [qwen_image.NO_CAPTION if drop else e.caption for e, drop in zip(examples, dropped, strict=True)]
+        random = flow.generator(run.seed, "noise", step, part, 0)
+        latents = torch.stack([self._encoded.latents_of(e) for e in examples])  # B C 1 h w
+        noise = torch.randn(latents.shape, generator=random)
+        num_tokens = latents.shape[-1] * latents.shape[-2] // 4
+        sigmas = flow.sample_sigmas(run.flow, len(latents), num_tokens, random).to(self._device)
+        embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
+        mask = None if mask is None else mask.to(self._device)
+        latents, noise, embeds = latents.to(self._device), noise.to(self._device), embeds.to(self._device)
+        return Inputs(latents, noise, sigmas, embeds, mask, random, [str(e.path) for e in examples])
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """The loss: scalar, attached to the graph."""
+        noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas).to(self._dtype)
+        with flow.seeded(inputs.random, self._device):  # the adapter's dropout
+            predicted = qwen_image.predict_velocity(
+                self.module, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask
+            )
+        return flow.losses(predicted, inputs.latents, inputs.noise).mean()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return adapter.tensors(self.transformer)
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        adapter.load_tensors(self.transformer, tensors)
+
+    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+        """Stable losses and sample pictures, divided among the processes; the first one writes."""
+        self.transformer.eval()
+        values = stable_losses(self._plan, self.transformer, self._encoded, self._accelerator)
+        values.update(self._sample(step, tracker))
+        self.transformer.train()
+        return values
+
+    def _draw_samples(self, step: int, tracker: Tracker) -> Mapping[str, float]:
+        """A picture for each prompt into samples/, TensorBoard and the contact sheet."""
+        settings, prompts = self._run.validation, self._encoded.prompts
+        if not settings.prompts:
+            return {}
+        count, base = len(settings.prompts), self._run.model.base
+        rows = parallel.rows_of_process(self._accelerator, count)
+        latents = qwen_image.Sampler(base).latents(
+            self.transformer,
+            [prompts[settings.prompts[row]] for row in rows],
+            size=self._plan.dataset.train[0].bucket,
+            seeds=[settings.seed + row for row in rows],
+            num_inference_steps=settings.num_inference_steps,
+            true_cfg_scale=settings.true_cfg_scale,
+            negative_prompt=prompts[qwen_image.NEGATIVE_PROMPT],
+            batch_size=self._run.train.batch_size,
+            device=self._device,
+        )
+        latents = parallel.collect_rows(self._accelerator, count, rows, latents)
+        if self._accelerator.is_main_process:
+            vae = qwen_image.load_vae(base, self._device)  # loaded to decode, and freed again
+            pictures = [picture for one in latents for picture in qwen_image.decode_latents(vae, one[None])]
+            validation.write_samples(self._plan.output, step, settings.prompts, pictures)
+            for text, picture in zip(settings.prompts, pictures, strict=True):
+                tracker.image(step, f"samples/{text}", picture)
+        return {}
+
+
+def stable_losses(
+    plan: Plan, transformer: torch.nn.Module, encoded: Encoded, accelerator: Accelerator
+) -> dict[str, float]:
+    """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`. Divided among the processes."""
+    run, values = plan.config, dict[str, float]()
+    device, dtype = accelerator.device, DTYPES[run.model.dtype]
+    for name, examples in (("val_loss", plan.dataset.held_out), ("train_stable_loss", plan.dataset.train)):
+        items = [encoded.item(example) for example in examples[: run.validation.num_pictures]]
+        if items:
+            size = 2 * run.train.batch_size  # without gradients there is room for it
+            rows = parallel.rows_of_process(accelerator, len(items))
+            own = [items[row] for row in rows]
+            errors = validation.stable_errors(transformer, own, device, dtype, batch_size=size)
+            values[name] = float(parallel.collect_rows(accelerator, len(items), rows, errors).mean())
+    return values
+
+
+class Trials:
+    """What a start would be worth: the stable losses of training pictures with it on the base.
+
+    The transformer is loaded at the first trial, when an initializer's own models are gone; the text encoder is
+    unloaded before.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        encoded: Encoded,
+        text_encoder: TextEncoder,
+        load: Callable[[], QwenImageTransformer2DModel],
+    ):
+        self._plan, self._encoded, self._text_encoder, self._load = plan, encoded, text_encoder, load
+
+    @cached_property
+    def transformer(self) -> QwenImageTransformer2DModel:
+        self._text_encoder.unload()
+        return self._load()
+
+    def __call__(self, weights: AdapterWeights, index: int) -> float:
+        """The stable loss of training picture `index` with `weights` on the base, or of the base if they are empty."""
+        run, device = self._plan.config, self.transformer.device
+        item = self._encoded.item(self._plan.dataset.train[index])
+        handles = adapter.attach_frozen(self.transformer, weights) if weights.factors else []
+        try:
+            dtype, size = DTYPES[run.model.dtype], run.train.batch_size
+            return float(validation.stable_errors(self.transformer, [item], device, dtype, batch_size=size).mean())
+        finally:
+            for handle in handles:
+                handle.remove()
