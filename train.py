@@ -79,7 +79,8 @@ def run(options: argparse.Namespace) -> None:
     if options.help_config:
         print(config.explain(plan.RunConfig))
         for name in initializers.names():
-            print(f"\n[init.{name}]\n{config.explain(initializers.config_class(name))}")
+            keys = config.explain(initializers.config_class(name)) or "(no keys)"
+            print(f"\n[init.{name}]\n{keys}")
         return
     overrides = [*options.set]
     for key, text in (("init.method", options.init), ("output", options.output)):

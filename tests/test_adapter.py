@@ -127,7 +127,7 @@ def test_types_that_match_nothing_are_all_named_with_what_is_near() -> None:
     first, second, third = str(caught.value).splitlines()
     assert '"attn.to_qq"' in first and "attn.to_q" in first.replace("attn.to_qq", "")
     assert '"text_mlp.net.2"' in second and "txt_mlp.net.2" in second
-    assert '"attn"' in third and "no Linear layer" in third
+    assert '"attn"' in third and "not a Linear layer" in third
 
 
 @pytest.mark.parametrize(

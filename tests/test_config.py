@@ -327,7 +327,7 @@ def test_overrides_make_tables_and_the_last_one_wins():
         ("=5", "expected key=value"),
         ("train..steps=5", "expected key=value"),
         (".steps=5", "expected key=value"),
-        ("seed.deep=5", "seed is no table, it is 1"),
+        ("seed.deep=5", "seed is not a table, it is 1"),
         ("train=5", "train is a table; set one of its keys"),
     ],
 )

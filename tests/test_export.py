@@ -193,9 +193,9 @@ def test_nothing_leaves_the_machine_unless_asked(
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ('export.layouts=["comfy"]', '"comfy" is none of diffusion_model, transformer'),
+        ('export.layouts=["comfy"]', '"comfy" is not one of diffusion_model, transformer'),
         ("export.rank=0", "rank must be at least 1"),
-        ("export.push_to_hub=zorp", "no repository"),
+        ("export.push_to_hub=zorp", "is not a repository"),
         ("export.dtype=int8", "dtype"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The LoRA on the transformer, through PEFT: inject, seed, prove the seed, read back.
+"""The LoRA on the transformer, through PEFT: inject, seed, verify the seed, read back.
 
 Everywhere outside this file factors are *effective*: dW = b a. PEFT multiplies b a by its scale (alpha / rank, or
 alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by the scale and what is read is multiplied.
@@ -24,7 +24,7 @@ from trainer.hardware.threads import parallel_map
 from trainer.lowrank import LowRank, energy, energy_kept, pad, rank, relative_difference, truncate, zeros
 
 NAME = "default"  # of the adapter in PEFT
-TOLERANCE = 1e-5  # of the proof: fp32 rounds at 6e-8, a wrong scale or a swapped module is off by far more
+TOLERANCE = 1e-5  # of `verify`: fp32 rounds at 6e-8, a wrong scale or a swapped module is off by far more
 
 _IMAGE_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 _TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
@@ -48,19 +48,23 @@ class AdapterConfig:
     """`[adapter]`"""
 
     rank: int = 16
+    """The rank of the LoRA. 16 to 32 is common; a larger one can learn more, and overfits sooner."""
     alpha: float | None = None
-    """dW = alpha / rank * b a. Default: the rank, so that the scale is 1. A seed keeps its effect whatever it is."""
+    """The effect of the LoRA is alpha / rank * b a. By default alpha is the rank, so that the scale is 1. A seed keeps
+    its effect whatever alpha is."""
     dropout: float = 0.0
-    """Probability that an input of the adapter is zeroed while training."""
+    """The probability that an input of the adapter is set to zero while training."""
     target_modules: str | tuple[str, ...] = "i2l"
     """"i2l" (the 12 module types that i2L covers), "all" (14), "attention" (8), "diffusers" (4: its default), or a list
     of module types or names, such as ["attn.to_q", "transformer_blocks.0.img_mod.1"]."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Modules with another rank, by name: "transformer_blocks.0.attn.to_q" = 4. If alpha is not set, it follows."""
+    """Layers with a rank of their own, by name: "transformer_blocks.0.attn.to_q" = 4. If alpha is not set, theirs is
+    that rank."""
     use_rslora: bool = False
-    """dW = alpha / sqrt(rank) * b a (arXiv:2312.03732)."""
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rank-stabilised LoRA, arXiv:2312.03732)."""
     use_dora: bool = False
-    """Train magnitude and direction of the weights apart (arXiv:2402.09353)."""
+    """Train the magnitude and the direction of the weights separately (DoRA, arXiv:2402.09353). Slower, and most other
+    programs cannot read the result."""
 
     def problems(self) -> list[str]:
         found = []
@@ -105,11 +109,11 @@ class Seed:
 
     weights: AdapterWeights
     report: dict[str, Any]
-    """Of the initializer, for run.json."""
+    """What the initializer did, for run.json."""
     frozen: AdapterWeights | None = None
-    """Held on the frozen base, under the adapter; not trained, and part of the exported LoRA."""
+    """A LoRA that stays beside the adapter, frozen, and is part of the exported LoRA."""
     rank: int | None = None
-    """Of the adapter, instead of the configuration's, with `rank_pattern`."""
+    """The rank of the adapter, instead of the configuration's, with `rank_pattern`."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
 
 
@@ -131,7 +135,7 @@ class InitContext:
     cache: Path | None = None
     """Folder for what is expensive to compute; None: nothing is kept."""
     text_encoder: Any = None
-    """`qwen_image.TextEncoder` of the base, if it may be loaded already. Who needs the memory lets it go."""
+    """`qwen_image.TextEncoder` of the base, if it may be loaded already. Whoever needs its memory calls `unload`."""
     try_seed: Callable[[AdapterWeights, int], float] | None = None
     """The stable loss of training picture `index` with these weights on the base; None where that cannot be had."""
 
@@ -157,7 +161,7 @@ def target_modules(transformer: nn.Module, config: AdapterConfig) -> dict[str, t
     for wanted in config.module_types:
         matching = {name for name in sizes if matches(name, wanted)}
         if wrong := sorted(name for name in others if matches(name, wanted)):
-            problems.append(f'target_modules: "{wanted}" matches {wrong[0]}, which is no Linear layer')
+            problems.append(f'target_modules: "{wanted}" matches {wrong[0]}, which is not a Linear layer')
         elif not matching:
             problems.append(f'target_modules: "{wanted}" matches no module; {_nearest(wanted, sizes)}')
         found |= matching
@@ -206,7 +210,7 @@ class _Factor(nn.Linear):
 
 @torch.no_grad()
 def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_name: str = NAME) -> dict[str, Any]:
-    """Write the seed into the adapter, at the adapter's ranks, and prove it: the report says what became of it.
+    """Write the seed into the adapter, at the adapter's ranks, and verify it: the report says what became of it.
 
     A larger rank is truncated exactly; a smaller one is balanced, and filled with rows that change nothing until they
     are trained; an equal one is taken as it is. Then dW is read back and compared, module by module. AdapterError if
@@ -307,7 +311,7 @@ def attach_frozen(transformer: nn.Module, weights: AdapterWeights) -> list[Remov
                 )
             )
     if problems or not weights.factors:
-        raise AdapterError(f"nothing to hold: {first_few(problems, '; ') or 'the seed is empty'}")
+        raise AdapterError(f"no frozen LoRA can be attached: {first_few(problems, '; ') or 'the seed is empty'}")
     return [
         transformer.get_submodule(name).register_forward_hook(_Constant(factors))
         for name, factors in weights.factors.items()

@@ -26,9 +26,9 @@ class CheckpointConfig:
     """`[checkpoint]`"""
 
     every: int = 100
-    """Steps between checkpoints; one more is written at the end, and when the run is interrupted."""
+    """The number of steps between checkpoints. One more is written at the end, and when the run is interrupted."""
     keep: int = 2
-    """Checkpoints kept; at least 2, so that there is always an older one."""
+    """How many checkpoints are kept: at least 2, so that there is always an older one."""
 
     def problems(self) -> list[str]:
         return [

@@ -90,7 +90,7 @@ def apply_overrides(table: dict[str, Any], overrides: Sequence[str], problems: l
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                problems.append(f"--set {override}: {section} is no table, it is {_show(target)}")
+                problems.append(f"--set {override}: {section} is not a table, it is {_show(target)}")
                 break
         else:
             if isinstance(target.get(name), dict):
@@ -140,9 +140,13 @@ def explain(cls: type, where: str = "") -> str:
         default = _default(field)
         value = "(required)" if default is MISSING else "(not set)" if default is None else _show(default, limit=None)
         lines.append(f"{field.name} = {value}  # {_type_name(hints[field.name])}")
-        lines += textwrap.wrap(docs.get(field.name, ""), 100, initial_indent="    ", subsequent_indent="    ")
+        lines += _wrapped(docs.get(field.name, ""))
     own = "\n".join(lines)
     return "\n\n".join([*([own] if own else []), *sections])
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 # --- one table --------------------------------------------------------------------------------------------

@@ -41,23 +41,23 @@ class ExportConfig:
     """`[export]`"""
 
     layouts: tuple[str, ...] = ()
-    """Layouts in which the LoRA is written besides those for PEFT and diffusers: "diffusion_model" (for ComfyUI and
+    """More layouts to write the LoRA in, besides those for PEFT and diffusers: "diffusion_model" (for ComfyUI and
     ai-toolkit), "kohya" (musubi-tuner, OneTrainer), "transformer", "bare", "bare.default"."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the files in those layouts."""
+    """The precision of the files in those layouts."""
     rank: int | None = None
-    """Truncate the saved LoRA to this rank, exactly; the log tells how much energy that costs. Default: all of it."""
+    """Truncate the saved LoRA to this rank. The log says how much of its energy is kept. By default the rank stays."""
     push_to_hub: str = ""
-    """Hugging Face repository, such as "me/my-character", to which the finished LoRA is uploaded; made, private, if it
-    is not there. Default: nothing leaves this machine."""
+    """A Hugging Face repository, such as "me/my-character", to which the finished LoRA is uploaded. If there is none, a
+    private one is made. By default nothing leaves this machine."""
 
     def problems(self) -> list[str]:
         known = [name for name in LAYOUTS if name != "peft"]  # which is always there
-        found = [f'layouts: "{name}" is none of {", ".join(known)}' for name in self.layouts if name not in known]
+        found = [f'layouts: "{name}" is not one of {", ".join(known)}' for name in self.layouts if name not in known]
         if self.rank is not None and self.rank < 1:
             found.append(f"rank must be at least 1, not {self.rank}")
         if self.push_to_hub and self.push_to_hub.count("/") != 1:
-            found.append(f'push_to_hub: "{self.push_to_hub}" is no repository (owner/name)')
+            found.append(f'push_to_hub: "{self.push_to_hub}" is not a repository (owner/name)')
         return found
 
 
@@ -69,7 +69,7 @@ def export(
     frozen: AdapterWeights | None,
     report: Mapping[str, Any],
 ) -> None:
-    """Write the adapter, with a constant term concatenated on rank, into `folder`, whole or not at all.
+    """Write the adapter, with a frozen LoRA concatenated on rank, into `folder`, whole or not at all.
 
     `PeftModel.from_pretrained` reads adapter_config.json and adapter_model.safetensors. diffusers' `load_lora_weights`
     would find no key of its own in that file, warn and load nothing; given the folder, it takes

@@ -35,10 +35,12 @@ class FlowConfig:
     """`[flow]`"""
 
     sigma_sampling: Literal["logit_normal", "uniform", "shift", "resolution_shift"] = "logit_normal"
-    """logit_normal: sigmoid of a normal number. uniform: every sigma alike. shift: logit_normal, moved by `shift`.
-    resolution_shift: logit_normal, moved by Qwen-Image's own rule, more noise for larger pictures."""
+    """How the noise levels (sigmas) are drawn. logit_normal: the sigmoid of a normal number. uniform: every sigma is as
+    likely. shift: logit_normal, moved by `shift`. resolution_shift: logit_normal, moved by Qwen-Image's own rule: more
+    noise for larger pictures."""
     shift: float | None = None
-    """s in s * sigma / (1 + (s - 1) * sigma), above 1 for more noise. Only with sigma_sampling = "shift"."""
+    """The s of sigma -> s * sigma / (1 + (s - 1) * sigma). Above 1 there is more noise. Only with sigma_sampling =
+    "shift"."""
 
     def problems(self) -> list[str]:
         if self.sigma_sampling == "shift":

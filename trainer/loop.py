@@ -32,23 +32,27 @@ class TrainConfig:
     """`[train]`"""
 
     steps: int = 1000
-    """Optimizer updates."""
+    """The number of optimizer updates."""
     batch_size: int = 1
-    """Pictures in one forward pass of one process."""
+    """How many pictures a forward pass has, on each process."""
     gradient_accumulation_steps: int = 1
-    """Forward passes added up for one update."""
+    """How many forward passes are added up for one update."""
     learning_rate: float = 3e-4
+    """The learning rate after the warm-up. LoRAs are often trained with 1e-4 to 3e-4."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, fall in a line to 0, or fall in half a cosine to 0."""
+    """What the learning rate does after the warm-up: it stays, or falls to 0, in a line or along half a cosine."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises in a line from 0."""
+    """The number of steps over which the learning rate rises in a line from 0."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """AdamW in fp32, or with bitsandbytes' 8-bit moments; paged, these go to the CPU when a GPU's memory is short."""
+    """AdamW with moments in fp32, or in 8 bits by bitsandbytes. The paged one moves them to the CPU when the GPU's
+    memory is short."""
     weight_decay: float = 0.01
+    """How strongly AdamW pulls the adapter's weights to 0."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 turns clipping off."""
+    """Gradients are clipped to this norm. 0 turns clipping off."""
     gradient_checkpointing: bool = False
-    """Compute activations a second time instead of keeping them: less memory, a third more time."""
+    """Compute activations a second time instead of keeping them. This needs much less memory, and about a third more
+    time."""
 
     def problems(self) -> list[str]:
         found = [f"{name} must be at least 1" for name in ("steps", "batch_size", "gradient_accumulation_steps")

@@ -84,7 +84,7 @@ def _root(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def singular_values(x: LowRank) -> Tensor:
-    """Of dW, largest first, float64; as many as the rank."""
+    """The singular values of dW, largest first, in float64: as many as the rank."""
     return torch.linalg.svdvals(_root(x.b.double().T).T @ _root(x.a.double()))
 
 

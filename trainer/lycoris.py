@@ -31,7 +31,7 @@ def layers(transformer: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any
 def apply_seed(
     transformer: nn.Module, weights: AdapterWeights, *, random_seed: int, adapter_name: str
 ) -> dict[str, Any]:
-    """Write effective factors into a LoHa or LoKr adapter, and prove it: the report says what became of them.
+    """Write effective factors into a LoHa or LoKr adapter, and verify it: the report says what became of them.
 
     `energy_lost` is |dW - dW of the adapter|^2 / |dW|^2, of the module where it is largest and over all. AdapterError
     if a LoHa does not hold the truncated factors.

@@ -31,7 +31,8 @@ class InitConfig:
     """`[init]`"""
 
     method: str = "random"
-    """How the adapter starts: random, gaussian, i2l, or a LoRA file. Each may have a table, such as `[init.i2l]`."""
+    """What the adapter starts from: "random", "gaussian", "i2l", or the path of a LoRA file. Each may have settings of
+    its own, in a table such as `[init.i2l]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,10 @@ class RunConfig:
     """A training run."""
 
     output: str
-    """The run's folder; everything it makes is written there."""
+    """The folder of the run. Everything that the run makes is written into it."""
     seed: int = 0
-    """Of the adapter's random parts, the batches, the noise and the sigmas."""
+    """Decides the adapter's random rows, the order of the pictures, the noise and the sigmas. The same seed gives the
+    same run."""
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
@@ -235,7 +237,7 @@ def _trainable(plan: Plan) -> int:
 
 
 def pixels(plan: Plan) -> int:
-    """Of the largest training picture."""
+    """The number of pixels of the largest training picture."""
     return max(example.bucket[0] * example.bucket[1] for example in plan.dataset.train)
 
 

@@ -1,6 +1,6 @@
 """All that this project knows of Qwen-Image: load its parts, encode, pack, predict the velocity, sample.
 
-Each part is loaded alone and let go after use, so that text encoder and VAE never share memory with training.
+Each part is loaded alone and freed after use, so that text encoder and VAE never share memory with training.
 """
 
 import gc
@@ -60,18 +60,19 @@ class ModelConfig:
     """`[model]`"""
 
     base: str
-    """A folder in diffusers' layout, or a Hugging Face id such as "Qwen/Qwen-Image", with a branch, tag or commit as
-    "Qwen/Qwen-Image@main"; of ModelScope, "modelscope:Qwen/Qwen-Image"."""
+    """The model to train on: a folder in diffusers' layout, or a Hugging Face id such as "Qwen/Qwen-Image". "@" and a
+    branch, tag or commit may follow the id. "modelscope:Qwen/Qwen-Image" is on ModelScope."""
     dtype: Dtype = "bf16"
-    """Of the base model's weights and of the computation. The adapter stays in fp32."""
+    """The precision of the base model's weights and of the computation. The adapter is always in fp32."""
     quantization: Literal["none", "fp8", "int8", "nf4"] = "none"
-    """Of the frozen transformer's linear layers: int8 and nf4 by bitsandbytes; fp8 (e4m3) only stores them so, and each
-    is cast to `dtype` when it is needed."""
+    """How the frozen transformer's linear layers are stored. int8 and nf4 are computed by bitsandbytes and need a GPU.
+    fp8 (e4m3) is only stored: each layer is cast to `dtype` when it is needed."""
     attention: Attention = "native"
-    """How diffusers computes attention: as torch chooses, by one of torch's kernels, or by flash-attn 2 or 3 or
-    xformers, to be installed. These are what diffusers has that trains and takes prompts of different lengths."""
+    """Which of diffusers' attention backends is used. "native" lets torch choose. flash_varlen (flash-attn 2),
+    _flash_varlen_3 (flash-attn 3) and xformers must be installed first."""
     compile: bool = False
-    """torch.compile of each block: minutes at the beginning, faster steps. Needs a C++ compiler."""
+    """Compile each block with torch.compile. It takes minutes at the beginning, then steps are faster. A C++ compiler
+    must be installed."""
 
     def problems(self) -> list[str]:
         found = check_base(self.base)
@@ -222,7 +223,7 @@ def picture_multiple(base: str) -> int:
 
 
 def set_up(transformer: QwenImageTransformer2DModel, config: ModelConfig, *, gradient_checkpointing: bool) -> None:
-    """How it is to be computed in training. An adapter must be in it before it is compiled."""
+    """Switch on gradient checkpointing and compile, as configured. The adapter must be injected before."""
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if config.compile:
@@ -230,7 +231,7 @@ def set_up(transformer: QwenImageTransformer2DModel, config: ModelConfig, *, gra
 
 
 def free_memory() -> None:
-    """Of what was deleted."""
+    """Give back the memory of what was deleted, on the CPU and on the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -253,7 +254,8 @@ def device_with_room(num_bytes: float, device: torch.device, what: str) -> torch
 
 
 def text_encoder_bytes(base: str) -> float:
-    """Of its weights: of the files on this machine, else of Qwen2.5-VL-7B in bf16 (8.29 B parameters)."""
+    """Bytes of the text encoder's weights: of the files on this machine, else of Qwen2.5-VL-7B in bf16 (8.29 B
+    parameters)."""
     folder = sources.folder(base)
     files = [] if folder is None else [path.stat().st_size for path in (folder / "text_encoder").glob("*.safetensors")]
     return float(sum(files)) if files else 16.6e9
@@ -261,7 +263,7 @@ def text_encoder_bytes(base: str) -> float:
 
 class TextEncoder:
     """Qwen2.5-VL of a pipeline, which reads prompts, and pictures for i2L: loaded when it is first asked for, once for
-    all who ask before it is let go; on the CPU if it does not fit on `device`."""
+    all who ask before `unload`; on the CPU if it does not fit on `device`."""
 
     def __init__(self, base: str, device: torch.device):
         self.base, self._device = base, device
@@ -333,7 +335,7 @@ def encode_pictures(vae: AutoencoderKLQwenImage, pictures: Sequence[Image.Image]
 
 
 def feature_bytes(vae: AutoencoderKLQwenImage, pixels: int) -> float:
-    """Of the feature maps in fp32 that are alive at once while the VAE decodes so many pixels: an estimate."""
+    """Bytes of the feature maps in fp32 that are alive at once while the VAE decodes so many pixels: an estimate."""
     return 4.0 * VAE_FEATURES * int(vae.config["base_dim"]) * pixels
 
 

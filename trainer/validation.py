@@ -19,21 +19,23 @@ class ValidationConfig:
     """`[validation]`"""
 
     every: int = 100
-    """Steps between validations; there is one before the first step and one after the last."""
+    """The number of steps between validations. There is one before the first step and one after the last, too."""
     prompts: tuple[str, ...] = ()
-    """A sample picture is drawn for each, always from the same noise."""
+    """For each of these prompts a sample picture is drawn, always from the same noise."""
     unrelated_prompts: tuple[str, ...] = ()
-    """Prompts that have nothing to do with the subject: `--compare` measures how far samples drift from the base's."""
+    """Prompts that have nothing to do with the subject. `--compare` measures how far their samples drift from the
+    base's."""
     text_image_model: str = ""
-    """Folder or id (as `[model] base`) of a SigLIP with a text tower, such as google/siglip2-so400m-patch16-384: with
-    it `--compare` measures how well samples fit their prompts."""
+    """A SigLIP with a text tower, such as "google/siglip2-so400m-patch16-384": a folder or an id, as `[model] base`.
+    With it `--compare` measures how well samples fit their prompts."""
     num_inference_steps: int = 20
+    """The number of denoising steps of a sample picture."""
     num_pictures: int = 8
-    """At most this many held-out and as many training pictures enter the stable losses."""
+    """How many held-out pictures, and how many training pictures, the stable losses are computed on at most."""
     true_cfg_scale: float = 1.0
-    """Guidance of the samples; 1 is without, and takes half the time."""
+    """The strength of guidance in samples. 1 is no guidance, and takes half the time."""
     seed: int = 0
-    """Of the samples' noise."""
+    """Decides the noise of the samples."""
 
     def problems(self) -> list[str]:
         # two inference steps: the scheduler moves its last sigma, and were it also the first, it would divide 0 by 0

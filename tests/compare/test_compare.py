@@ -216,7 +216,7 @@ def test_all_that_is_wrong_is_told_at_once(
         "random is there twice",
         "--seeds must be at least 1",
         "0.0 must be above 0",
-        "nothing is none of norm-matched",
+        "nothing is not one of norm-matched",
         "--controls are of i2l",
         "every = 9 is more than [train] steps = 4",
         f"{subjects / 'empty'}: there is no picture in it",
@@ -264,7 +264,7 @@ def test_results_of_other_files_of_one_name_are_not_mixed_in(
 def test_the_plan_of_a_comparison(run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian", "--plan") == FINISHED
     text = capsys.readouterr().out
-    assert "8 of 4 steps, 0 of them done" in text and "random, gaussian; held against random" in text
+    assert "8 of 4 steps, 0 of them done" in text and "random, gaussian; compared with random" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -59,7 +59,7 @@ def _full_size(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     names = options.variants or [*full_size.VARIANTS]
     if unknown := [name for name in names if name not in full_size.VARIANTS]:
-        raise ValueError(f"--variants: {unknown[0]} is none of {', '.join(full_size.VARIANTS)}")
+        raise ValueError(f"--variants: {unknown[0]} is not one of {', '.join(full_size.VARIANTS)}")
     if min(options.blocks, options.rank, options.steps) < 1 or options.resolution % 16 or options.resolution < 16:
         raise ValueError("--blocks, --rank and --steps must be at least 1, --resolution a multiple of 16")
     sizes = {"num_blocks": options.blocks, "resolution": options.resolution, "rank": options.rank}
@@ -68,7 +68,7 @@ def _full_size(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _step(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Of the configuration's run, but for how the adapter starts: that costs no step anything."""
+    """Measure the configuration's run with a random start, which costs as much as any other."""
     from trainer import config, plan
     from trainer.bench import adapter, loop
     from trainer.hardware import machine, parallel

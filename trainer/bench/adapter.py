@@ -97,7 +97,7 @@ class _Kernels(TorchDispatchMode):
 
 
 def _seconds(block: Any, batch_size: int, pixels: int, of_input: bool) -> tuple[float, float]:
-    """Of a forward and a backward pass."""
+    """Seconds of a forward and of a backward pass."""
     begin = machine.now(block.device)
     velocity = memory.forward(block, batch_size, pixels, of_input=of_input)
     between = machine.now(block.device)

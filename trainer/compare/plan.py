@@ -20,7 +20,7 @@ CONTROLS = {
     "bias-only": "the expert Bias alone, which has seen no picture",
     "no-training": "i2l as it is, never trained",
 }
-OF = "i2l"  # the arm that the controls belong to
+CONTROLLED = "i2l"  # the arm that the controls belong to
 HELD_OUT = "held_out"  # a subject's folder of pictures that no run is trained on
 
 
@@ -90,7 +90,7 @@ class Comparison:
 
     @property
     def baseline(self) -> str:
-        """What the others are held against."""
+        """What the others are compared with."""
         names = [arm.name for arm in self.arms]
         return "random" if "random" in names else names[0]
 
@@ -139,7 +139,7 @@ class Comparison:
 
     @cached_property
     def _identities(self) -> dict[str, list[str]]:
-        """Of the files that each arm reads."""
+        """Hashes of the files that each arm reads."""
         return {arm.name: self.initializers.identity(arm.start.method, arm.start.options) for arm in self.arms}
 
     @property
@@ -165,7 +165,9 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
     settings, arms = None, []
     wanted: list[tuple[str, str, str | None, tuple[str, ...]]]
     wanted = [(Path(name).name.removesuffix(".safetensors"), name, None, ()) for name in request.initializers]
-    wanted += [(name, OF, name, _CONTROL_SETTINGS.get(name, ())) for name in request.controls if name in CONTROLS]
+    wanted += [
+        (name, CONTROLLED, name, _CONTROL_SETTINGS.get(name, ())) for name in request.controls if name in CONTROLS
+    ]
     for name, method, control, extra in wanted:
         method_override = f"init.method={json.dumps(method, ensure_ascii=False)}"
         try:
@@ -207,7 +209,7 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
 
 def _image_encoders(path: Path, overrides: Sequence[str], initializers: Initializers) -> Start | None:
     try:
-        return plan.load_config(path, [*overrides, f'init.method="{OF}"'], initializers)[1]
+        return plan.load_config(path, [*overrides, f'init.method="{CONTROLLED}"'], initializers)[1]
     except config.ConfigError:
         return None  # told already if it is compared
 
@@ -245,10 +247,10 @@ def _request_problems(request: Request) -> list[str]:
     if len(set(request.learning_rates)) < len(request.learning_rates):
         found.append("--learning-rates: one is there twice")
     found += [
-        f"--controls: {name} is none of {', '.join(CONTROLS)}" for name in request.controls if name not in CONTROLS
+        f"--controls: {name} is not one of {', '.join(CONTROLS)}" for name in request.controls if name not in CONTROLS
     ]
-    if request.controls and OF not in request.initializers:
-        found.append(f"--controls are of {OF}: name it in --compare")
+    if request.controls and CONTROLLED not in request.initializers:
+        found.append(f"--controls are of {CONTROLLED}: name it in --compare")
     number, count = request.part
     if not 1 <= number <= count:
         found.append(f"--part {number}/{count}: the first number is from 1 to the second")
@@ -326,7 +328,7 @@ def plan_text(comparison: Comparison) -> str:
     groups = sorted({subject.group for subject in comparison.subjects})
     return "\n".join(
         [
-            f"arms         {', '.join(arm.name for arm in comparison.arms)}; held against {comparison.baseline}",
+            f"arms         {', '.join(arm.name for arm in comparison.arms)}; compared with {comparison.baseline}",
             f"subjects     {len(comparison.subjects)}" + (f" in {', '.join(groups)}" if any(groups) else ""),
             f"rates        {', '.join(f'{rate:g}' for rate in comparison.request.learning_rates)}",
             f"seeds        {', '.join(map(str, comparison.seeds))}",

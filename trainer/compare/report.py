@@ -20,7 +20,7 @@ from trainer.files import write_file, write_json, write_text
 from trainer.validation import grid, write_png
 
 PICTURE_MEASURES = ("similarity", "diversity", "fidelity", "drift")
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")  # told apart by all eyes
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 THEMES = {"light": ("#ffffff", "#222222", "#d0d0d0"), "dark": ("#16181c", "#e6e6e6", "#444850")}
 MAX_COLUMNS = 8  # of the contact sheet
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -75,7 +75,8 @@ def usable(report: Mapping[str, Any]) -> list[Run]:
 
 
 def _measures(runs: Sequence[Run], rows: Sequence[Outcome]) -> dict[str, dict[str, float]]:
-    """Of pictures, at the start and at the end, at each subject's best rate, over the runs that drew any."""
+    """Means of the picture measures at the start and at the end, over the runs at each subject's best learning rate
+    that drew any."""
     found: dict[str, dict[str, list[float]]] = {}
     wanted = {(row.subject, row.arm, row.seed, row.learning_rate) for row in rows}
     for run in runs:

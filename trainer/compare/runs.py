@@ -49,13 +49,15 @@ class Workbench:
         return qwen_image.Sampler(self._comparison.config.model.base)
 
     def close(self) -> None:
-        """Let the base go: whoever looks at the pictures has models of their own."""
+        """Free the base: measuring the samples needs the memory for other models."""
         self.__dict__.pop("_transformer", None)
         self._accelerator.free_memory()
 
     def prepare_subject(self, subject: Subject, arms: Sequence[Arm]) -> None:
-        """Encode its pictures and captions, and let each initializer predict, before the base is there. The first time
-        is what an initializer costs: the runs find its predictions in the cache."""
+        """Encode the subject's pictures and captions, and let each initializer predict, before the base is loaded.
+
+        The time of this first prediction is what an initializer costs: the runs find it in the cache.
+        """
         encoded = objective.encode(subject.plan, self.device, self._text_encoder, quiet=self._quiet)
         self._text_encoder.unload()  # an initializer that needs it has to load it: that is part of what it costs
         self._encoded[subject.name] = encoded
@@ -103,7 +105,7 @@ class Workbench:
         return replace(seed, weights=shuffled(seed.weights, settings.rank_of), frozen=frozen)
 
     def _seed(self, cell: Cell) -> Seed:
-        """Asked for once for all learning rates."""
+        """Computed once for all learning rates."""
         name = (cell.subject.name, cell.arm.name, cell.seed)
         if self._seeds is None or self._seeds[0] != name:
             self._seeds = name, self._initialize(cell.subject, cell.arm, cell.seed)
@@ -131,7 +133,7 @@ class Workbench:
             return {**result, "status": "failed", "error": str(error), "curve": []}
 
     def _base_loss(self, subject: Subject) -> float:
-        """Of its held-out pictures, without any adapter."""
+        """The stable loss of the subject's held-out pictures without any adapter."""
         if subject.name not in self._base_losses:
             encoded = self._encoded[subject.name]
             losses = objective.stable_losses(subject.plan, self._transformer.eval(), encoded, self._accelerator)

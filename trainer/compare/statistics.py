@@ -57,7 +57,8 @@ def best_rates(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
 
 
 def outcomes(runs: Sequence[Run], baseline: str) -> list[Outcome]:
-    """Of every subject, arm and seed whose baseline was run, too, with the same seed."""
+    """The outcome of every subject, arm and seed, compared with the baseline's run with the same seed; without such a
+    run there is none."""
     rates = best_rates(runs)
     chosen = {
         (run["subject"], run["arm"], run["seed"]): run
@@ -101,7 +102,8 @@ def _best(curve: Sequence[Mapping[str, float]]) -> Mapping[str, Any]:
 
 
 def area(curve: Sequence[Mapping[str, float]]) -> float:
-    """By the trapezoidal rule, over the number of steps; the value itself if there is only one point."""
+    """The mean height of a curve: its area by the trapezoidal rule over the number of steps; of one point, its
+    value."""
     if len(curve) == 1:
         return curve[0]["val_loss"]
     parts = [(y["step"] - x["step"]) * (x["val_loss"] + y["val_loss"]) / 2 for x, y in pairwise(curve)]
@@ -134,7 +136,7 @@ def interval(rows: Sequence[Outcome], statistic: Callable[[Sequence[Outcome]], f
 
 
 def summarise(rows: Sequence[Outcome]) -> dict[str, Any]:
-    """Of one arm in one group, against the baseline.
+    """The results of one arm in one group, compared with the baseline.
 
     `steps` is the ratio of all steps that the arm needed to reach the baseline's best to all that the baseline itself
     needed. Where it never got there its whole run is counted: then `never` is above 0, and the ratio a lower bound.

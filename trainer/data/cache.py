@@ -26,7 +26,7 @@ SHARD_SIZE, SECONDS_BETWEEN_SHARDS = 4096, 60.0
 
 
 def key(*parts: Any) -> str:
-    """A hash of JSON-able parts."""
+    """The SHA-256 of the parts, which must be what JSON can say."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Pictures and captions: find them, prove that each can be used, sort them into buckets, split, deal batches.
+"""Pictures and captions: find them, check that each can be used, sort them into buckets, split, deal batches.
 
 Nothing is skipped silently: what cannot be used is a problem, all problems are raised together, and what was
 changed on the way (orientation, transparency, size, ...) is said in the notes. The user's folder is only read.
@@ -20,12 +20,12 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from trainer.config import first_few
 from trainer.data.pictures import SUFFIXES, DataError, decode, read
 from trainer.flow import generator
 
 MAX_RATIO = 2.25  # of a bucket's sides: 2:1, with room for rounding
 CROP_NOTE = 0.25  # more than this share of a picture outside its crop is worth a word
-_NAMES_SHOWN = 5
 _Size = tuple[int, int]  # width, height
 
 
@@ -34,19 +34,21 @@ class DataConfig:
     """`[data]`"""
 
     images: str
-    """Folder of the training pictures, with captions in text files of the same name or in metadata.jsonl."""
+    """The folder of the training pictures. Captions are in text files of the same name, or in metadata.jsonl."""
     resolution: int = 1024
-    """Pictures are brought to about resolution x resolution pixels, in a shape near their own."""
+    """Pictures are scaled and cropped to about resolution x resolution pixels, in a shape near their own."""
     trigger: str = ""
-    """A word for the subject, put in front of each caption that does not hold it yet."""
+    """A word for the subject. It is put in front of each caption that does not contain it."""
     default_caption: str = ""
-    """For pictures without a caption of their own."""
+    """The caption of pictures that have none of their own."""
     held_out: int | str = 0
-    """Pictures never trained on, for validation: a number chosen by the seed, or a folder of their own."""
+    """Pictures that are kept for validation and never trained on: how many, chosen by the seed, or a folder of their
+    own."""
     caption_dropout: float = 0.0
-    """Share of the pictures that are shown without their caption, from 0 to 1."""
+    """The probability, from 0 to 1, that a picture is trained on without its caption."""
     cache: str | None = None
-    """Folder for latents and prompt embeddings; if not set, `cache` in the output folder."""
+    """The folder for latents and prompt embeddings, which may be shared by runs. By default `cache` in the output
+    folder."""
 
     def problems(self) -> list[str]:
         found = []
@@ -143,12 +145,7 @@ class _Notes:
         self.names.setdefault(remark, []).append(name)
 
     def lines(self) -> tuple[str, ...]:
-        return tuple(f"{remark} ({len(names)}): {_some(names)}" for remark, names in self.names.items())
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+        return tuple(f"{remark} ({len(names)}): {first_few(names, count=5)}" for remark, names in self.names.items())
 
 
 def _folder(name: str) -> Path:
@@ -174,7 +171,7 @@ def _scan_folder(
     if isinstance(config.held_out, str):
         below = [p for p in below if p.resolve() != _folder(config.held_out).resolve()]
     if not pictures:
-        more = f"; folders in it are not looked into: {_some([p.name for p in below])}" if below else ""
+        more = f"; folders in it are not looked into: {first_few((p.name for p in below), count=5)}" if below else ""
         problems.append(f"{folder}: there is no picture in it ({', '.join(SUFFIXES)}){more}")
     for path in below:
         notes.add("folders with pictures that are not looked into", str(path))

@@ -1,7 +1,7 @@
 """Pictures to latents and captions to prompt_embeds, through the cache.
 
 An encoder is loaded only if something is missing from the cache. The VAE is gone when the function returns; the text
-encoder stays until it is let go, since others may need it too.
+encoder stays until its `unload` is called, since others may need it too.
 """
 
 from collections.abc import Iterable, Sequence

@@ -35,11 +35,12 @@ class Needs:
 
     stages: Mapping[str, float]
     parts: Mapping[str, float]
-    """Of training."""
+    """Bytes of each part of the stage "training"."""
 
     @property
     def peak(self) -> float:
-        """Of what must be on the GPU: captions are encoded on the CPU where the text encoder is too large for it."""
+        """The most bytes that must be on the GPU at once. The text encoder does not count: where it is too large,
+        captions are encoded on the CPU."""
         return max(value for name, value in self.stages.items() if name != ENCODING)
 
 
@@ -82,7 +83,7 @@ def resident_bytes(
 
 
 def block_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig) -> float:
-    """Of one block's weights, not quantised."""
+    """Bytes of one block's weights, not quantised."""
     return float(sum(p.numel() for p in transformer.transformer_blocks[0].parameters()) * DTYPES[model.dtype].itemsize)
 
 
@@ -95,7 +96,7 @@ def offloaded_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig
 
 
 def weight_bytes(transformer: nn.Module, model: ModelConfig) -> float:
-    """Of the frozen base; quantised are the weights of all Linear layers (in fp8 not the few of its norms)."""
+    """Bytes of the frozen base. Quantised are the weights of all Linear layers (with fp8 not the few in norms)."""
     each = DTYPES[model.dtype].itemsize
     linear = sum(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, nn.Linear))
     rest = sum(p.numel() for p in transformer.parameters()) - linear
