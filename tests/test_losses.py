@@ -29,13 +29,13 @@ RUNS: dict[str, list[tuple[str, ...]]] = {
 """Settings of the runs, one after the other, on configs/creatures.toml."""
 
 
-def curve(name: str, folder: Path) -> str:
+def curve(name: str, folder: Path, cache: Path) -> str:
     """The runs' numbers, a line for each record of metrics.jsonl: six digits, without times."""
     lines = []
     for number, settings in enumerate(RUNS[name]):
         output = folder / str(number)
         arguments = ["--config", str(ROOT / "configs" / "creatures.toml"), "--output", str(output), "--quiet"]
-        arguments += [word for setting in (*COMMON, *settings) for word in ("--set", setting)]
+        arguments += [word for setting in (*COMMON, f"data.cache={cache}", *settings) for word in ("--set", setting)]
         assert train.main(arguments) == 0
         lines.append(f"# {' '.join(settings) or 'as it is'}")
         for record in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
@@ -54,10 +54,18 @@ def values(text: str) -> tuple[list[str], list[float]]:
     return words, numbers
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.xdist_group("losses")
 @pytest.mark.parametrize("name", RUNS)
-def test_the_curve_is_the_committed_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curve_is_the_committed_one(
+    name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)  # the configuration names the miniature's folders
-    words, numbers = values(curve(name, tmp_path))
+    words, numbers = values(curve(name, tmp_path, cache))
     expected_words, expected = values((CURVES / f"{name}.txt").read_text())
     assert words == expected_words
     assert numbers == pytest.approx(expected, rel=1e-4)  # other processors add in another order
@@ -75,6 +83,6 @@ def test_the_starts_differ_where_they_should() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.chdir(ROOT)
-    for name in RUNS:
-        with tempfile.TemporaryDirectory() as folder:
-            (CURVES / f"{name}.txt").write_text(curve(name, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in RUNS:
+            (CURVES / f"{name}.txt").write_text(curve(name, Path(folder) / name, Path(folder) / "cache"))

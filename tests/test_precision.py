@@ -46,7 +46,7 @@ def lora(tmp_path: Path, tiny_base: Path) -> Path:
     return tmp_path / "start.safetensors"
 
 
-@pytest.mark.parametrize("kind", [*KINDS])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_quantised_base_is_seeded_trained_and_exported(
     kind: str, run_toml: Path, tiny_base: Path, lora: Path, tmp_path: Path, without_a_gpu: None
 ) -> None:
@@ -142,6 +142,7 @@ def test_another_attention_gives_the_same(run_toml: Path, tmp_path: Path, monkey
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_each_block_is_compiled(run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced by dynamo but not translated to C++, which takes a minute."""
     compiled, original = list[str](), nn.Module.compile

@@ -1,6 +1,7 @@
 """The benchmark measures the steps that a run does."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from tests.helpers import BAD_INPUT, FINISHED
 from trainer.bench import adapter as profile
 from trainer.bench.__main__ import main
 from trainer.bench.loop import TURNS, WARMUP
+from trainer.objective import LoraObjective
+from trainer.tracking import Tracker
 
 
 def test_the_parts_and_the_whole(run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,6 +30,23 @@ def test_the_parts_and_the_whole(run_toml: Path, tmp_path: Path, capsys: pytest.
     assert report["pictures_per_second_without_caches"] == pytest.approx(2 / (report["seconds_in_the_loop"] + encoding))
     assert "in the loop" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()  # nothing is left in the run's own folder
+
+
+def test_time_is_found_where_it_is_spent(run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 ms more in the log of each step are the loop's; 20 ms more in each forward pass are not."""
+
+    def slower(owner: type, name: str, seconds: float) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: (time.sleep(seconds), real(*given))[1])
+
+    slower(Tracker, "scalars", 0.01)
+    slower(LoraObjective, "forward", 0.02)
+    output = tmp_path / "bench.json"
+    assert main(["loop", "--config", str(run_toml), "--steps", str(WARMUP + 3), "--output", str(output)]) == FINISHED
+    report = json.loads(output.read_text())
+    assert report["parts"]["logging"] >= 0.01 and report["parts"]["forward"] >= 0.02
+    assert report["seconds_bare"] >= 0.02
+    assert 0.01 <= report["seconds_in_the_loop"] - report["seconds_bare"] < 0.05
 
 
 def test_the_profile_of_an_adapter(run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer import adapter, loop, objective, qwen_image, run, validation
-from trainer.adapter import AdapterWeights, Seed
+from trainer.adapter import AdapterConfig, AdapterWeights, Seed
 from trainer.compare.measures import NUM_SAMPLES
 from trainer.compare.plan import Arm, Cell, Comparison, Subject
 from trainer.files import write_json
@@ -21,6 +21,22 @@ from trainer.hardware import machine, parallel
 from trainer.lowrank import truncate, with_random_directions
 from trainer.plan import Plan
 from trainer.tracking import Tracker
+
+
+def norm_matched(seed: Seed, settings: AdapterConfig, number: int) -> Seed:
+    """The control that has the seed's singular values, truncated to the adapter's ranks, and random directions."""
+    settings = adapter.settings_for(seed, settings)
+
+    def shuffled(weights: AdapterWeights, limit: Callable[[str], int | None]) -> AdapterWeights:
+        found = {}
+        for name, factors in weights.factors.items():
+            rank = limit(name)
+            kept = truncate(factors, rank)[0] if rank else factors
+            found[name] = with_random_directions(kept, generator(number, "norm-matched", name))
+        return AdapterWeights(found)
+
+    frozen = shuffled(seed.frozen, lambda name: None) if seed.frozen else None
+    return replace(seed, weights=shuffled(seed.weights, settings.rank_of), frozen=frozen)
 
 
 class Workbench:
@@ -87,22 +103,9 @@ class Workbench:
             images = tuple(example.path for example in other.plan.dataset.train)
             context = replace(context, images=images, cache=cache / "wrong-pictures")
         result = arm.start.initialize(context, arm.start.options)
-        return self._norm_matched(result, seed) if arm.control == "norm-matched" else result
-
-    def _norm_matched(self, seed: Seed, number: int) -> Seed:
-        """The control that has the seed's singular values, at the rank of the adapter, and nothing else of it."""
-        settings = adapter.settings_for(seed, self._comparison.config.adapter)
-
-        def shuffled(weights: AdapterWeights, limit: Callable[[str], int | None]) -> AdapterWeights:
-            found = {}
-            for name, factors in weights.factors.items():
-                wanted = limit(name)
-                kept = truncate(factors, wanted)[0] if wanted else factors
-                found[name] = with_random_directions(kept, generator(number, "norm-matched", name))
-            return AdapterWeights(found)
-
-        frozen = shuffled(seed.frozen, lambda name: None) if seed.frozen else None
-        return replace(seed, weights=shuffled(seed.weights, settings.rank_of), frozen=frozen)
+        if arm.control == "norm-matched":
+            return norm_matched(result, self._comparison.config.adapter, seed)
+        return result
 
     def _seed(self, cell: Cell) -> Seed:
         """Computed once for all learning rates."""
