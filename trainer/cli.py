@@ -60,7 +60,7 @@ def guarded(program: Callable[[], object], *, again: str = "continue with --resu
         logging.error("another process of this run has ended; its own message is above. Then %s", again)
         return EXIT_FAILED
     except OSError as error:
-        logging.error("%s\nThe last checkpoint is whole. Once this is mended, %s", error, again)
+        logging.error("%s\nThe last checkpoint is whole. When this is solved, %s", error, again)
         return EXIT_FAILED
     except ValueError as error:  # ConfigError, DataError, CheckpointError and their like
         logging.error("%s", error)

@@ -2,7 +2,7 @@
 
 LoHa: dW = scale * (w1_a w1_b) o (w2_a w2_b), o elementwise. With a second product of ones it is a LoRA: exact.
 LoKr: dW = scale * kron(w1, w2). Its nearest to a given dW is a problem of rank one after the entries of dW are put in
-another order (Van Loan, Pitsianis 1993); what is lost is told.
+another order (Van Loan, Pitsianis 1993); the report says what is lost.
 """
 
 import math

@@ -77,7 +77,7 @@ class Initializers(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """The chosen initializer with its own table, what its check says before any model loads, and what it will load."""
+    """The chosen initializer with its own table, the problems its check found, and the models it will load."""
 
     method: str
     initialize: Initializer

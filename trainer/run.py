@@ -164,9 +164,11 @@ def start_line(method: str, applied: Mapping[str, Any], frozen: AdapterWeights |
     if applied["dropped"]:
         lost, names = sum(applied["dropped"].values()), config.first_few(applied["dropped"])
         count = len(applied["dropped"])
-        parts.append(f"left out: {count} layers that are not trained here, with {lost:.1%} of the energy ({names})")
-    energy = applied["energy_kept"]
-    parts.append(f"truncation kept {energy['total']:.1%} of the energy (in each layer at least {energy['min']:.1%})")
+        share = f"{100 * lost:.1f} % of the energy"
+        parts.append(f"left out: {count} layers that are not trained here, with {share} ({names})")
+    total, least = (f"{100 * applied['energy_kept'][name]:.1f} %" for name in ("total", "min"))
+    kept = f"truncation kept {total} of the energy (at least {least} in each layer)"
+    parts.append("nothing was truncated" if least == "100.0 %" else kept)
     return "; ".join([*parts, f"verified (largest error {applied['largest_error']:.0e})"])
 
 

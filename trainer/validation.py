@@ -67,7 +67,7 @@ def stable_errors(
     own, always the same. Their mean is the stable loss.
 
     Most of the noise of a training loss is the draw of sigmas and noise; here both are fixed, so that two values
-    differ only by the model. `batch_size` sigmas are looked at together; another `seed` is another draw of the noise.
+    differ only by the model. `batch_size` sigmas are computed together; another `seed` is another draw of the noise.
     """
     losses = []
     for item in items:

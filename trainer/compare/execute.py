@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from trainer import config
-from trainer.compare.measures import look, read_pictures
+from trainer.compare.measures import measure_samples, read_pictures
 from trainer.compare.plan import CONTROLS, Comparison, read_result
 from trainer.compare.report import write_report
 from trainer.compare.runs import Workbench
@@ -65,7 +65,7 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
                 log.error("%s: %s", cell.folder, result["error"])
     bench.close()
     seen = [subject for subject, seed in units if seed == comparison.seeds[0]]  # only the first seed draws
-    look(comparison, seen, bench.device, quiet)
+    measure_samples(comparison, seen, bench.device, quiet)
     missing = [cell for cell in comparison.cells() if not cell.result_file.exists()]
     if missing or any(read_pictures(comparison, subject) is None for subject in comparison.subjects):
         log.info("part %d of %d is done; %d runs of other parts are missing", number, count, len(missing))

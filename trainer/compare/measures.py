@@ -1,4 +1,4 @@
-"""What the samples of a comparison look like to image encoders."""
+"""Samples of a comparison, measured by image encoders."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from trainer.files import write_json
 from trainer.hub.sources import local
 
 NUM_SAMPLES = 2  # noise seeds of each prompt
-CHUNK = 16  # pictures looked at together
+CHUNK = 16  # pictures embedded together
 
 
 def _pictures_key(comparison: Comparison, subject: Subject) -> str:
@@ -37,14 +37,14 @@ def read_pictures(comparison: Comparison, subject: Subject) -> dict[str, Any] | 
     return found if found is not None and found["key"] == _pictures_key(comparison, subject) else None
 
 
-def look(comparison: Comparison, subjects: Sequence[Subject], device: torch.device, quiet: bool) -> None:
-    """Embed the samples and the real pictures, and write what that says of each run of the first seed:
+def measure_samples(comparison: Comparison, subjects: Sequence[Subject], device: torch.device, quiet: bool) -> None:
+    """Embed the samples and the real pictures, and write the measures of each run of the first seed:
 
     `similarity <encoder>`: the mean cosine of all samples with all held-out pictures; `diversity <encoder>`: the mean
     of 1 - cosine of samples that share a prompt; `fidelity`: the mean cosine of samples with their prompts. How
     similar the training pictures are to the held-out ones is measured in the same way.
     """
-    for subject in tqdm(subjects, desc="look at samples", unit="subject", disable=quiet):
+    for subject in tqdm(subjects, desc="measure samples", unit="subject", disable=quiet):
         if read_pictures(comparison, subject) is None:
             write_json(_pictures_file(comparison, subject), _measure(comparison, subject, device))
 

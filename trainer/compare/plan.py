@@ -1,4 +1,4 @@
-"""A comparison before it starts: which runs, from which starts, of which subjects; read, checked, told."""
+"""A comparison before it starts: which runs, from which starts, of which subjects; read, checked, described."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -78,7 +78,7 @@ class Comparison:
     subjects: tuple[Subject, ...]
     initializers: Initializers
     image_encoders: Start | None
-    """The initializer whose encoders look at the samples."""
+    """The initializer whose image encoders measure the samples."""
 
     @property
     def output(self) -> Path:

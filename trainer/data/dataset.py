@@ -82,7 +82,7 @@ class Example:
     digest: str
     """sha256 of the file, in hex."""
     size: _Size
-    """As it is looked at: after EXIF orientation."""
+    """Width and height after EXIF orientation."""
     bucket: _Size
     """What it is trained at."""
 

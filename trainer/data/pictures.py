@@ -69,7 +69,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         done.append("turned upright, as their EXIF data say")
         image = ImageOps.exif_transpose(image)
     if deep or image.mode.startswith("I"):
-        done.append("brought from 16 to 8 bits")
+        done.append("converted from 16 to 8 bits")
     if image.mode.startswith("I"):  # PIL would clip at 255 instead of scaling
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((values * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))

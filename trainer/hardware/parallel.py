@@ -37,7 +37,7 @@ def make_accelerator(dtype: str) -> Accelerator:
 
 
 def problems(dtype: str, quantization: str, optimizer: str) -> list[str]:
-    """What speaks against the settings of `accelerate launch`."""
+    """What is wrong with the settings of `accelerate launch`."""
     found = []
     if _set("ACCELERATE_USE_DEEPSPEED"):
         found.append(
@@ -95,7 +95,7 @@ def wrap_ddp(accelerator: Accelerator, module: nn.Module) -> nn.Module:
 def shard(module: nn.Module, device: torch.device) -> None:
     """Replace the parameters by this process's parts, on `device`, or on the CPU if accelerate was told to offload.
 
-    Each item of a ModuleList is brought together when it is needed, and let go again. Mixed precisions are allowed, as
+    Each item of a ModuleList is gathered when it is needed, and freed again. Mixed precisions are allowed, as
     long as all that is trained has the same.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
