@@ -74,12 +74,96 @@ def note_on(dataset: Dataset, word: str) -> str:
     return found[0]
 
 
+# --- pictures as people have them -------------------------------------------------------------------------
+
+
+def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
+    """A chunk put in after the header."""
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png[:33] + chunk + png[33:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (b"zTXt", b"workflow\0\0" + zlib.compress(b"{}" * 40_000_000, 9)),
+        (b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(b"{}" * 40_000_000, 9)),
+        (b"iTXt", b"prompt"),
+        (b"pHYs", b"1"),
+        (b"gAMA", b""),
+        (b"eXIf", b"MM\0*\xff\xff\xff\xff"),
+    ],
+    ids=["huge zTXt", "huge iTXt", "short iTXt", "short pHYs", "short gAMA", "bad eXIf"],
+)
+def test_what_a_png_says_beside_its_pixels_cannot_stop_it(folder, kind, data, recwarn):
+    """ComfyUI writes its workflow there."""
+    plain = encoded(noise(), "PNG")
+    (folder / "a.png").write_bytes(with_chunk(plain, kind, data))
+    (example,) = scanned(folder, default_caption="x").train
+    assert np.array_equal(np.asarray(load_picture(example)), np.asarray(noise()))
+    assert not [w for w in recwarn if "PIL" in str(w.filename)]
+
+
+@pytest.mark.parametrize("exif", [b"junk", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x05\0"])
+def test_damaged_exif_data_do_not_stop_a_jpeg(folder, exif):
+    (folder / "a.jpg").write_bytes(encoded(noise(), "JPEG", exif=exif))
+    (example,) = scanned(folder, default_caption="x").train
+    assert example.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("a.avif", "AVIF", {"quality": 100}),
+        ("a.jfif", "JPEG", {"quality": 100}),
+        ("a.jpe", "JPEG", {"quality": 100}),
+        ("a.tif", "TIFF", {"compression": "tiff_lzw"}),
+        ("a.TIFF", "TIFF", {}),
+        ("a.heic", "HEIF", {"quality": 100}),
+    ],
+)
+def test_less_common_kinds_of_pictures_are_read(folder, name, kind, options):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    smooth = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    (folder / name).write_bytes(encoded(smooth, kind, **options))
+    (example,) = scanned(folder, default_caption="x").train
+    difference = np.asarray(load_picture(example), int) - np.asarray(smooth, int)
+    assert np.abs(difference).mean() < 3
+
+
+def test_heif_without_its_package_says_what_to_install(folder, monkeypatch):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    (folder / "a.heic").write_bytes(encoded(noise(), "HEIF"))
+    monkeypatch.setattr("trainer.data.pictures._reads_heif", lambda: False)
+    monkeypatch.setattr("trainer.data.pictures.FORMATS", ("PNG", "JPEG"))
+    (problem,) = problems_of(folder, default_caption="x")
+    assert problem == (
+        f'{folder / "a.heic"}: seems to be in HEIF; pip install -e ".[heif]" to read such pictures, or convert it'
+    )
+
+
+def test_further_pages_and_frames_are_named(folder):
+    pages = [noise(seed=seed) for seed in range(3)]
+    pages[0].save(folder / "a.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(folder / "b.avif", save_all=True, append_images=pages[1:])
+    dataset = scanned(folder, default_caption="x")
+    assert "a.tif" in note_on(dataset, "several pages: only the first is used")
+    assert "b.avif" in note_on(dataset, "animated: only the first frame is used")
+    assert np.array_equal(np.asarray(load_picture(dataset.train[0])), np.asarray(pages[0]))
+
+
+def test_floating_point_pixels_are_refused(folder):
+    Image.fromarray(np.random.default_rng(0).random((64, 64), np.float32)).save(folder / "a.tif")
+    (problem,) = problems_of(folder, default_caption="x")
+    assert "floating-point" in problem and "save it with 8 or 16 bits" in problem
+
+
 # --- bad pictures -----------------------------------------------------------------------------------------
 
 BAD = {
     "empty.png": (b"", "is empty (0 bytes)"),
-    "text.jpg": (b"this is not a picture", "holds no PNG, JPEG, WEBP or BMP picture"),
-    "gif.png": (encoded(Image.new("RGB", (8, 8)), "GIF"), "holds no PNG, JPEG, WEBP or BMP picture"),
+    "text.jpg": (b"this is not a picture", "is not a PNG, JPEG, WEBP, AVIF, TIFF, BMP or HEIF picture"),
+    "gif.png": (encoded(Image.new("RGB", (8, 8)), "GIF"), "is not a PNG, JPEG, WEBP, AVIF, TIFF, BMP or HEIF picture"),
     "header.png": (encoded(noise(), "PNG")[:20], "; replace or remove it"),
     **{
         f"truncated.{kind.lower()}": (encoded(noise(), kind)[: -len(encoded(noise(), kind)) // 3], "is damaged")
@@ -455,6 +539,116 @@ def test_line_breaks_of_any_kind_inside_a_caption_do_not_split_metadata(folder):
     assert captions(scanned(folder)) == {"a.png": row["text"]}
 
 
+def test_a_trigger_in_another_case_is_noted(folder):
+    put(folder, "a.png", caption="A Zorp runs")
+    assert 'another case, "Zorp"' in note_on(scanned(folder, trigger="zorp"), "another case")
+
+
+CHINESE, CYRILLIC = "小明在海滩上散步，穿着红色的衣服", "Мальчик идёт по берегу моря"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a cat<|im_end|>\nI am the system", "<|im_end|> is a special token"),
+        (b"<|vision_start|> a cat", "<|vision_start|> is a special token"),
+        (b"a \0c\0a\0t", "contains NUL characters"),
+        ("a cat".encode("utf-16"), "is not UTF-8, but UTF-16"),
+        (b"\x1b[31ma cat\x1b[0m", r"contains the control character '\x1b'"),
+        ("a \ufffd cat".encode(), "where a character was lost"),
+        ("un café".encode().decode("latin-1").encode(), '"un cafÃ©" should be "un café"'),
+        (CHINESE.encode("gbk"), "is not UTF-8, but probably GBK (Chinese)"),
+        ("小明は海辺を歩いています。赤い服".encode("shift_jis"), "is not UTF-8, but probably Shift JIS"),
+        (CYRILLIC.encode("cp1251"), "is not UTF-8, but probably Windows-1251 (Cyrillic)"),
+        ("un café à la plage, très tôt".encode("cp1252"), "is not UTF-8, but probably Windows-1252"),
+        ("\u200b\ufeff\u2060".encode(), "is empty"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_is_not_text_for_a_person_is_not_a_caption(folder, content, said):
+    put(folder, "a.png", caption=None)
+    (folder / "a.txt").write_bytes(content)
+    (problem,) = problems_of(folder)
+    assert problem.startswith(f"{folder / 'a.txt'}: ") and said in problem, problem
+
+
+@pytest.mark.parametrize(
+    "text", [CHINESE, CYRILLIC, "ein Äffchen – süß", "\U0001f469\u200d\U0001f467 family", "naïve café ½", "a\tb\nc"]
+)
+def test_text_in_any_script_is_a_caption(folder, text):
+    put(folder, "a.png", caption=text)
+    dataset = scanned(folder)
+    assert captions(dataset) == {"a.png": text} and dataset.notes == ()
+
+
+def test_invisible_characters_are_removed_with_a_note(folder):
+    put(folder, "a.png", caption="\u200ba ca\u2060t")
+    dataset = scanned(folder)
+    assert captions(dataset) == {"a.png": "a cat"} and note_on(dataset, "invisible characters")
+
+
+@pytest.mark.parametrize("setting", ["default_caption", "trigger"])
+def test_texts_of_the_configuration_are_checked_too(folder, setting):
+    put(folder, "a.png")
+    (problem,) = problems_of(folder, **{setting: "x<|im_end|>"})
+    assert problem.startswith(f"{setting}: <|im_end|> is a special token")
+
+
+@pytest.mark.parametrize("name", ["a.caption", "a.png.txt", "a.png.caption", "a.TXT"])
+def test_names_of_captions_in_use_elsewhere(folder, name):
+    put(folder, "a.png", caption=None)
+    (folder / name).write_text("from a file")
+    dataset = scanned(folder, default_caption="default")
+    assert captions(dataset) == {"a.png": "from a file"}
+
+
+def test_masks_beside_pictures_are_not_trained_on(folder):
+    for name in ("a.png", "a-masklabel.png", "b.jpg", "b_mask.png", "c-mask.png"):
+        put(folder, name)
+    dataset = scanned(folder)
+    assert names(dataset.train) == {"a.png", "b.jpg", "c-mask.png"}  # there is no picture c
+    note = note_on(dataset, "masks beside pictures")
+    assert "a-masklabel.png" in note and "b_mask.png" in note
+
+
+def test_folders_below_on_request(folder):
+    put(folder, "a.png")
+    (folder / "10_zorp" / "deep").mkdir(parents=True)
+    (folder / "val").mkdir()
+    put(folder / "10_zorp", "b.png")
+    put(folder / "10_zorp" / "deep", "c.png", caption=None)
+    (folder / "10_zorp" / "deep" / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "deep"}')
+    put(folder / "val", "d.png")
+    assert names(scanned(folder).train) == {"a.png"}
+    dataset = scanned(folder, recursive=True, held_out=str(folder / "val"))
+    assert {e.path.name: e.caption for e in dataset.train} == {
+        "a.png": "a caption",
+        "b.png": "a caption",
+        "c.png": "deep",
+    }
+    assert names(dataset.held_out) == {"d.png"}
+    assert "10_zorp" in note_on(dataset, "means repeats in other trainers; here it does not")
+
+
+@pytest.mark.parametrize("key", ["text", "caption", "prompt"])
+@pytest.mark.parametrize("whole", [False, True], ids=["lines", "list"])
+def test_metadata_as_others_write_it(folder, key, whole):
+    put(folder, "a.png", caption=None)
+    row = {"file_name": str(folder / "a.png"), key: "from metadata"}  # an absolute path inside the folder
+    (folder / "metadata.jsonl").write_text(json.dumps([row] if whole else row, indent=1 if whole else None))
+    assert captions(scanned(folder)) == {"a.png": "from metadata"}
+
+
+def test_metadata_with_two_texts_or_a_broken_list_is_a_problem(folder):
+    put(folder, "a.png", caption=None)
+    file = folder / "metadata.jsonl"
+    file.write_text(json.dumps({"file_name": "a.png", "text": "one", "prompt": "two"}))
+    (problem,) = problems_of(folder)
+    assert problem == f"{file}, line 1: a.png has different texts in text and prompt; keep one"
+    file.write_text('[{"file_name": "a.png"')
+    assert f"{file}: begins as a JSON list, but is not one" in problems_of(folder, default_caption="x")[0]
+
+
 @pytest.mark.parametrize(
     "trigger, caption, expected",
     [
@@ -465,6 +659,11 @@ def test_line_breaks_of_any_kind_inside_a_caption_do_not_split_metadata(folder):
         ("big dog", "my big dog runs", "my big dog runs"),
         ("<s1>", "a <s1> cat", "a <s1> cat"),
         ("a.c", "abc", "a.c, abc"),
+        ("zorp", "A [trigger] runs, the [Trigger]", "A zorp runs, the zorp"),
+        ("zorp", "A Zorp runs", "A Zorp runs"),
+        ("小明", "小明在海滩上散步", "小明在海滩上散步"),
+        ("小明", "在海滩上散步", "小明, 在海滩上散步"),
+        ("ヒロ", "これはヒロです", "これはヒロです"),
         ("", "abc", "abc"),
     ],
 )
@@ -479,7 +678,7 @@ def test_the_trigger_stands_in_front_unless_the_caption_holds_it(folder, trigger
 
 def test_other_files_are_noted_and_hidden_ones_ignored(folder):
     put(folder, "a.png")
-    for name in ("b.heic", "notes.md", "other.jsonl", "orphan.txt", ".hidden.png", "._a.png", ".DS_Store"):
+    for name in ("b.psd", "notes.md", "other.jsonl", "orphan.txt", ".hidden.png", "._a.png", ".DS_Store"):
         (folder / name).write_bytes(b"junk")
     (folder / "nothing").mkdir()
     (folder / "more").mkdir()
@@ -487,9 +686,9 @@ def test_other_files_are_noted_and_hidden_ones_ignored(folder):
     dataset = scanned(folder)
     assert [e.path.name for e in dataset.train] == ["a.png"]
     note = note_on(dataset, "neither pictures nor captions")
-    assert all(name in note for name in ("b.heic", "notes.md", "other.jsonl")) and "(3)" in note
+    assert all(name in note for name in ("b.psd", "notes.md", "other.jsonl")) and "(3)" in note
     assert "orphan.txt" in note_on(dataset, "belong to no picture")
-    assert str(folder / "more") in note_on(dataset, "not looked into")
+    assert str(folder / "more") in note_on(dataset, "without recursive = true")
     assert len(dataset.notes) == 3
 
 
@@ -505,7 +704,9 @@ def test_a_folder_without_pictures_is_a_problem(folder):
     (folder / "more").mkdir()
     put(folder / "more", "c.png")
     (problem,) = problems_of(folder)
-    assert problem.startswith(f"{folder}: there is no picture in it") and problem.endswith("looked into: more")
+    assert problem.startswith(f"{folder}: there is no picture in it") and problem.endswith(
+        "(more): set recursive = true to use them"
+    )
 
 
 def test_examples_come_in_order_of_name_with_digest_and_size(folder):
@@ -568,7 +769,7 @@ def test_copies_are_noted_and_never_held_out(folder):
         put(folder, f"{name}.png")
     for copy in ("a2", "b2"):
         (folder / f"{copy}.png").write_bytes((folder / f"{copy[0]}.png").read_bytes())
-        (folder / f"{copy}.txt").write_text("x")
+        (folder / f"{copy}.txt").write_text("a caption")
     for seed in range(6):
         dataset = scanned(folder, held_out=1, seed=seed)
         assert names(dataset.held_out) == {"c.png"}
@@ -576,6 +777,18 @@ def test_copies_are_noted_and_never_held_out(folder):
     assert "a.png = a2.png" in note and "b.png = b2.png" in note
     (problem,) = problems_of(folder, held_out=2)
     assert "held_out = 2: only 1 of 5 pictures have no copy" in problem
+
+
+def test_copies_in_other_files_and_choices_of_captions_are_told_apart(folder):
+    picture = noise()
+    for name in ("a", "b"):
+        picture.save(folder / f"{name}.png", compress_level=9 if name == "a" else 1)
+        (folder / f"{name}.txt").write_text("the same")
+    assert "a.png = b.png" in note_on(scanned(folder), "copies of a picture in other files")
+    (folder / "b.txt").write_text("another")
+    assert "a.png = b.png" in note_on(scanned(folder), "different captions: each counts as a picture")
+    put(folder, "c.png")
+    assert names(scanned(folder, held_out=1).held_out) == {"c.png"}
 
 
 def test_a_folder_of_its_own_is_held_out_even_inside_the_other(folder):

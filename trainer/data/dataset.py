@@ -5,15 +5,13 @@ changed on the way (orientation, transparency, size, ...) is said in the notes. 
 """
 
 import hashlib
-import json
 import math
 import os
 import re
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,12 +19,16 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from trainer.config import first_few
+from trainer.data.captions import CAPTION_SUFFIXES, CaptionError, Captions, clean
+from trainer.data.notes import Notes
 from trainer.data.pictures import SUFFIXES, DataError, decode, read
 from trainer.flow import generator
 
 MAX_RATIO = 2.25  # of a bucket's sides: 2:1, with room for rounding
 CROP_NOTE = 0.25  # more than this share of a picture outside its crop is worth a word
 _Size = tuple[int, int]  # width, height
+_MASK = re.compile(r"(.+?)(?:-masklabel|-condlabel|[-_]mask)")
+_REPEATS = re.compile(r"\d+_")  # kohya: 10_name means each picture ten times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class DataConfig:
 
     images: str
     """The folder of the training pictures. Captions are in text files of the same name, or in metadata.jsonl."""
+    recursive: bool = False
+    """Use the pictures in folders below `images`, too."""
     resolution: int = 1024
     """Pictures are scaled and cropped to about resolution x resolution pixels, in a shape near their own."""
     trigger: str = ""
@@ -69,6 +73,10 @@ class DataConfig:
             found.append("caption_dropout must be from 0 to 1")
         if self.trigger != self.trigger.strip():
             found.append("trigger must not begin or end with a space")
+        try:
+            clean(self.trigger)
+        except CaptionError as error:
+            found.append(f"trigger: {error}")
         if self.cache == "":
             found.append("cache must name a folder; leave it out for the one in the output folder")
         return found
@@ -85,6 +93,8 @@ class Example:
     """Width and height after EXIF orientation."""
     bucket: _Size
     """What it is trained at."""
+    pixels: str = ""
+    """sha256 of size and pixels, in hex: the same for copies that differ in their bytes only."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
         problems.append(f"resolution = {config.resolution} must be a multiple of {multiple}, {advice}")
     if problems:
         raise DataError(problems)
-    notes = _Notes()
+    notes = Notes()
     options = buckets(config.resolution, multiple)
     found = _scan_folder(_folder(config.images), config, options, problems, notes)
     if isinstance(config.held_out, str):
@@ -117,7 +127,13 @@ def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
     if problems:
         raise DataError(problems)
     for same in _same_content(train):
-        notes.add("the same picture more than once, so it counts more", " = ".join(e.path.name for e in same))
+        names = " = ".join(e.path.name for e in same)
+        if len({e.caption for e in same}) > 1:
+            notes.add("the same picture with different captions: each counts as a picture", names)
+        elif len({e.digest for e in same}) > 1:
+            notes.add("copies of a picture in other files, so it counts more", names)
+        else:
+            notes.add("the same picture more than once, so it counts more", names)
     return Dataset(tuple(train), tuple(held_out), notes.lines())
 
 
@@ -132,53 +148,77 @@ def load_picture(example: Example) -> Image.Image:
     return ImageOps.fit(decode(example.path, data)[0], example.bucket, Image.Resampling.LANCZOS)
 
 
-# --- folders and captions ---------------------------------------------------------------------------------
-
-
-@dataclass
-class _Notes:
-    """The same remark about many pictures is one line."""
-
-    names: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, remark: str, name: str) -> None:
-        self.names.setdefault(remark, []).append(name)
-
-    def lines(self) -> tuple[str, ...]:
-        return tuple(f"{remark} ({len(names)}): {first_few(names, count=5)}" for remark, names in self.names.items())
+# --- folders ----------------------------------------------------------------------------------------------
 
 
 def _folder(name: str) -> Path:
     return Path(name).expanduser()
 
 
-def _same_name(name: str) -> str:
-    """Some systems store accented letters as two characters: for comparing names, one form."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _scan_folder(
-    folder: Path, config: DataConfig, options: Sequence[_Size], problems: list[str], notes: _Notes
+    folder: Path, config: DataConfig, options: Sequence[_Size], problems: list[str], notes: Notes
 ) -> list[Example]:
+    """The examples of a folder, and of those below it with `recursive`."""
     try:
-        entries = sorted(_visible(folder), key=lambda p: p.name)
+        entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
     except OSError as error:
         problems.append(f"{folder}: cannot be read ({error.strerror})")
         return []
     files = [p for p in entries if not p.is_dir()]
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
-    below = [p for p in entries if p.is_dir() and _holds_pictures(p)]
+    named = [p for p in files if p.suffix.lower() in SUFFIXES]
+    masks = _masks(named)
+    pictures = [p for p in named if p not in masks]
+    below = [p for p in entries if p.is_dir() and _has_pictures(p, config.recursive)]
     if isinstance(config.held_out, str):
         below = [p for p in below if p.resolve() != _folder(config.held_out).resolve()]
-    if not pictures:
-        more = f"; folders in it are not looked into: {first_few((p.name for p in below), count=5)}" if below else ""
+    if not pictures and not (below and config.recursive):
+        names = first_few((p.name for p in below), count=5)
+        more = f"; there are pictures in folders below it ({names}): set recursive = true to use them" if below else ""
         problems.append(f"{folder}: there is no picture in it ({', '.join(SUFFIXES)}){more}")
+    for path in masks:
+        notes.add("masks beside pictures, which are not used", str(path))
     for path in below:
-        notes.add("folders with pictures that are not looked into", str(path))
+        if not config.recursive:
+            notes.add("folders with pictures that are not used without recursive = true", str(path))
+        elif _REPEATS.match(path.name):
+            notes.add("a number before a folder's name means repeats in other trainers; here it does not", str(path))
     for path in files:
-        if path.suffix.lower() not in (*SUFFIXES, ".txt") and path.name != "metadata.jsonl":
+        if path.suffix.lower() not in (*SUFFIXES, *CAPTION_SUFFIXES) and path.name != "metadata.jsonl":
             notes.add("not read, being neither pictures nor captions", str(path))
-    captions = _captions(folder, files, pictures, config, problems, notes)
+    captions = Captions(folder, problems, notes)
+    captions.read(files, pictures)
+    texts = captions.of(pictures, trigger=config.trigger, default=config.default_caption)
+    found = _examples(folder, pictures, texts, options, problems, notes)
+    for path in below if config.recursive else ():
+        found += _scan_folder(path, config, options, problems, notes)
+    return found
+
+
+def _masks(pictures: Sequence[Path]) -> set[Path]:
+    """Pictures such as a-masklabel.png or a_mask.png, where there is an a.png (or .jpg, ...)."""
+    stems = {path.stem for path in pictures}
+    return {path for path in pictures if (match := _MASK.fullmatch(path.stem)) and match[1] in stems}
+
+
+def _has_pictures(folder: Path, recursive: bool) -> bool:
+    try:
+        entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError:  # we may not read it: it would not be used anyway
+        return False
+    if any(path.suffix.lower() in SUFFIXES and not path.is_dir() for path in entries):
+        return True
+    return recursive and any(_has_pictures(path, recursive) for path in entries if path.is_dir())
+
+
+def _examples(
+    folder: Path,
+    pictures: Sequence[Path],
+    captions: Mapping[Path, str],
+    options: Sequence[_Size],
+    problems: list[str],
+    notes: Notes,
+) -> list[Example]:
+    """Read each picture; what is wrong with one is a problem."""
     found = []
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         bar = tqdm(pool.map(_inspect, pictures), str(folder), len(pictures), leave=False, disable=None, delay=2)
@@ -186,145 +226,23 @@ def _scan_folder(
             if isinstance(result, DataError):
                 problems += result.problems
                 continue
-            digest, size, done = result
+            digest, pixels, size, done = result
             bucket = _nearest(size, options)
             for remark in [*done, *_resizing(size, bucket)]:
                 notes.add(remark, path.name)
-            found.append(Example(path, captions.get(path, ""), digest, size, bucket))
+            found.append(Example(path, captions.get(path, ""), digest, size, bucket, pixels))
     return found
 
 
-def _inspect(path: Path) -> tuple[str, _Size, list[str]] | DataError:
+def _inspect(path: Path) -> tuple[str, str, _Size, list[str]] | DataError:
+    """Hashes of the file and of its pixels, the size, and what had to be done to it."""
     try:
         data = read(path)
         image, done = decode(path, data)
     except DataError as error:
         return error
-    return hashlib.sha256(data).hexdigest(), image.size, done
-
-
-def _visible(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-def _holds_pictures(folder: Path) -> bool:
-    try:
-        return any(path.suffix.lower() in SUFFIXES for path in _visible(folder))
-    except OSError:  # not for us to read: it would not be looked into anyway
-        return False
-
-
-def _captions(
-    folder: Path,
-    files: Sequence[Path],
-    pictures: Sequence[Path],
-    config: DataConfig,
-    problems: list[str],
-    notes: _Notes,
-) -> dict[Path, str]:
-    """The caption of each picture, with the trigger; those of which something is wrong are left out."""
-    by_name = {_same_name(p.name): p for p in pictures}
-    by_stem = defaultdict(list)
-    for path in pictures:
-        by_stem[_same_name(path.stem)].append(path)
-    given: dict[Path, list[tuple[str, str | None]]] = defaultdict(list)  # picture -> (where, text or None if bad)
-    for path in files:
-        if path.suffix.lower() == ".txt":
-            owners = by_stem.get(_same_name(path.stem), [])
-            if not owners:
-                notes.add("text files that belong to no picture", str(path))
-                continue
-            if len(owners) > 1:
-                notes.add("one caption for several pictures", f"{path.name} for {', '.join(p.name for p in owners)}")
-            text = _caption_file(path, problems)
-            for owner in owners:
-                given[owner].append((path.name, text))
-    for owner, where, text in _metadata(folder / "metadata.jsonl", by_name, problems):
-        given[owner].append((where, text))
-    captions = {}
-    for path in pictures:
-        texts = given.get(path) or [("default_caption", config.default_caption.strip())]
-        if any(text is None for _, text in texts):
-            continue  # already a problem
-        if len({text for _, text in texts}) > 1:
-            places = " and ".join(where for where, _ in texts)
-            problems.append(f"{path}: {places} give it different captions; keep one")
-        elif not texts[0][1]:
-            example = config.trigger or "a photo"
-            problems.append(
-                f"{path}: has no caption; write {path.stem}.txt beside it, name it in metadata.jsonl, or set a "
-                f'default_caption, such as "{example}"'
-            )
-        else:
-            captions[path] = _with_trigger(config.trigger, texts[0][1])
-    if config.default_caption and pictures and all(path in given for path in pictures):
-        notes.add("default_caption not needed: each picture has a caption of its own", str(folder))
-    return captions
-
-
-def _caption_file(path: Path, problems: list[str]) -> str | None:
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        problems.append(f"{path}: is not UTF-8; save the caption in that encoding")
-        return None
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror})")
-        return None
-    if not text:
-        problems.append(f"{path}: is empty; write a caption, or remove the file to use default_caption")
-    return text or None
-
-
-def _metadata(path: Path, pictures: dict[str, Path], problems: list[str]) -> Iterable[tuple[Path, str, str | None]]:
-    """(picture, where the caption stands, caption or None if it is bad) for each good line of metadata.jsonl."""
-    if not path.exists():
-        return
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror})")
-        return
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            problems.append(f"{where}: is not UTF-8")
-            continue
-        except json.JSONDecodeError as error:
-            problems.append(f"{where}: is not JSON ({error.msg}, column {error.colno})")
-            continue
-        name = row.get("file_name") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not name:
-            problems.append(f'{where}: must be like {{"file_name": "a.png", "text": "a caption"}}')
-            continue
-        owner = pictures.get(_same_name(str(Path(name))))
-        if owner is None:
-            problems.append(f"{where}: {_why_not(path.parent, name)}")
-            continue
-        text = row.get("text")
-        good = text.strip() if isinstance(text, str) else ""
-        if not good:
-            problems.append(f'{where}: {name} has no "text"; write a caption, or remove the line')
-        yield owner, f"{path.name} line {number}", good or None
-
-
-def _why_not(folder: Path, name: str) -> str:
-    """Why metadata.jsonl may not name this file."""
-    if not (folder / name).is_file():
-        return f"there is no file {name} in {folder}"
-    if Path(name).suffix.lower() not in SUFFIXES:
-        return f"{name} is not one of {', '.join(SUFFIXES)}"
-    return f"{name} must lie directly in {folder}, under a name without a leading dot"
-
-
-def _with_trigger(trigger: str, caption: str) -> str:
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
-        return caption
-    return f"{trigger}, {caption}"
+    pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+    return hashlib.sha256(data).hexdigest(), pixels, image.size, done
 
 
 # --- buckets and split ------------------------------------------------------------------------------------
@@ -368,8 +286,8 @@ def _split(
     """`count` pictures held out, chosen by seed and content, so that a renamed file stays on its side."""
     if count == 0:
         return [*examples], []
-    copies = Counter(example.digest for example in examples)
-    single = [example for example in examples if copies[example.digest] == 1]  # a copy would leak into training
+    copies = Counter(example.pixels for example in examples)
+    single = [example for example in examples if copies[example.pixels] == 1]  # a copy would leak into training
     if count >= len(examples):
         problems.append(f"held_out = {count} leaves nothing to train on: there are {len(examples)} pictures")
     elif count > len(single):
@@ -384,16 +302,16 @@ def _split(
 def _same_content(examples: Iterable[Example]) -> list[list[Example]]:
     groups = defaultdict(list)
     for example in examples:
-        groups[example.digest].append(example)
+        groups[example.pixels].append(example)
     return [group for group in groups.values() if len(group) > 1]
 
 
 def _in_both(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
-    trained = {example.digest: example.path for example in train}
+    trained = {example.pixels: example.path for example in train}
     return [
-        f"{e.path}: is held out, but {trained[e.digest]} is the same picture; remove one of them"
+        f"{e.path}: is held out, but {trained[e.pixels]} is the same picture; remove one of them"
         for e in held_out
-        if e.digest in trained
+        if e.pixels in trained
     ]
 
 

@@ -3,15 +3,28 @@
 import io
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content; a picture may carry another one's suffix
-_opening = threading.Lock()  # PIL's limit on pixels warns, and warnings are caught for the whole process
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".heic", ".heif")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "HEIF")
+"""By content: a picture may carry another one's suffix. HEIF needs an optional package."""
+NEEDED_CHUNKS = (
+    b"IHDR",
+    b"PLTE",
+    b"tRNS",
+    b"IDAT",
+    b"IEND",
+    b"acTL",
+    b"iCCP",
+    b"sRGB",
+)  # of a PNG: what makes its pixels
+PNG = b"\x89PNG\r\n\x1a\n"
+_warnings = threading.Lock()  # what is done with warnings holds for the whole process, whatever the thread
 
 
 class DataError(ValueError):
@@ -43,29 +56,77 @@ def read(path: Path) -> bytes:
 
 def decode(path: Path, data: bytes) -> tuple[Image.Image, list[str]]:
     """The picture in RGB, and what had to be done to it, for a note. DataError if it cannot be used."""
+    done: list[str] = []
+    if data.startswith(PNG) and (short := _only_pixels(data)) != data:
+        try:
+            return _open(path, data)
+        except DataError:  # its texts may be the reason: ComfyUI writes whole workflows into them
+            data, done = short, ["metadata that cannot be read, and are not needed"]
+    image, more = _open(path, data)
+    return image, [*done, *more]
+
+
+def _open(path: Path, data: bytes) -> tuple[Image.Image, list[str]]:
     try:
-        with _opening, warnings.catch_warnings():
+        with _warnings, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in _known()])
         return _to_rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million"
         raise DataError([f"{path}: is huge, more than {limit} pixels; make it smaller"]) from error
     except Image.UnidentifiedImageError as error:
+        if data[4:8] == b"ftyp" and not _reads_heif():
+            advice = 'pip install -e ".[heif]" to read such pictures, or convert it'
+            raise DataError([f"{path}: seems to be in HEIF; {advice}"]) from error
         kinds = ", ".join(FORMATS[:-1]) + " or " + FORMATS[-1]
-        raise DataError([f"{path}: holds no {kinds} picture; convert, replace or remove it"]) from error
+        raise DataError([f"{path}: is not a {kinds} picture; convert, replace or remove it"]) from error
     except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error, zlib.error, ...
         raise DataError([f"{path}: is damaged ({error}); replace or remove it"]) from error
 
 
+@cache
+def _reads_heif() -> bool:
+    """Whether the optional package for HEIF is here; PIL then knows the format."""
+    try:
+        import pillow_heif  # an extra
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _known() -> Collection[str]:
+    """The formats that PIL can read here."""
+    _reads_heif()
+    Image.init()
+    return Image.OPEN
+
+
+def _only_pixels(data: bytes) -> bytes:
+    """A PNG without the chunks that say nothing of its pixels."""
+    kept, at = [PNG], len(PNG)
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in NEEDED_CHUNKS:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     done = []
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # a JPEG with previews is no animation
-        done.append("animated: only the first frame is used")
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a JPEG with previews has no further pictures
+        pages = image.format == "TIFF"
+        done.append("several pages: only the first is used" if pages else "animated: only the first frame is used")
     deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     profile = image.info.get("icc_profile")
     image.load()
-    if image.getexif().get(0x0112, 1) in range(2, 9):
+    if image.mode == "F":
+        raise ValueError(
+            "pixels are floating-point numbers, of which the range is not known; save it with 8 or 16 bits"
+        )
+    if _orientation(image) in range(2, 9):
         done.append("turned upright, as their EXIF data say")
         image = ImageOps.exif_transpose(image)
     if deep or image.mode.startswith("I"):
@@ -87,6 +148,21 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         image, word = _to_srgb(image, profile)
         done += [word] if word else []
     return image.convert("RGB"), done
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture as training sees it: in 8-bit sRGB, upright, transparency over white."""
+    return _to_rgb(image)[0]
+
+
+def _orientation(image: Image.Image) -> int:
+    """What the EXIF data say; 1, upright, if there are none or they are damaged."""
+    with _warnings, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return int(image.getexif().get(0x0112, 1))
+        except Exception:  # damaged EXIF data make decoders raise many kinds
+            return 1
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
