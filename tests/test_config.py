@@ -389,3 +389,55 @@ def test_a_path_in_the_users_home(monkeypatch: pytest.MonkeyPatch):
     assert parsed is not None and parsed.name == "/home/zorp/pictures" and not problems
     parsed = parse(Inner, {"name": "a ~/b", "size": 1.0}, "inner", problems)
     assert parsed is not None and parsed.name == "a ~/b"
+
+
+# --- TOML from Windows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'images = "C:\\Users\\me"', r"single quotes, such as 'C:\pictures'"),
+        (b'images = "D:\\pictures\\zorp"', r"single quotes, such as 'C:\pictures'"),
+        (b"images = C:\\zorp", "Write a path in single quotes"),
+        (b"images = /home/me/zorp", "Write a path in single quotes"),
+        ("images = \u201czorp\u201d".encode(), '\u201c is a typographic quotation mark: type " instead'),
+        ("images = \u2018zorp\u2019".encode(), '\u2018 is a typographic quotation mark: type " instead'),
+        ('images = "zorp"'.encode("utf-16"), "this is UTF-16; save the file as UTF-8"),
+        ('images = "zorp"'.encode("utf-16-le"), "It looks like UTF-16: save the file as UTF-8"),
+        (b'trigger = "\xe9"', "this is not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_a_file_that_is_not_toml_says_what_to_type_instead(content: bytes, said: str, tmp_path: Path) -> None:
+    path, problems = tmp_path / "run.toml", list[str]()
+    path.write_bytes(content)
+    assert read_toml(path, problems) == {}
+    assert problems[0].startswith(f"{path}, line 1: ") and said in problems[0], problems
+
+
+def test_a_byte_order_mark_is_no_problem(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b'\xef\xbb\xbfimages = "zorp"')
+    problems: list[str] = []
+    assert read_toml(tmp_path / "run.toml", problems) == {"images": "zorp"} and not problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    images: str
+    prompts: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("C:\temp", r"\t is a tab"), ("C:\new", r"\n is a line break"), ("d:\foto", r"\f is a control character")],
+)
+def test_a_windows_path_in_double_quotes_is_recognised(value: str, said: str) -> None:
+    problems: list[str] = []
+    assert parse(Places, {"images": value}, "data", problems) is None
+    (problem,) = problems
+    assert problem.startswith("[data] images: in double quotes ") and said in problem and "single quotes" in problem
+
+
+def test_other_texts_may_have_line_breaks_and_tabs() -> None:
+    problems: list[str] = []
+    assert parse(Places, {"images": r"C:\temp", "prompts": ["a\ncat", "a\tdog"]}, "data", problems) and not problems

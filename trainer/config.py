@@ -41,19 +41,35 @@ class ConfigError(ValueError):
 def read_toml(path: Path, problems: list[str]) -> dict[str, Any]:
     """The file's table; {} and a problem if it cannot be read, and then there is nothing to `parse`."""
     try:
-        return tomli.loads(path.read_text(encoding="utf-8-sig"))
+        data = path.read_bytes()
+        return tomli.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         problems.append(f"{path}: there is no such file (looked in {path.absolute().parent})")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        problems.append(f"{path}, line {line}: this is not UTF-8; save the file in that encoding")
+        line = data[: error.start].count(b"\n") + 1
+        kind = "is UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "is not UTF-8"
+        problems.append(f"{path}, line {line}: this {kind}; save the file as UTF-8")
     except OSError as error:
         problems.append(f"{path}: cannot be read ({error.strerror})")
     except tomli.TOMLDecodeError as error:
         source = error.doc.splitlines()[error.lineno - 1 : error.lineno]
-        shown = f"; the line is: {source[0].strip()}" if source else ""
-        problems.append(f"{path}, line {error.lineno}: not TOML ({error.msg}){shown}")
+        text = source[0].strip() if source else ""
+        shown = f"; the line is: {text}" if text else ""
+        problems.append(f"{path}, line {error.lineno}: not TOML ({error.msg}){shown}{_toml_advice(text)}")
     return {}
+
+
+def _toml_advice(line: str) -> str:
+    """What to type instead in a line that is not TOML, where that can be guessed."""
+    if quotes := [letter for letter in line if letter in _TYPOGRAPHIC]:
+        return f'. {quotes[0]} is a typographic quotation mark: type " instead'
+    if "\0" in line:
+        return ". It looks like UTF-16: save the file as UTF-8"
+    if "\\" in line and '"' in line:
+        return ". In double quotes \\ begins an escape: write a path in single quotes, such as 'C:\\pictures'"
+    if re.search(r"=\s*[A-Za-z]:[\\/]|=\s*[/~.]", line):
+        return ". Write a path in single quotes"
+    return ""
 
 
 def load_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -238,6 +254,9 @@ def _convert(hint: Any, value: Any, place: _Place, problems: list[str]) -> Any:
             return float(value)
         problems.append(place.message(f"must be a finite number, not {value}"))
         return _BAD
+    if hint is str and type(value) is str and (escape := _escape_in_path(value)):
+        problems.append(place.message(f"{escape}; write the path in single quotes, in which \\ is a plain character"))
+        return _BAD
     if hint is str and type(value) is str:
         return os.path.expanduser(value) if value.startswith("~/") else value  # a path of the user's home
     if hint in (int, bool) and type(value) is hint:
@@ -273,6 +292,24 @@ def _convert_array(hint: Any, value: list[Any], place: _Place, problems: list[st
     if any(item is _BAD for item in made):
         return _BAD
     return made if get_origin(hint) is list else tuple(made)
+
+
+_TYPOGRAPHIC = "\u201c\u201d\u201e\u201f\u2018\u2019\u201a\u201b\u00ab\u00bb"
+_ESCAPES = {
+    "\t": r"\t is a tab",
+    "\n": r"\n is a line break",
+    "\r": r"\r is a line break",
+    "\b": r"\b is a control character",
+    "\f": r"\f is a control character",
+    "\x1b": r"\e is a control character",
+}
+
+
+def _escape_in_path(value: str) -> str | None:
+    """What a Windows path in double quotes has lost to an escape, as in "C:\\temp"."""
+    if re.match(r"[A-Za-z]:", value):
+        return next((f"in double quotes {said}" for letter, said in _ESCAPES.items() if letter in value), None)
+    return None
 
 
 # --- words for messages -----------------------------------------------------------------------------------
