@@ -7,6 +7,7 @@ for NaN *before* the update, clipping, update, logs, validation, checkpoint, and
 import logging
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -308,6 +309,9 @@ def _stop_signals() -> Iterator[list[int]]:
         received.append(number)
         log.warning("%s: finishing this step, then saving a checkpoint", signal.Signals(number).name)
 
+    if threading.current_thread() is not threading.main_thread():  # only the main one may ask for signals
+        yield received
+        return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received

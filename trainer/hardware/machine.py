@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import resource
 import sys
 import time
 from typing import Any
@@ -68,10 +67,18 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def _peak_of_process() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Peak bytes of the process, and of the GPU where there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"process": _peak_of_process()}
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
