@@ -17,11 +17,11 @@ import builtins, importlib, pkgutil
 
 real = builtins.__import__
 
-def without(name, globals=None, *rest):
+def without(name, globals=None, *rest, **options):
     importer = (globals or {{}}).get("__name__", "").split(".")[0]  # libraries know both kinds of systems
     if name in {POSIX_ONLY} and importer in ("trainer", "initializers", "demo", "train"):
         raise ImportError(name)
-    return real(name, globals, *rest)
+    return real(name, globals, *rest, **options)
 
 builtins.__import__ = without
 count = 0
