@@ -34,7 +34,7 @@ from trainer.export import origin
 from trainer.files import DTYPES, Header, read_header
 from trainer.formats import FormatError, check_lora, write_lora
 from trainer.formats.check import verdict_text
-from trainer.formats.convert import hand_off
+from trainer.formats.convert import Target, hand_off
 from trainer.formats.read_config import RecipeError, read_recipe
 from trainer.formats.rules import TRAINERS
 from trainer.hardware.threads import parallel_map
@@ -230,17 +230,8 @@ def predict_file(options: argparse.Namespace) -> int:
     whole = seed.frozen or seed.weights
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
     if options.trainer:
-        done = hand_off(
-            whole,
-            options.trainer,
-            modules,
-            options.output,
-            name=options.output.name,
-            metadata=origin(base, seed.report, None, digests, 0),
-            recipe=recipe,
-            wanted_rank=options.rank,
-            dtype=options.dtype,
-        )
+        target = Target(trainer=options.trainer, modules=modules, recipe=recipe, rank=options.rank, dtype=options.dtype)
+        done = hand_off(whole, target, options.output, origin(base, seed.report, None, digests, 0))
         print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), verdict_text(done.verdict)]))
     else:
         kept, factors = {}, {}
