@@ -15,7 +15,6 @@ from diffusers import QwenImageTransformer2DModel
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
-from test_i2l_expert import random_expert, reference, reference_delta
 from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
@@ -31,6 +30,7 @@ from initializers.i2l.__main__ import main
 from initializers.i2l.expert import save_expert
 from initializers.i2l.layout import Geometry, Residual, module_shapes
 from tests.helpers import FINISHED, run
+from tests.initializers.i2l.test_expert import random_expert, reference, reference_delta
 from trainer.adapter import AdapterWeights, InitContext
 from trainer.formats import read_lora
 from trainer.lowrank import truncate

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_i2l_expert import COARSE, STYLE
 from transformers import DINOv3ViTConfig, SiglipVisionConfig
 
 from initializers.i2l import encoders, expert
 from initializers.i2l.__main__ import main
 from initializers.i2l.layout import Published, expert_layout
 from initializers.i2l.training import bench
+from tests.initializers.i2l.test_expert import COARSE, STYLE
 
 
 @pytest.fixture
