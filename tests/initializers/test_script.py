@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -227,6 +228,34 @@ def test_i2l_of_the_demo_by_folder_paths_and_pictures(tmp_path: Path) -> None:
 def test_bad_arguments_are_told(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         warm_start(tiny(), given.pop("images", None), **given)
+
+
+def test_all_bad_arguments_are_told_at_once_and_near_names_are_given() -> None:
+    given = {"rnak": 4, "strenght": 0.5, "alpha": "8", "seed": 0.5, "experts": "style", "rank": 0, "cashe": "x"}
+    with pytest.raises(ConfigError) as caught:
+        warm_start(tiny(), "nowhere.png", weights=I2L["weights"], encoders=I2L["encoders"], **given)
+    told = str(caught.value)
+    for part in (
+        "rnak: unknown option of warm_start with init = i2l; did you mean rank?",
+        "strenght: unknown option of warm_start with init = i2l; did you mean strength?",
+        "cashe: unknown option of warm_start with init = i2l; did you mean cache?",
+        'alpha: must be a number, not "8"; write 8',
+        "seed: must be an integer, not 0.5",
+        "[init.i2l] experts: must be a list",
+        "there is no file nowhere.png",
+    ):
+        assert part in told, part
+    with pytest.raises(ConfigError, match=r"rank must be at least 1.*\n.*there is no file"):
+        warm_start(tiny(), "nowhere.png", rank=0, **I2L)
+
+
+def test_values_may_be_what_scripts_have(lora: str) -> None:
+    """Sets, as PEFT keeps target_modules; numpy's numbers; paths; None for what is not given."""
+    transformer = tiny()
+    options = {"rank": np.int64(4), "alpha": 8, "target_modules": {"attn.to_q"}, "seed": np.int64(3), "cache": None}
+    report = warm_start(transformer, init=lora, base=Path("somewhere"), strength=1, **options)
+    assert report["seeded"] == 2
+    assert {layer.scaling["default"] for layer in layers(transformer).values()} == {2.0}
 
 
 def test_what_cannot_take_a_start_is_refused(lora: str) -> None:
