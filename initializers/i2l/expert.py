@@ -5,7 +5,7 @@ b = B_out (B_in x + r)    (out_features, rank)         dW = b a, at scale 1
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -25,7 +25,6 @@ from initializers.i2l.layout import (
 )
 from trainer.files import HEADER_DTYPES, read_header, write_tensors
 from trainer.hardware.threads import parallel_map
-from trainer.lowrank import LowRank
 
 INITIAL_SCALE = 0.3
 PIECE = (
@@ -225,11 +224,17 @@ class _Weights:
         return result.view(*x.shape[:-1], num_rows)
 
 
-def merge_pictures(pair: Factors, pictures: Sequence[int] | None = None) -> LowRank:
-    """The mean of the pictures' dW, as one LoRA: concatenated on rank, picture after picture, `a` divided by their
-    number. a: B rank in, b: B out rank; `pictures`: which of the B, default all."""
-    a, b = pair if pictures is None else (pair[0][list(pictures)], pair[1][list(pictures)])
-    return LowRank(a.flatten(0, 1) / len(a), b.transpose(0, 1).flatten(1))
+def mean_over_pictures(pair: Factors) -> Factors:
+    """The mean of the dW of K pictures, as one LoRA of K times the rank, picture after picture:
+
+        1/K (b_1 a_1 + ... + b_K a_K) = [b_1 ... b_K] ([a_1; ...; a_K] / K)
+
+    As published, only `a` is divided. a: ... K rank in, b: ... K out rank -> a: ... K*rank in, b: ... out K*rank.
+    """
+    a, b = pair
+    count = a.shape[-3]
+    joined = a.flatten(-3, -2)
+    return (joined / count if count > 1 else joined), b.movedim(-3, -2).flatten(-2)
 
 
 def save_expert(expert: Expert, path: Path, dtype: torch.dtype | None = None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from initializers.i2l import encoders, expert
-from initializers.i2l.expert import Factors, merge_pictures
+from initializers.i2l.expert import Factors, mean_over_pictures
 from initializers.i2l.recognise import ORDER, Source
 from trainer import qwen_image
 from trainer.adapter import InitContext
@@ -63,11 +63,11 @@ class _Combined(Mapping[str, LowRank]):
         self._names = list(dict.fromkeys(chain(*predictions.by_picture.values(), predictions.static)))
 
     def __getitem__(self, module: str) -> LowRank:
-        parts = [
-            scale(merge_pictures(found[module], self._pictures), self._weights.get(kind, 1.0))
-            for kind, found in self._predictions.by_picture.items()
-            if module in found
-        ]
+        parts = []
+        for kind, found in self._predictions.by_picture.items():
+            if module in found:
+                a, b = (factor[self._pictures] for factor in found[module])
+                parts.append(scale(LowRank(*mean_over_pictures((a, b))), self._weights.get(kind, 1.0)))
         if module in self._predictions.static:
             parts.append(scale(self._predictions.static[module], self._weights.get("bias", 1.0)))
         if not parts:

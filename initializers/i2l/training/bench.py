@@ -6,20 +6,18 @@ DINOv3 as well. Memory is what is beyond the page cache (RssAnon).
 """
 
 import argparse
-import math
 import os
 import platform
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 from transformers import DINOv3ViTModel, SiglipVisionModel
 
@@ -27,7 +25,7 @@ from initializers.i2l import encoders, expert
 from initializers.i2l.layout import FILES, PUBLISHED, Geometry, expert_layout
 from initializers.i2l.predictions import Predictions, read_predictions, stream_predictions
 from trainer.cli import guarded
-from trainer.files import stream_tensors, write_json
+from trainer.files import random_tensors, stream_tensors, write_json
 from trainer.hardware.threads import parallel_map
 from trainer.lowrank import truncate
 
@@ -76,16 +74,10 @@ def _forget(path: Path) -> None:
 
 
 def make_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], quiet: bool) -> None:
-    """Random weights, of a size that keeps what comes out finite. The same block of numbers over and over: how long it
-    takes does not depend on them."""
-    random = torch.Generator().manual_seed(0)
-    numbers = (torch.randn(max(map(math.prod, shapes.values())), generator=random) * 0.02).to(DTYPE)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in tqdm(shapes.items(), f"write {path.name}", unit="tensor", disable=quiet):
-            yield name, numbers[: math.prod(shape)].view(shape)
-
-    stream_tensors(path, shapes, tensors(), DTYPE)
+    """A file of random weights in the precision of the published ones."""
+    tensors = random_tensors(shapes, DTYPE)
+    shown = tqdm(tensors, f"write {path.name}", total=len(shapes), unit="tensor", disable=quiet)
+    stream_tensors(path, shapes, shown, DTYPE)
 
 
 def make_encoders(folder: Path, quiet: bool) -> None:

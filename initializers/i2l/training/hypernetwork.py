@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers.i2l import encoders, layout
-from initializers.i2l.expert import Expert, Factors, load_expert, read_geometry, save_expert
+from initializers.i2l.expert import Expert, Factors, load_expert, mean_over_pictures, read_geometry, save_expert
 from initializers.i2l.layout import Residual
 from trainer.adapter import AdapterWeights
 from trainer.files import LayoutError
@@ -145,7 +145,8 @@ class Hypernetwork(nn.Module):
             residual = (
                 residuals[encoders.RESOLUTIONS[kind]].flatten(0, 1).float() if kind in encoders.RESOLUTIONS else None
             )
-            parts.append(averaged(expert(embeddings, residual), count))
+            predicted = expert(embeddings, residual)
+            parts.append({name: mean_over_pictures(_grouped(pair, count)) for name, pair in predicted.items()})
         if self.bias is not None and learning:
             parts.append(self.bias(batch_size))
         return concatenated(parts)
@@ -177,17 +178,9 @@ class Hypernetwork(nn.Module):
         return path
 
 
-def averaged(factors: Mapping[str, Factors], count: int) -> dict[str, Factors]:
-    """The mean dW of every `count` samples in a row: concatenated on rank, `a` divided by `count`."""
-    if count == 1:
-        return dict(factors)
-    return {
-        name: (
-            a.unflatten(0, (-1, count)).flatten(1, 2) / count,  # B K*rank in
-            b.unflatten(0, (-1, count)).permute(0, 2, 1, 3).flatten(2),  # B out K*rank
-        )
-        for name, (a, b) in factors.items()
-    }
+def _grouped(pair: Factors, count: int) -> Factors:
+    """Factors of B*K pictures, K = `count` of each sample in a row: a: B K rank in, b: B K out rank."""
+    return pair[0].unflatten(0, (-1, count)), pair[1].unflatten(0, (-1, count))
 
 
 def concatenated(parts: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
