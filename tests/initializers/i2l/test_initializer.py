@@ -407,7 +407,7 @@ def test_damaged_and_mistaken_files_are_found_first(world: Path, tmp_path: Path)
     first, second, third = check(options)
     assert "not downloaded to its end" in first
     assert 'expected the expert "coarse", found the Style layout' in second
-    assert "no i2L expert" in third
+    assert "not an i2L expert" in third
 
 
 def test_encoders_of_another_size_are_found_first(world: Path, tmp_path: Path) -> None:
