@@ -233,7 +233,8 @@ def build_drawn(work: Path) -> None:
     for index in range(NUM_DRAWN):
         where, who = painter.scene(base.FIRST_SCENE + index), painter.identity("hyper", 900_000 + index)
         prompts.append(painter.caption(where, who if index % 2 else None))
-    draw.draw(str(MODEL), prompts, work / "drawn", size=(painter.SIZE, painter.SIZE), num_inference_steps=20)
+    settings = draw.Settings(size=(painter.SIZE, painter.SIZE), num_inference_steps=20)
+    draw.draw(str(MODEL), prompts, work / "drawn", settings)
 
 
 def build_bias(work: Path) -> None:

@@ -98,34 +98,37 @@ def predict_pictures(
     encoders_from: folder or id of the image encoders. The time of each stage is added to `seconds`. ValueError if a
     picture's embedding or a prediction has NaN or infinity.
     """
-    temporary = None if context.cache is not None else tempfile.TemporaryDirectory(prefix="i2l-")
-    folder = context.cache / "i2l" if context.cache is not None else Path(temporary.name)  # type: ignore[union-attr]
+    temporary: tempfile.TemporaryDirectory[str] | None = None
+    if context.cache is not None:
+        folder = context.cache / "i2l"
+    else:
+        temporary = tempfile.TemporaryDirectory(prefix="i2l-")
+        folder = Path(temporary.name)
     digests = picture_digests(paths)
+    files = {one.kind: _cache_file(folder, context, encoders_from, one, digests) for one in experts if one.geometry}
     by_picture, static, missing = dict[str, dict[str, Factors]](), dict[str, LowRank](), list[ExpertFile]()
     for expert_file in experts:
         if expert_file.geometry is None:
             static = dict(read_lora(expert_file.path)[0].factors)
-        elif found := read_predictions(_cache_file(folder, context, encoders_from, expert_file, digests)):
+        elif found := read_predictions(files[expert_file.kind]):
             context.log(f"i2L: {expert_file.kind}: predicted before, read from the cache")
             by_picture[expert_file.kind] = found
         else:
             missing.append(expert_file)
-    embeddings, residuals = torch.empty(0), dict[int, Tensor]()
+    residuals = dict[int, Tensor]()
+    if resolutions := [one.resolution for one in missing if one.resolution is not None]:
+        with timed(seconds, "qwen_vl"):  # before the image encoders: it may still be loaded, from encoding the captions
+            residuals = _residuals(context, resolutions, paths, digests)
     if missing:
-        resolutions = [one.resolution for one in missing if one.resolution is not None]
-        if resolutions:  # before the image encoders: Qwen2.5-VL may still be loaded, after it encoded the captions
-            with timed(seconds, "qwen_vl"):
-                residuals = _residuals(context, resolutions, paths, digests)
         if context.text_encoder is not None:
             context.text_encoder.unload()
         with timed(seconds, "encoders"):
-            embeddings = _embeddings(context, encoders_from, paths, digests)
+            embeddings = _embeddings(context, encoders_from, paths, digests).to(context.device)
     for expert_file in missing:
         context.log(f"i2L: {expert_file.kind}: predicting with {expert_file.path}")
         with timed(seconds, expert_file.kind):
             residual = None if expert_file.resolution is None else residuals[expert_file.resolution]
-            file = _cache_file(folder, context, encoders_from, expert_file, digests)
-            by_picture[expert_file.kind] = _predict(file, expert_file, embeddings.to(context.device), residual)
+            by_picture[expert_file.kind] = _predict(files[expert_file.kind], expert_file, embeddings, residual)
     ordered = {kind: by_picture[kind] for kind in ORDER if kind in by_picture}
     return Predictions(ordered, static, temporary)
 
@@ -213,9 +216,8 @@ def _embeddings(context: InitContext, encoders_from: str, paths: Sequence[Path],
     def encode(positions: list[int]) -> list[Tensor]:
         context.log(f"i2L: encoding {len(positions)} pictures with SigLIP2 and DINOv3")
         chosen = [paths[i] for i in positions]
-        squares = [
-            encoders.cover_crop(open_picture(path), encoders.CROP_SIZE) for path in chosen
-        ]  # photographs are big
+        # photographs are large: each is cropped as soon as it is read
+        squares = [encoders.cover_crop(open_picture(path), encoders.CROP_SIZE) for path in chosen]
         rows = encoders.encode_pictures(squares, encoders_from, device, dtype)
         return _finite(rows, chosen, f"image embeddings, computed in {dtype}")
 
