@@ -35,7 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="say which expert or encoder a file is, and whether it is complete")
     inspect.add_argument("file", type=Path)
-    predict = commands.add_parser("predict", help="write the LoRA that the experts predict from pictures, untrained")
+    predict = commands.add_parser("predict", help="write the LoRA that the experts predict from pictures")
     predict.add_argument(
         "--config", type=Path, required=True, metavar="FILE", help="a run's TOML; [init.i2l] and [model] base are read"
     )
