@@ -39,6 +39,7 @@ from initializers.i2l.expert import load_expert, save_expert
 from initializers.i2l.layout import FILES
 from initializers.i2l.training import draw, train
 from trainer import checkpoint, loop
+from trainer import config as configuration
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import guarded
 from trainer.files import new_folder, write_json, write_text
@@ -180,7 +181,7 @@ def train_expert(kind: str, work: Path, images: str, **options: Path) -> Path:
     """Train, ship the result in half precision, and keep the last validation's figures. Returns the run's folder."""
     overrides = [f"output={work / kind}", f"data.images={work / images}", f"model.base={MODEL}"]
     overrides += [f"expert.{name}={value}" for name, value in options.items()]
-    settings = train.load(CONFIGS / f"i2l_creatures_{kind}.toml", overrides)
+    settings = configuration.load(train.HypernetworkConfig, CONFIGS / f"i2l_creatures_{kind}.toml", overrides)
     output = Path(settings.output)
     train.execute(settings, resume=(output / "run.json").exists(), quiet=not sys.stderr.isatty())
     saved = checkpoint.latest(output / "checkpoints")
@@ -224,7 +225,8 @@ def build_drawn(work: Path) -> None:
     for index in range(NUM_DRAWN):
         where, who = painter.scene(base.FIRST_SCENE + index), painter.identity("hyper", 900_000 + index)
         prompts.append(painter.caption(where, who if index % 2 else None))
-    draw.draw(str(MODEL), prompts, work / "drawn", size=(painter.SIZE, painter.SIZE), num_inference_steps=20)
+    settings = draw.Settings(size=(painter.SIZE, painter.SIZE), num_inference_steps=20)
+    draw.draw(str(MODEL), prompts, work / "drawn", settings)
 
 
 def build_bias(work: Path) -> None:

@@ -132,9 +132,10 @@ def missing(need: Need) -> list[str]:
         beside = [path.relative_to(where).as_posix() for file in gone for path in (where / file).parent.glob("*")]
         return _lacks(need.source, gone, beside)
     if gone and hub is not None and constants.HF_HUB_OFFLINE:
+        command = hub.command([*need.files, *need.extra])
         return [
-            f"{need.source}: not on this machine, and HF_HUB_OFFLINE is set: {first_few(gone)}. Fetch them where there is a "
-            f"network, into the same cache: {hub.command([*need.files, *need.extra])}"
+            f"{need.source}: not on this machine, and HF_HUB_OFFLINE is set: {first_few(gone)}. Fetch them where there "
+            f"is a network, into the same cache: {command}"
         ]
     return []
 

@@ -19,7 +19,7 @@ from initializers.i2l.expert import Expert, read_geometry
 from initializers.i2l.training import train
 from initializers.i2l.training.batch_lora import BatchLora
 from initializers.i2l.training.hypernetwork import ExpertConfig, Hypernetwork
-from initializers.i2l.training.subjects import SubjectData
+from initializers.i2l.training.subjects import Encoding, SubjectData
 from trainer import adapter, config, flow, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, Seed
 from trainer.checkpoint import CheckpointError
@@ -114,8 +114,12 @@ def test_each_sample_gets_its_own_lora_as_peft_would_apply_it(tiny_base: Path) -
             torch.testing.assert_close(together[i : i + 1], expected, rtol=1e-4, atol=1e-4)
 
 
+def load(toml: Path, overrides: list[str]) -> train.HypernetworkConfig:
+    return config.load(train.HypernetworkConfig, toml, overrides)
+
+
 def run(toml: Path, *overrides: str, resume: bool = False) -> Path:
-    return train.execute(train.load(toml, list(overrides)), resume=resume, quiet=True)
+    return train.execute(load(toml, list(overrides)), resume=resume, quiet=True)
 
 
 def test_training_moves_the_expert_and_writes_what_the_initializer_reads(
@@ -158,19 +162,10 @@ def test_resume_is_exact(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def subject_data(toml: Path, *overrides: str) -> SubjectData:
-    settings = train.load(toml, [*overrides])
-    return SubjectData(
-        settings.data,
-        train.prepare(settings, resume=False),
-        model=settings.model,
-        cache=Cache(Path(settings.data.cache or "")),
-        prompts=(),
-        encoders_from=None,
-        resolutions=(),
-        seed=0,
-        device=torch.device("cpu"),
-        quiet=True,
-    )
+    settings = load(toml, [*overrides])
+    cache, device = Cache(Path(settings.data.cache or "")), torch.device("cpu")
+    encoding = Encoding(settings.model, None, resolutions=(), cache=cache, device=device, quiet=True)
+    return SubjectData(settings.data, train.prepare(settings, resume=False), encoding, seed=0)
 
 
 @pytest.mark.parametrize("max_references", [1, 2])
@@ -199,12 +194,12 @@ def test_only_the_first_pictures_of_a_subject_are_references_where_that_is_asked
         for (reference,), target in zip(pairs.references.tolist(), pairs.targets.tolist(), strict=True):
             assert target in first[reference] and target != reference
             targets.add(target)
-        references, residuals = data.look(pairs.references)
+        references, residuals = data.references(pairs.references)
         expected = [np.asarray(Image.open(data.examples[row].path)) for (row,) in pairs.references.tolist()]
         assert np.array_equal(references[:, 0].permute(0, 2, 3, 1).numpy(), np.stack(expected)) and not residuals
     assert len(targets) == 2 * len(data.train)
     with pytest.raises(KeyError):
-        data.look(torch.tensor([[data.train[0][1]]]))
+        data.references(torch.tensor([[data.train[0][1]]]))
 
 
 def test_a_target_leaves_as_many_references_as_are_drawn(toml: Path) -> None:
@@ -216,7 +211,7 @@ def test_a_target_leaves_as_many_references_as_are_drawn(toml: Path) -> None:
         counts.add(pairs.references.shape[1])
         for references, target in zip(pairs.references.tolist(), pairs.targets.tolist(), strict=True):
             assert target not in references
-            data.look(torch.tensor([references]))
+            data.references(torch.tensor([references]))
     assert counts == {1, 2}
 
 
@@ -331,7 +326,7 @@ def test_two_processes_are_one_with_twice_the_batch(fsdp: bool, toml: Path, tmp_
 def test_the_plan_of_the_published_sizes(kind: str, parameters: str, subjects: Path) -> None:
     """From shapes alone, without a byte of the real weights."""
     options = [f"data.images={subjects}", "data.held_out_subjects=2"]
-    settings = train.load(Path(f"configs/i2l_qwen_image_{kind}.toml"), options)
+    settings = load(Path(f"configs/i2l_qwen_image_{kind}.toml"), options)
     text = train.plan_text(settings, train.prepare(settings, resume=False))
     assert f"{kind}: {parameters} B parameters, 720 modules, rank 4" in text
     assert "8 with 24 pictures, 2 subjects held out" in text and "20,430.4 M parameters in bf16" in text
@@ -341,7 +336,7 @@ def test_the_plan_of_the_published_sizes(kind: str, parameters: str, subjects: P
 def test_a_frozen_expert_that_is_not_there_is_told_before_anything_loads(toml: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(config.ConfigError, match=r"weights: .* has no Qwen-Image-i2L-Coarse.safetensors"):
-        train.load(toml, ["expert.kind=fine", "expert.train_encoders=false", f"expert.weights={tmp_path / 'empty'}"])
+        load(toml, ["expert.kind=fine", "expert.train_encoders=false", f"expert.weights={tmp_path / 'empty'}"])
 
 
 def test_frozen_encoders_embed_each_picture_once(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +359,7 @@ def test_all_problems_of_the_data_at_once(toml: Path, tmp_path: Path, subjects: 
     rows[4]["subject"] = "alone"
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     with pytest.raises(config.ConfigError) as caught:
-        train.prepare(train.load(toml, [f"data.images={folder}", "model.compile=true"]), resume=True)
+        train.prepare(load(toml, [f"data.images={folder}", "model.compile=true"]), resume=True)
     text = str(caught.value)
     for part in (
         "[model] compile",
@@ -380,7 +375,7 @@ def test_a_resume_that_is_refused_changes_nothing(toml: Path) -> None:
     """run.json tells the settings to resume with; other pictures in a step are another training."""
     output = run(toml, "train.steps=1", "validation.prompts=[]")
     before = (output / "run.json").read_bytes()
-    settings = train.load(toml, ["train.steps=1", "validation.prompts=[]"])
+    settings = load(toml, ["train.steps=1", "validation.prompts=[]"])
     saved = output / "checkpoints" / "step-00000001" / "state.json"
     saved.write_text(saved.read_text().replace('steps x processes": 1', 'steps x processes": 3'))
     with pytest.raises(CheckpointError, match="x processes is 1, the checkpoint has 3"):
