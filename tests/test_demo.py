@@ -232,7 +232,7 @@ def test_the_command_of_the_readme_on_a_shorter_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_i2l_starts_where_a_random_start_never_arrives(tmp_path: Path) -> None:
-    """The README's claims on held-out creatures, with two of a tier and one seed."""
+    """The claims of docs/results.md on held-out creatures, with two of a tier and one seed."""
     assert creatures.main([str(tmp_path / "subjects"), "--creatures", "2"]) == 0
     arguments = ["--config", "configs/creatures.toml", "--output", str(tmp_path / "out"), "--quiet", "--seeds", "1"]
     arguments += [

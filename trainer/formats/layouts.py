@@ -7,7 +7,7 @@ A key is prefix + module + half, and optionally there is an `.alpha` for each mo
     half       lora_A | lora_down | lora.down (rank, in_features);  lora_B | lora_up | lora.up (out_features, rank)
                then optionally ".default", then ".weight"
 
-To add a layout, add an entry to `LAYOUTS`, and its keys to the golden list in tests/test_formats.py.
+To add a layout, add an entry to `LAYOUTS`, and its keys to the golden list in tests/formats/test_layouts.py.
 """
 
 import re
