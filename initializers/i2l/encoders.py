@@ -379,7 +379,6 @@ def qwen_vl_residuals(
     tokenizer = Qwen2Tokenizer.from_pretrained(folder, subfolder="tokenizer")
     processor = _qwen_processor(folder)
     model = text_encoder.model(dtype).model
-    device = model.device
     template, drop = edit_template()
     before, after = (tokenizer(part).input_ids for part in template.format("").split("<|image_pad|>"))
     result = {}
@@ -388,23 +387,28 @@ def qwen_vl_residuals(
         chunk = max(1, CHUNK * RESOLUTIONS["coarse"] ** 2 // resolution**2)
         for start in range(0, len(group), chunk):
             squares = [cover_crop(picture, resolution) for picture in group[start : start + chunk]]
-            patches = processor(images=squares, return_tensors="pt").to(device)
-            num_image_tokens = int(patches["image_grid_thw"][0].prod()) // processor.merge_size**2  # squares of a size
-            ids = before + [model.config.image_token_id] * num_image_tokens + after
-            # without token types the picture's tokens would get the positions of plain text
-            token_types = [0] * len(before) + [1] * num_image_tokens + [0] * len(after)
-            output = model(
-                input_ids=torch.tensor([ids] * len(squares), device=device),
-                mm_token_type_ids=torch.tensor([token_types] * len(squares), device=device),
-                pixel_values=patches["pixel_values"].to(dtype),
-                image_grid_thw=patches["image_grid_thw"],
-                use_cache=False,
-            )
-            states.append(output.last_hidden_state[:, drop:].float())
+            patches = processor(images=squares, return_tensors="pt").to(model.device)
+            num_image_tokens = int(patches["image_grid_thw"][0].prod()) // processor.merge_size**2  # equal for all
+            states.append(_hidden_states(model, patches, before, num_image_tokens, after)[:, drop:].float())
         result[resolution] = torch.cat(states) * RESIDUAL_SCALE
     del model
     text_encoder.unload()
     return result
+
+
+def _hidden_states(model: Any, patches: Any, before: list[int], num_image_tokens: int, after: list[int]) -> Tensor:
+    """Last hidden states of a batch of pictures, B L D. before, after: ids of the text around each picture."""
+    count, device = len(patches["image_grid_thw"]), patches["pixel_values"].device
+    ids = before + [model.config.image_token_id] * num_image_tokens + after
+    # without token types the picture's tokens would get the positions of plain text
+    token_types = [0] * len(before) + [1] * num_image_tokens + [0] * len(after)
+    return model(
+        input_ids=torch.tensor([ids] * count, device=device),
+        mm_token_type_ids=torch.tensor([token_types] * count, device=device),
+        pixel_values=patches["pixel_values"].to(model.dtype),
+        image_grid_thw=patches["image_grid_thw"],
+        use_cache=False,
+    ).last_hidden_state
 
 
 def _qwen_processor(folder: Path) -> Any:
