@@ -89,6 +89,7 @@ def config(world: Path, *experts: str, strength: float = 1.0) -> Config:
 
 
 def context(world: Path, modules: dict[str, tuple[int, int]] | None = None) -> InitContext:
+    """With a cache that the tests share, so that pictures are encoded once; what it does has tests of its own."""
     return InitContext(
         images=tuple(sorted((world / "pictures").iterdir())),
         modules=module_shapes(STYLE) if modules is None else modules,
@@ -97,6 +98,7 @@ def context(world: Path, modules: dict[str, tuple[int, int]] | None = None) -> I
         device=torch.device("cpu"),
         base=str(world / "base"),
         log=lambda message: None,
+        cache=world / "cache",
     )
 
 
