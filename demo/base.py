@@ -18,7 +18,7 @@ from trainer.files import write_tensors
 from trainer.loop import Loss
 from trainer.tracking import Tracker
 
-NUM_PICTURES = 30_000
+NUM_PICTURES, NUM_HELD_OUT = 30_000, 256
 FIRST_SCENE = 1_000  # lower scenes are for the folders of training and held-out pictures
 EMPTY_CAPTIONS = 0.1  # share of the short captions that are left empty, so that guidance works
 FLOW = flow.FlowConfig(sigma_sampling="logit_normal")
@@ -108,8 +108,7 @@ class BaseObjective:
     def __init__(self, file: Path, batch_size: int):
         self.module: torch.nn.Module = new_transformer()
         self._data, self._batch_size = load_file(file), batch_size
-        self._num_held_out = 256
-        self._num_train = len(self._data["latents"]) - self._num_held_out
+        self._num_train = len(self._data["latents"]) - NUM_HELD_OUT
 
     def _batch(self, indices: Tensor, column: int) -> tuple[Tensor, Tensor, Tensor | None]:
         offsets, prompts = self._data["offsets"], self._data["prompts"]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import initializers
 from demo import creatures, painter
-from initializers.i2l import initializer as predict
+from initializers.i2l import initializer as i2l
 from trainer import adapter, plan, qwen_image, run, validation
 from trainer.adapter import AdapterWeights, InitContext
 from trainer.cli import guarded
@@ -85,7 +85,7 @@ class _World:
 
     def __init__(self) -> None:
         self._config, start = plan.load_config(creatures.CONFIG, ["init.method=i2l"], initializers)
-        self._options: predict.Config = start.options
+        self._options: i2l.Config = start.options
         base = self._config.model.base
         self._transformer = qwen_image.load_transformer(self._config.model, DEVICE)
         self._sampler = qwen_image.Sampler(base)
@@ -110,7 +110,7 @@ class _World:
         rows: list[dict[str, Any]] = [self._row(creature, "none", "none", AdapterWeights({}))]
         for name, experts in SETS.items():
             for pictures, shown in (("right", creature.index), ("wrong", other)):
-                weights, _ = self._seed(creature, output, shown, predict.Config(experts=experts))
+                weights, _ = self._seed(creature, output, shown, i2l.Config(experts=experts))
                 rows.append(self._row(creature, name, pictures, weights))
         return rows
 
@@ -118,7 +118,7 @@ class _World:
         """The same rows for strength = "auto" with the configuration's experts, and the strength that it chooses."""
         rows = []
         for pictures, shown in (("right", creature.index), ("wrong", other)):
-            options = predict.Config(experts=self._options.experts, strength="auto")
+            options = i2l.Config(experts=self._options.experts, strength="auto")
             weights, report = self._seed(creature, output, shown, options)
             row = self._row(creature, "auto", pictures, weights)
             rows.append({**row, "strength": report["strength"], "tried": report["tried"]})
@@ -133,7 +133,7 @@ class _World:
         return {"creature": creature.index, "set": name, "pictures": pictures, "loss": loss, "drift": drift}
 
     def _seed(
-        self, creature: _Creature, output: Path, index: int, options: predict.Config
+        self, creature: _Creature, output: Path, index: int, options: i2l.Config
     ) -> tuple[AdapterWeights, dict[str, Any]]:
         """The seed of the pictures of creature `index`, and its report. "auto" compares strengths on the pictures of
         `creature`."""
@@ -141,7 +141,7 @@ class _World:
         images = tuple(sorted(folder.glob("*.png")))
         context = replace(creature.context, images=images, log=lambda message: None)
         options = replace(options, weights=self._options.weights, encoders=self._options.encoders)
-        seed = predict.initialize(context, options)
+        seed = i2l.initialize(context, options)
         factors = {name: truncate(x, context.rank)[0] for name, x in seed.weights.factors.items()}
         return AdapterWeights(factors), seed.report
 

@@ -17,6 +17,7 @@ from trainer.loop import Loss
 from trainer.tracking import Tracker
 
 L1_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 0.15, 0.1, 1e-4
+NUM_BATCHES = 16  # of 32 pictures, on which `latents_mean` and `latents_std` are measured
 
 
 def new_vae() -> AutoencoderKLQwenImage:
@@ -110,11 +111,11 @@ def psnr(decoded: Tensor, pixels: Tensor) -> float:
 
 @torch.no_grad()
 def finish(vae: AutoencoderKLQwenImage, folder: Path) -> float:
-    """Measure `latents_mean` and `latents_std` on 512 pictures, and save in half precision. Returns the PSNR in dB."""
+    """Measure `latents_mean` and `latents_std`, and write the VAE in half precision. Returns its PSNR in dB."""
     vae = vae.half().float()
     with single_frame_convolutions():
         codes = torch.cat(
-            [vae.encode(to_pixels(random_pictures((2, i), 32))).latent_dist.mean for i in range(16)]
+            [vae.encode(to_pixels(random_pictures((2, i), 32))).latent_dist.mean for i in range(NUM_BATCHES)]
         )  # B C 1 h w
     mean, std = codes.mean(dim=(0, 2, 3, 4)), codes.std(dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

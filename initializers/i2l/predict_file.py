@@ -61,7 +61,7 @@ def check_arguments(options: argparse.Namespace) -> Request:
     if own is not None and options.strength is not None:
         own = replace(own, strength=options.strength)
     elif own is not None and own.strength == "auto":
-        print('strength = "auto" compares losses in a training run; here the strength is 1, or --strength')
+        print('strength = "auto" compares losses in a training run; here the strength is 1, unless --strength is given')
         own = replace(own, strength=1.0)
     if own is not None:
         problems += check(own)

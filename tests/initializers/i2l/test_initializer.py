@@ -24,8 +24,7 @@ from transformers import (
 )
 
 from demo import text_encoder
-from initializers.i2l import Config, check, encoders, initialize
-from initializers.i2l import initializer as predict
+from initializers.i2l import Config, check, encoders, initialize, initializer
 from initializers.i2l.__main__ import main
 from initializers.i2l.expert import save_expert
 from initializers.i2l.layout import Geometry, Residual, module_shapes
@@ -66,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module, (in_features, out_features) in module_shapes(STYLE).items():
         bias[f"{module}.lora_A.default.weight"] = torch.randn(BIAS_RANK, in_features, generator=random)
         bias[f"{module}.lora_B.default.weight"] = torch.randn(out_features, BIAS_RANK, generator=random)
-    save_file(bias, root / "i2l" / predict.FILES["bias"])
+    save_file(bias, root / "i2l" / initializer.FILES["bias"])
     torch.manual_seed(0)
     size: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     siglip = SiglipVisionModel(SiglipVisionConfig(hidden_size=16, intermediate_size=24, **size))
@@ -89,6 +88,7 @@ def config(world: Path, *experts: str, strength: float = 1.0) -> Config:
 
 
 def context(world: Path, modules: dict[str, tuple[int, int]] | None = None) -> InitContext:
+    """With a cache that the tests share, so that pictures are encoded once; what it does has tests of its own."""
     return InitContext(
         images=tuple(sorted((world / "pictures").iterdir())),
         modules=module_shapes(STYLE) if modules is None else modules,
@@ -97,6 +97,7 @@ def context(world: Path, modules: dict[str, tuple[int, int]] | None = None) -> I
         device=torch.device("cpu"),
         base=str(world / "base"),
         log=lambda message: None,
+        cache=world / "cache",
     )
 
 
@@ -157,7 +158,7 @@ def test_the_seed_is_the_sum_of_the_experts(
         and report["incoming_rank"] == rank
         and report["modules"] == 24
     )
-    assert [entry["expert"] for entry in report["experts"]] == sorted(experts, key=list(predict.FILES).index)
+    assert [entry["expert"] for entry in report["experts"]] == sorted(experts, key=list(initializer.FILES).index)
     assert all(len(entry["md5"]) == len(entry["layout_md5"]) == 32 for entry in report["experts"])
     assert all(math.isfinite(value) for value in report["seconds"].values())
 
@@ -185,7 +186,7 @@ def test_ranks_come_in_the_published_order(world: Path) -> None:
 def test_experts_by_path(world: Path, tmp_path: Path) -> None:
     other = tmp_path / "mine.safetensors"
     save_expert(random_expert(STYLE, 0), other)
-    by_path = initialize(context(world), config(world, str(other), str(world / "i2l" / predict.FILES["bias"])))
+    by_path = initialize(context(world), config(world, str(other), str(world / "i2l" / initializer.FILES["bias"])))
     by_name = initialize(context(world), config(world, "style", "bias"))
     for module, pair in by_path.weights.factors.items():
         assert torch.equal(pair.a, by_name.weights.factors[module].a)
@@ -194,7 +195,7 @@ def test_experts_by_path(world: Path, tmp_path: Path) -> None:
 def test_the_recommended_experts_are_the_default_where_all_are_there(world: Path, tmp_path: Path) -> None:
     seed = initialize(context(world), config(world))
     assert [entry["expert"] for entry in seed.report["experts"]] == ["coarse", "fine", "bias"]
-    (tmp_path / predict.FILES["style"]).write_bytes((world / "i2l" / predict.FILES["style"]).read_bytes())
+    (tmp_path / initializer.FILES["style"]).write_bytes((world / "i2l" / initializer.FILES["style"]).read_bytes())
     seed = initialize(context(world), Config(weights=str(tmp_path), encoders=str(world / "encoders")))
     assert [entry["expert"] for entry in seed.report["experts"]] == ["style"]
 
@@ -339,7 +340,7 @@ def test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture(world: Pat
     seed = initialize(replace(context(world), try_seed=loss), options)
     assert sorted(set(tried)) == [0, 1, 2] and len(tried) == 18
     assert seed.report["strength"] == 0.5
-    expected_losses = [(s - 0.5) ** 2 for s in predict.STRENGTHS]
+    expected_losses = [(s - 0.5) ** 2 for s in initializer.STRENGTHS]
     assert seed.report["tried"]["losses"] == pytest.approx(expected_losses, abs=1e-3)
     whole = initialize(context(world), config(world, "style"))
     for name, pair in seed.weights.factors.items():
@@ -399,10 +400,10 @@ def test_problems_found_before_any_model_loads(world: Path, tmp_path: Path, monk
 
 
 def test_damaged_and_mistaken_files_are_found_first(world: Path, tmp_path: Path) -> None:
-    whole = (world / "i2l" / predict.FILES["style"]).read_bytes()
-    (tmp_path / predict.FILES["style"]).write_bytes(whole[:-10])
-    (tmp_path / predict.FILES["coarse"]).write_bytes(whole)
-    (tmp_path / predict.FILES["fine"]).write_bytes((world / "i2l" / predict.FILES["bias"]).read_bytes())
+    whole = (world / "i2l" / initializer.FILES["style"]).read_bytes()
+    (tmp_path / initializer.FILES["style"]).write_bytes(whole[:-10])
+    (tmp_path / initializer.FILES["coarse"]).write_bytes(whole)
+    (tmp_path / initializer.FILES["fine"]).write_bytes((world / "i2l" / initializer.FILES["bias"]).read_bytes())
     options = Config(experts=("style", "coarse", "fine"), weights=str(tmp_path), encoders=str(world / "encoders"))
     first, second, third = check(options)
     assert "not downloaded to its end" in first
@@ -434,12 +435,12 @@ def test_an_expert_for_another_model_is_refused(world: Path) -> None:
 
 def test_what_is_needed_depends_on_the_experts(world: Path) -> None:
     def needed(*experts: str) -> list[str]:
-        needs = predict.needs(Config(experts=experts, weights="no/where", encoders="other/place"), "some/model")
+        needs = initializer.needs(Config(experts=experts, weights="no/where", encoders="other/place"), "some/model")
         return [need.source for need in needs]
 
     assert needed("style") == ["no/where", "other/place"] and needed("bias") == ["no/where"]
     assert needed("coarse", "bias") == ["no/where", "no/where", "other/place", "some/model"]
-    assert needed(str(world / "i2l" / predict.FILES["style"])) == [str(world / "i2l"), "other/place"]
+    assert needed(str(world / "i2l" / initializer.FILES["style"])) == [str(world / "i2l"), "other/place"]
 
 
 def small_base(world: Path) -> None:

@@ -53,10 +53,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def toml(tmp_path: Path, tiny_base: Path, subjects: Path, start: Path) -> Path:
-    path = tmp_path / "style.toml"
+    return write_toml(tmp_path, tiny_base, subjects, start)
+
+
+def write_toml(folder: Path, tiny_base: Path, subjects: Path, start: Path) -> Path:
+    """The configuration of a small training of Style, whose files lie in `folder`."""
+    path = folder / "style.toml"
     path.write_text(
         f"""
-output = "{tmp_path / "out"}"
+output = "{folder / "out"}"
 [model]
 base = "{tiny_base}"
 dtype = "fp32"
@@ -64,7 +69,7 @@ dtype = "fp32"
 images = "{subjects}"
 resolution = 64
 held_out_subjects = 3
-cache = "{tmp_path / "cache"}"
+cache = "{folder / "cache"}"
 [expert]
 encoders = "{start}"
 train_encoders = true
@@ -273,6 +278,7 @@ def test_all_four_experts_one_after_another(
     for kind in ("style", "coarse", "fine", "bias"):
         options = [f"expert.kind={kind}", f"expert.weights={weights}", "expert.train_encoders=false"]
         options += ["expert.residual_compress=3", f"data.images={few}", "data.held_out_subjects=2", "train.steps=2"]
+        options += ["data.references_each=1", *(["validation.prompts=[]"] if kind in ("style", "coarse") else [])]
         output = run(toml, f"output={tmp_path / kind}", *options)
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         first, last = [line for line in lines if "val_loss" in line]
@@ -296,30 +302,45 @@ def test_all_four_experts_one_after_another(
     assert [entry["expert"] for entry in report["init"]["experts"]] == ["coarse", "fine", "bias"]
 
 
+TWO_PROCESSES = ("train.steps=3", "validation.prompts=[]", "expert.train_encoders=false")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, subjects: Path, start: Path) -> Path:
+    """The output of a run with twice the batch, beside its configuration."""
+    folder = tmp_path_factory.mktemp("one")
+    return run(write_toml(folder, tiny_base, subjects, start), *TWO_PROCESSES, "train.batch_size=4")
+
+
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_are_one_with_twice_the_batch(fsdp: bool, toml: Path, tmp_path: Path) -> None:
-    settings = ["train.steps=3", "validation.prompts=[]", "expert.train_encoders=false"]
-    one = run(toml, f"output={tmp_path / 'one'}", *settings, "train.batch_size=4")
-    # what `accelerate launch` runs on GPUs; on CPUs it would want MPI
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29507"]
-    command += ["-m", "initializers.i2l", "train", "--quiet", "--config", str(toml), "--output", str(tmp_path / "two")]
-    for setting in (*settings, "train.batch_size=2"):
-        command += ["--set", setting]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def test_two_processes_are_one_with_twice_the_batch(fsdp: bool, one_process: Path, tmp_path: Path) -> None:
+    words = [word for setting in (*TWO_PROCESSES, "train.batch_size=2") for word in ("--set", setting)]
+    command = [sys.executable, "-m", "initializers.i2l", "train", "--quiet", "--output", str(tmp_path / "two"), *words]
+    command += ["--config", str(one_process.parent / "style.toml")]
+    # what `accelerate launch` sets on GPUs; on CPUs it would want MPI
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000 + fsdp)}
     if fsdp:
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = [subprocess.Popen(command, env=environment | rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
+    try:
+        for process in processes:
+            _, said = process.communicate()
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
     curves = [
         [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
-        for folder in (one, tmp_path / "two")
+        for folder in (one_process, tmp_path / "two")
     ]
     assert len(curves[0]) == 3
     for single, shared in zip(*curves, strict=True):
         for name in ("loss", "grad_norm"):
             assert shared[name] == pytest.approx(single[name], rel=1e-4), name
     file = "Qwen-Image-i2L-Style.safetensors"
-    assert read_geometry(tmp_path / "two" / file) == read_geometry(one / file)
+    assert read_geometry(tmp_path / "two" / file) == read_geometry(one_process / file)
 
 
 @pytest.mark.parametrize(("kind", "parameters"), [("style", "2.406"), ("coarse", "7.927"), ("fine", "7.573")])
@@ -340,10 +361,11 @@ def test_a_frozen_expert_that_is_not_there_is_told_before_anything_loads(toml: P
 
 
 def test_frozen_encoders_embed_each_picture_once(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = run(toml, "expert.train_encoders=false", "train.steps=2")
+    settings = ["expert.train_encoders=false", "train.steps=2", "validation.prompts=[]"]
+    output = run(toml, *settings)
     assert not (output / "encoders").exists()
     monkeypatch.setattr(train.encoders, "encode_squares", lambda *_: pytest.fail("embedded again"))
-    again = run(toml, "expert.train_encoders=false", "train.steps=2", f"output={tmp_path / 'again'}")
+    again = run(toml, *settings, f"output={tmp_path / 'again'}")
     name = "Qwen-Image-i2L-Style.safetensors"
     assert (output / name).read_bytes() == (again / name).read_bytes()
 
