@@ -1,4 +1,4 @@
-"""Pretrain the miniature `QwenImageTransformer2DModel`: 2.6 M parameters that draw creatures from captions."""
+"""Pretrain the miniature `QwenImageTransformer2DModel`, whose 2.6 M parameters draw creatures from captions."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ from trainer.files import write_tensors
 from trainer.loop import Loss
 from trainer.tracking import Tracker
 
-NUM_PICTURES = 30_000
-FIRST_SCENE = 1_000  # scenes below are left to the folders of training and held-out pictures
-EMPTY_CAPTIONS = 0.1  # share of the short captions, so that guidance has an unconditional side
+NUM_PICTURES, NUM_HELD_OUT = 30_000, 256
+FIRST_SCENE = 1_000  # lower scenes are for the folders of training and held-out pictures
+EMPTY_CAPTIONS = 0.1  # share of the short captions that are left empty, so that guidance works
 FLOW = flow.FlowConfig(sigma_sampling="logit_normal")
 
 
 def new_transformer() -> QwenImageTransformer2DModel:
-    """Random weights, seed 0. Modulation and output start at zero, as in DiT (Peebles & Xie 2022, arXiv:2212.09748)."""
+    """With random weights (seed 0); modulation and output are zero, as in DiT (Peebles, Xie 2022, arXiv:2212.09748)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = QwenImageTransformer2DModel(
@@ -47,7 +47,7 @@ def new_transformer() -> QwenImageTransformer2DModel:
 
 
 def save_scheduler(folder: Path) -> None:
-    """The scheduler as published with Qwen-Image."""
+    """Write the scheduler that is published with Qwen-Image."""
     FlowMatchEulerDiscreteScheduler(
         base_image_seq_len=256,
         base_shift=0.5,
@@ -62,16 +62,16 @@ def save_scheduler(folder: Path) -> None:
 
 
 def _captions(index: int) -> tuple[str, str]:
-    """The caption with traits, and the one without."""
+    """The caption of a picture with the creature's traits, and the one without them."""
     rng = np.random.default_rng([11, index])
     where = painter.scene(FIRST_SCENE + index)
     name = str(rng.choice(painter.NAMES)) if rng.uniform() < 0.4 else None
-    short = "" if rng.uniform() < EMPTY_CAPTIONS else painter.caption(where, name=name)
+    short = qwen_image.NO_CAPTION if rng.uniform() < EMPTY_CAPTIONS else painter.caption(where, name=name)
     return painter.caption(where, painter.identity("pretrain", index), name), short
 
 
 def prepare(model: Path, file: Path) -> None:
-    """Encode pictures and captions once into `file`: latents, and token-padded prompt_embeds with their lengths."""
+    """Encode pictures and captions once into `file`: latents, and all prompt_embeds in a row with their offsets."""
     device = torch.device("cpu")
     vae = qwen_image.load_vae(str(model), device)
     encode = qwen_image.PromptEncoder(qwen_image.TextEncoder(str(model), device), torch.float32)
@@ -103,13 +103,12 @@ def prepare(model: Path, file: Path) -> None:
 
 
 class BaseObjective:
-    """The flow-matching loss; long captions in even steps, short ones in odd steps."""
+    """The flow-matching loss: with long captions in even steps, with short ones in odd steps."""
 
     def __init__(self, file: Path, batch_size: int):
         self.module: torch.nn.Module = new_transformer()
         self._data, self._batch_size = load_file(file), batch_size
-        self._num_held_out = 256
-        self._num_train = len(self._data["latents"]) - self._num_held_out
+        self._num_train = len(self._data["latents"]) - NUM_HELD_OUT
 
     def _batch(self, indices: Tensor, column: int) -> tuple[Tensor, Tensor, Tensor | None]:
         offsets, prompts = self._data["offsets"], self._data["prompts"]

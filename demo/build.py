@@ -1,9 +1,9 @@
-"""Make the miniature world from nothing: python -m demo.build [STEP ...]
+"""Build the demo's models and pictures from nothing: python -m demo.build [STEP ...]
 
-Every step resumes where it was stopped. What the repository ships lies in demo/; what is only needed on the way
-lies in the work folder. Times are for 2 cores.
+Every step goes on where it was stopped. What the repository ships is written into demo/, everything else into the work
+folder. Times are for 2 cores.
 
-    text             tokenizer, random text encoder, scheduler        seconds
+    text             make tokenizer, random text encoder, scheduler   seconds
     vae              pretrain the VAE                                 12 minutes
     base             pretrain the transformer                         35 minutes
     vision           pretrain the image encoders                      12 minutes
@@ -15,8 +15,8 @@ lies in the work folder. Times are for 2 cores.
     drawn            let the base draw pictures                       2 minutes
     bias             train Bias on top of Coarse and Fine             7 minutes
     images           paint the held-out creature's folder             seconds
-    measure          have a classifier read what the prompts drew     3 minutes
-    manifest         sizes, hashes and figures of what is shipped     seconds
+    measure          have a classifier read drawings of prompts       3 minutes
+    manifest         list sizes, hashes and figures of shipped files  seconds
 """
 
 import argparse
@@ -39,6 +39,7 @@ from initializers.i2l.expert import load_expert, save_expert
 from initializers.i2l.layout import FILES
 from initializers.i2l.training import draw, train
 from trainer import checkpoint, loop
+from trainer import config as configuration
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import guarded
 from trainer.files import new_folder, write_json, write_text
@@ -56,7 +57,7 @@ BASE_TRAIN = TrainConfig(steps=12_000, batch_size=64, learning_rate=2e-3, lr_sch
 VISION_TRAIN = TrainConfig(steps=3000, batch_size=64, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100)
 NUM_SUBJECTS, PICTURES_EACH = 15_000, 3
 NUM_DETAIL_SUBJECTS, NUM_DRAWN = 7500, 600
-HELD_OUT_CREATURE, NUM_IMAGES = ("zorp", 4), 8  # its name, and its index in the tier "new"
+HELD_OUT_CREATURE, NUM_IMAGES = ("zorp", 4), 8  # name, and index in the tier "new"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pretrain(objective: Objective, config: TrainConfig, output: Path, validate_every: int) -> None:
-    """Train, or resume, or do nothing if it is done."""
+    """Train to the end, from the newest checkpoint if there is one."""
     saved = checkpoint.latest(output / "checkpoints")
     if saved and saved.step == config.steps:
         objective.load_tensors(saved.tensors)
@@ -148,12 +149,12 @@ def write_model_index(model: Path) -> None:
 
 
 def build_subjects(work: Path) -> None:
-    """Identities of the tier "hyper", each in several scenes; captions tell the scene, never the traits."""
+    """Creatures of the tier "hyper", each in several scenes. Captions name the scene, not the creature's traits."""
     paint_subjects(work / "subjects", "hyper", 0, NUM_SUBJECTS, PICTURES_EACH)
 
 
 def paint_subjects(folder: Path, tier: painter.Tier, first: int, count: int, pictures_each: int) -> None:
-    """Nothing, if the folder is there."""
+    """A folder of subjects for hypernetwork training. If it exists already, it is left as it is."""
     if folder.exists():
         return
     lines = []
@@ -177,10 +178,11 @@ def build_vision(work: Path) -> None:
 
 
 def train_expert(kind: str, work: Path, images: str, **options: Path) -> Path:
-    """Train, ship the result in half precision, and keep the last validation's figures. Returns the run's folder."""
+    """Train, write the expert into demo/i2l in half precision, and the figures of the last validation into the work
+    folder. Returns the run's folder."""
     overrides = [f"output={work / kind}", f"data.images={work / images}", f"model.base={MODEL}"]
     overrides += [f"expert.{name}={value}" for name, value in options.items()]
-    settings = train.load(CONFIGS / f"i2l_creatures_{kind}.toml", overrides)
+    settings = configuration.load(train.HypernetworkConfig, CONFIGS / f"i2l_creatures_{kind}.toml", overrides)
     output = Path(settings.output)
     train.execute(settings, resume=(output / "run.json").exists(), quiet=not sys.stderr.isatty())
     saved = checkpoint.latest(output / "checkpoints")
@@ -209,8 +211,8 @@ def build_coarse(work: Path) -> None:
 
 
 def build_detail_subjects(work: Path) -> None:
-    """Others than Coarse has learned: what it got wrong of its own says less. Fine looks at 1024 pixels, which takes
-    long: there are fewer of them, and it looks at one picture of each."""
+    """Other subjects than Coarse was trained on, since its errors on those are smaller than on new ones. There are
+    fewer, with one reference each, because Fine reads 1024 pixels, which takes long."""
     paint_subjects(work / "detail_subjects", "hyper", NUM_SUBJECTS, NUM_DETAIL_SUBJECTS, PICTURES_EACH)
 
 
@@ -219,12 +221,13 @@ def build_fine(work: Path) -> None:
 
 
 def build_drawn(work: Path) -> None:
-    """What the base itself draws: of creatures in words, with all, some or none of their traits."""
+    """Pictures that the base draws from captions, with the creature's traits in every second one."""
     prompts = []
     for index in range(NUM_DRAWN):
         where, who = painter.scene(base.FIRST_SCENE + index), painter.identity("hyper", 900_000 + index)
         prompts.append(painter.caption(where, who if index % 2 else None))
-    draw.draw(str(MODEL), prompts, work / "drawn", size=(painter.SIZE, painter.SIZE), num_inference_steps=20)
+    settings = draw.Settings(size=(painter.SIZE, painter.SIZE), num_inference_steps=20)
+    draw.draw(str(MODEL), prompts, work / "drawn", settings)
 
 
 def build_bias(work: Path) -> None:
@@ -232,7 +235,7 @@ def build_bias(work: Path) -> None:
 
 
 def build_images(work: Path) -> None:
-    """The folder of the main command: one creature of the tier "new" in eight scenes, a caption beside each picture."""
+    """The training pictures of configs/creatures.toml: a creature of the tier "new" in eight scenes, with captions."""
     name, index = HELD_OUT_CREATURE
     with new_folder(IMAGES / name) as folder:
         for number in range(NUM_IMAGES):
@@ -242,7 +245,7 @@ def build_images(work: Path) -> None:
 
 
 def build_measurements(work: Path) -> None:
-    """Held-out prompts, drawn and read back; and the hypernetwork's last validation."""
+    """Draw held-out prompts and write down what the classifier reads in the drawings."""
     figures = measure.measure_prompts(MODEL, work / "prompts.png")
     write_json(work / "prompts.json", figures)
     for name, values in figures.items():
@@ -250,7 +253,7 @@ def build_measurements(work: Path) -> None:
 
 
 def build_manifest(work: Path) -> None:
-    """`demo/manifest.json`: every shipped file with its size and hash, and the figures measured on it."""
+    """Write `demo/manifest.json`: size and hash of every shipped file, and the figures that were measured."""
     files = sorted(
         path for folder in ("model", "encoders", "i2l") for path in (DEMO / folder).rglob("*") if path.is_file()
     )

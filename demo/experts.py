@@ -1,10 +1,14 @@
-"""What each i2L expert is worth at step 0, before any training: python -m demo.experts [--creatures 20]
+"""Measure each set of i2L experts at step 0, before any training: python -m demo.experts [--creatures 20]
 
-For creatures of the tier new: six reference pictures, six held-out ones of other scenes. For each set of experts the
-held-out stable loss, over three draws of its noise, with the creature's own pictures and with the next creature's, and
-the drift on prompts that have nothing to do with it: the mean squared distance of the samples' latents from the base's
-own at equal seeds. Then the same with strength = "auto", which tries on the training pictures the seed of its
-own pictures, or of the next creature's. Results go to OUTPUT/report.json and OUTPUT/report.md.
+Each creature of the tier "new" has six reference pictures, and six held-out pictures of other scenes. For each set of
+experts the report has
+
+    loss   the held-out stable loss, over three draws of its noise: with the seed of the creature's own pictures
+           (right) and with the seed of the next creature's (wrong)
+    drift  on prompts that have nothing to do with the creature: the mean squared distance of the samples' latents from
+           those of the base with equal noise
+
+and the same for strength = "auto". It is written to OUTPUT/report.json and OUTPUT/report.md.
 """
 
 import argparse
@@ -23,7 +27,7 @@ from tqdm import tqdm
 
 import initializers
 from demo import creatures, painter
-from initializers.i2l import initializer as predict
+from initializers.i2l import initializer as i2l
 from trainer import adapter, plan, qwen_image, run, validation
 from trainer.adapter import AdapterWeights, InitContext
 from trainer.cli import guarded
@@ -37,7 +41,7 @@ SETS: dict[str, tuple[str, ...]] = {
     "Coarse + Fine + Bias": ("coarse", "fine", "bias"),
 }
 NOISE_SEEDS = (0, 1, 2)
-FIRST_CREATURE = 200  # of the tier new
+FIRST_CREATURE = 200  # index in the tier "new"
 DEVICE = torch.device("cpu")
 
 
@@ -45,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m demo.experts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--creatures", type=int, default=20, help="how many (default: 20)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/experts"))
+    parser.add_argument("--creatures", type=int, default=20, help="number of creatures (default: 20)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/experts"), help="folder of the report (default: outputs/experts)"
+    )
     options = parser.parse_args(arguments)
     return guarded(lambda: measure_all(options.output, options.creatures), again="give the same command again")
 
@@ -75,11 +81,11 @@ class _Creature:
 
 
 class _World:
-    """The demo's base with whatever seed is held on it."""
+    """The demo's base, on which seeds are measured one after another."""
 
     def __init__(self) -> None:
         self._config, start = plan.load_config(creatures.CONFIG, ["init.method=i2l"], initializers)
-        self._options: predict.Config = start.options
+        self._options: i2l.Config = start.options
         base = self._config.model.base
         self._transformer = qwen_image.load_transformer(self._config.model, DEVICE)
         self._sampler = qwen_image.Sampler(base)
@@ -104,15 +110,15 @@ class _World:
         rows: list[dict[str, Any]] = [self._row(creature, "none", "none", AdapterWeights({}))]
         for name, experts in SETS.items():
             for pictures, shown in (("right", creature.index), ("wrong", other)):
-                weights, _ = self._seed(creature, output, shown, predict.Config(experts=experts))
+                weights, _ = self._seed(creature, output, shown, i2l.Config(experts=experts))
                 rows.append(self._row(creature, name, pictures, weights))
         return rows
 
     def choose(self, creature: _Creature, output: Path, other: int) -> list[dict[str, Any]]:
-        """The same for strength = "auto", with the experts of the configuration, and the strength that it takes."""
+        """The same rows for strength = "auto" with the configuration's experts, and the strength that it chooses."""
         rows = []
         for pictures, shown in (("right", creature.index), ("wrong", other)):
-            options = predict.Config(experts=self._options.experts, strength="auto")
+            options = i2l.Config(experts=self._options.experts, strength="auto")
             weights, report = self._seed(creature, output, shown, options)
             row = self._row(creature, "auto", pictures, weights)
             rows.append({**row, "strength": report["strength"], "tried": report["tried"]})
@@ -127,14 +133,15 @@ class _World:
         return {"creature": creature.index, "set": name, "pictures": pictures, "loss": loss, "drift": drift}
 
     def _seed(
-        self, creature: _Creature, output: Path, index: int, options: predict.Config
+        self, creature: _Creature, output: Path, index: int, options: i2l.Config
     ) -> tuple[AdapterWeights, dict[str, Any]]:
-        """What creature `index`'s pictures give, tried, if that is asked for, on those of `creature`."""
+        """The seed of the pictures of creature `index`, and its report. "auto" compares strengths on the pictures of
+        `creature`."""
         folder = creatures.paint(output, "new", index)
         images = tuple(sorted(folder.glob("*.png")))
         context = replace(creature.context, images=images, log=lambda message: None)
         options = replace(options, weights=self._options.weights, encoders=self._options.encoders)
-        seed = predict.initialize(context, options)
+        seed = i2l.initialize(context, options)
         factors = {name: truncate(x, context.rank)[0] for name, x in seed.weights.factors.items()}
         return AdapterWeights(factors), seed.report
 
@@ -153,8 +160,8 @@ class _World:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each set and pictures: mean loss over creatures and noise, its spread over noise seeds, how often it is
-    below the base, and the drift."""
+    """For each set of experts and kind of pictures: the mean loss over creatures and noise, its standard deviation over
+    noise seeds, the number of creatures whose loss is below the base's, and the drift."""
     base = {row["creature"]: mean(row["loss"]) for row in rows if row["set"] == "none"}
     found = []
     for name, pictures in dict.fromkeys((row["set"], row["pictures"]) for row in rows):
@@ -176,8 +183,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def table(summary: Sequence[Mapping[str, Any]], creatures: int, rank: int) -> str:
     """The summary as Markdown."""
     lines = [
-        f"Held-out stable loss at step 0 over {creatures} creatures of the tier new, seeds of rank {rank}, "
-        f"mean (spread over {len(NOISE_SEEDS)} noise seeds).",
+        f"Held-out stable loss at step 0: the mean over {creatures} creatures of the tier new, with seeds of rank "
+        f"{rank} (in brackets the standard deviation over {len(NOISE_SEEDS)} noise seeds).",
         "",
         "| experts | right pictures | below the base | wrong pictures | below the base | drift |",
         "|---|---|---|---|---|---|",
@@ -196,7 +203,7 @@ def table(summary: Sequence[Mapping[str, Any]], creatures: int, rank: int) -> st
 
 
 def strength_table(rows: Sequence[Mapping[str, Any]], strengths: Sequence[Mapping[str, Any]]) -> str:
-    """What strength = "auto" takes, as Markdown."""
+    """The strengths that strength = "auto" chooses, as Markdown."""
     base = {row["creature"]: mean(row["loss"]) for row in rows if row["set"] == "none"}
     lines = [
         'strength = "auto", with the experts of configs/creatures.toml:',

@@ -1,6 +1,6 @@
-"""Put the samples of several runs side by side: python -m demo.figure OUTPUT.png RUN_FOLDER ... [--row N]
+"""Put the samples of several runs into one picture: python -m demo.figure OUTPUT.png RUN_FOLDER ... [--row N]
 
-A row for each run, a column for each step; below them the training pictures.
+It has a row for each run, a column for each step, and the training pictures below.
 """
 
 import argparse
@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("output", type=Path, help="the PNG to write")
     parser.add_argument("runs", type=Path, nargs="+", help="output folders of runs of one configuration")
-    parser.add_argument("--row", type=int, default=0, help="which of the configuration's prompts (default: the first)")
-    parser.add_argument("--columns", type=int, default=8, help="steps shown, from the first (default: 8)")
+    parser.add_argument("--row", type=int, default=0, help="number of the prompt, from 0 (default: 0)")
+    parser.add_argument("--columns", type=int, default=8, help="number of steps shown, from the first (default: 8)")
     options = parser.parse_args(arguments)
     reports = [json.loads((run / "run.json").read_text(encoding="utf-8")) for run in options.runs]
     prompt = reports[0]["config"]["validation"]["prompts"][options.row]

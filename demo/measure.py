@@ -1,4 +1,4 @@
-"""Does the pipeline draw what the prompt says? A small classifier, trained on painted pictures, reads its drawings."""
+"""Measure whether the pipeline draws what the prompt says: a small classifier reads it, trained on painted ones."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ NUM_INFERENCE_STEPS, TRUE_CFG_SCALE = 20, 2.0
 
 
 class Classifier(nn.Module):
-    """Pixels B 3 64 64 in [0, 1] to one set of logits for each trait."""
+    """Pixels, B 3 64 64 in [0, 1] -> trait -> logits, B values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Classifier(nn.Module):
 
 
 def traits_of(who: painter.Identity, where: painter.Scene) -> dict[str, int]:
-    """The index of each trait's value."""
+    """Trait -> index of its value in `TRAITS`."""
     values = {
         "shape": who.shape,
         "colour": who.colour,
@@ -96,7 +96,7 @@ def _pixels(pictures: list[painter.Image] | list[Image.Image]) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: Classifier, pictures: list[Image.Image], labels: list[dict[str, int]]) -> dict[str, float]:
-    """Share of pictures in which the classifier sees the trait that was asked for."""
+    """Trait -> share of pictures in which the classifier sees the value that was asked for."""
     logits = model(_pixels(pictures))
     return {
         name: round(float((logits[name].argmax(1) == torch.tensor([row[name] for row in labels])).float().mean()), 3)
@@ -105,10 +105,10 @@ def accuracy(model: Classifier, pictures: list[Image.Image], labels: list[dict[s
 
 
 def measure_prompts(model_folder: Path, sheet: Path) -> dict[str, dict[str, float]]:
-    """Draw held-out prompts (creatures of the tier "new", with their traits) and read them back.
+    """Draw prompts of held-out creatures (tier "new", with their traits) and read the drawings with the classifier.
 
-    Returns the accuracy for each trait on the drawings, on painted pictures, and on those after the VAE; writes a
-    sheet of the first drawings under the painted pictures of the same words.
+    Returns the accuracy for each trait on the drawings, on painted pictures, and on painted pictures that went through
+    the VAE. `sheet` shows the first drawings below the painted pictures of the same words.
     """
     classifier = train_classifier()
     pairs = [(painter.identity("new", 1000 + i), painter.scene(700 + i)) for i in range(NUM_PROMPTS)]
@@ -119,7 +119,7 @@ def measure_prompts(model_folder: Path, sheet: Path) -> dict[str, dict[str, floa
     decoded = [p for i in range(0, NUM_PROMPTS, 50) for p in _through(vae, painted[i : i + 50])]
     encode = qwen_image.PromptEncoder(qwen_image.TextEncoder(base, device), torch.float32)
     prompts = encode([painter.caption(where, who) for who, where in pairs])
-    empty = encode([""])[0]
+    negative = encode([qwen_image.NO_CAPTION])[0]  # the base was pretrained with it
     transformer = qwen_image.load_transformer(qwen_image.ModelConfig(base=base, dtype="fp32"), device)
     sampler = qwen_image.Sampler(base)
     drawn = []
@@ -131,7 +131,7 @@ def measure_prompts(model_folder: Path, sheet: Path) -> dict[str, dict[str, floa
             seeds=numbers.tolist(),
             num_inference_steps=NUM_INFERENCE_STEPS,
             true_cfg_scale=TRUE_CFG_SCALE,
-            negative_prompt=empty,
+            negative_prompt=negative,
             batch_size=len(numbers),
         )
         drawn += qwen_image.decode_latents(vae, latents)

@@ -1,19 +1,19 @@
-"""Paint cartoon creatures: who they are (`Identity`) apart from where they are (`Scene`).
+"""Paint cartoon creatures: a picture is made from who is shown (`Identity`) and in which scene (`Scene`).
 
-Everything is drawn from signed distance fields on a 64x64 grid, about 1 ms a picture, and is a pure
-function of its arguments. Seeds fix disjoint sets of identities, so that what pretraining or hypernetwork
-training has seen can never be a held-out subject:
+Everything is drawn from signed distance fields on a 64x64 grid, about 1 ms a picture, and is a pure function of its
+arguments. Identities come in tiers with disjoint seeds, so that no creature of pretraining or hypernetwork training can
+be a held-out subject:
 
     pretrain  seeds         0 ..   999,999   every trait of the world
     hyper     seeds 1,000,000 .. 1,999,999   no trait of `TRAIT_ONLY`
     new       seeds 2,000,000 .. 2,999,999   held out; the traits of `hyper`
-    trait     seeds 3,000,000 .. 3,999,999   held out; horns, and spots in every other one
-    foreign   seeds 4,000,000 .. 4,999,999   held out; features that no training has ever shown
+    trait     seeds 3,000,000 .. 3,999,999   held out; all with horns, every second one with spots
+    foreign   seeds 4,000,000 .. 4,999,999   held out; features that no training has shown
 """
 
 import colorsys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,7 @@ Field = NDArray[np.floating]
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """One creature, the same in every scene. Hues are named, but each creature has its own shade."""
+    """What a creature looks like, the same in every scene. Hues have names, but each creature has its own shade."""
 
     shape: str
     colour: str
@@ -69,13 +69,15 @@ class Identity:
     num_eyes: int
     belly: bool
     eye_colour: str = "black"
-    shade: tuple[float, float, float] = (0.0, 0.0, 0.0)  # shift of hue, saturation, value; each in [-1, 1]
-    patch_side: int = 1  # -1 left, 1 right; of the pattern "patches"
+    shade: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Shift of hue, saturation and value, each in [-1, 1]."""
+    patch_side: int = 1
+    """Side of the patch in the pattern "patches": -1 left, 1 right."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Where and how large; `seed` fixes small shifts, and on which side the background's sun, cloud or window is."""
+    """Background, place and size. `seed` fixes small shifts, and the side of the background's sun, cloud or window."""
 
     background: str
     place: str
@@ -125,7 +127,7 @@ def scene(seed: int) -> Scene:
 
 
 def caption(where: Scene, who: Identity | None = None, name: str | None = None) -> str:
-    """The scene in words; with `who` the creature's traits too, with `name` that name in front."""
+    """The scene in words. With `who`, the creature's traits are named too; with `name`, that name comes first."""
     subject = f"a {where.size} creature"
     if who is not None:
         subject = f"a {where.size} {who.colour} {who.shape} creature with {_NUMBER_WORDS[who.num_eyes]}"
@@ -176,7 +178,8 @@ def _box(x: Field, y: Field, rx: float, ry: float, corner: float) -> Field:
     return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0) - corner
 
 
-def _segment(x: Field, y: Field, x0: float, y0: float, x1: float, y1: float, width: float) -> Field:
+def _segment(x: Field, y: Field, start: tuple[float, float], end: tuple[float, float], width: float) -> Field:
+    (x0, y0), (x1, y1) = start, end
     dx, dy = x1 - x0, y1 - y0
     along = np.clip(((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy), 0, 1)
     return np.hypot(x - x0 - along * dx, y - y0 - along * dy) - width / 2
@@ -190,7 +193,7 @@ def _triangle(x: Field, y: Field, half_width: float, top: float, bottom: float) 
 
 
 def _background(kind: str, side: int) -> Field:
-    """side: -1 or 1, where the sun, the moon, the cloud or the window is."""
+    """side: -1 or 1, the side of the sun, the moon, the cloud or the window."""
     sky, ground = {
         "meadow": ((0.62, 0.85, 0.98), (0.45, 0.72, 0.33)),
         "night": ((0.07, 0.09, 0.25), (0.14, 0.20, 0.24)),
@@ -221,22 +224,28 @@ def _background(kind: str, side: int) -> Field:
     return canvas
 
 
-def _body(shape: str, x: Field, y: Field, r: float) -> tuple[Field, float, float]:
-    """Distance to the body's outline, its half width, and its top."""
+class _Body(NamedTuple):
+    distance: Field
+    """Pixels to the outline; negative inside."""
+    half_width: float
+    top: float
+
+
+def _body(shape: str, x: Field, y: Field, r: float) -> _Body:
     match shape:
         case "round":
-            return _ellipse(x, y, r, r), r, -r
+            return _Body(_ellipse(x, y, r, r), r, -r)
         case "square":
-            return _box(x, y, 0.9 * r, 0.9 * r, 0.25 * r), 0.9 * r, -0.9 * r
+            return _Body(_box(x, y, 0.9 * r, 0.9 * r, 0.25 * r), 0.9 * r, -0.9 * r)
         case "tall":
-            return _ellipse(x, y, 0.72 * r, 1.12 * r), 0.72 * r, -1.12 * r
+            return _Body(_ellipse(x, y, 0.72 * r, 1.12 * r), 0.72 * r, -1.12 * r)
         case "wide":
-            return _ellipse(x, y - 0.15 * r, 1.2 * r, 0.82 * r), 1.2 * r, -0.67 * r
+            return _Body(_ellipse(x, y - 0.15 * r, 1.2 * r, 0.82 * r), 1.2 * r, -0.67 * r)
         case "pear":
             top = _ellipse(x, y + 0.42 * r, 0.62 * r, 0.62 * r)
-            return np.minimum(top, _ellipse(x, y - 0.25 * r, 0.98 * r, 0.74 * r)), 0.8 * r, -1.04 * r
+            return _Body(np.minimum(top, _ellipse(x, y - 0.25 * r, 0.98 * r, 0.74 * r)), 0.8 * r, -1.04 * r)
         case "triangle":
-            return _triangle(x, y, 1.15 * r, -1.15 * r, 0.95 * r), 0.75 * r, -1.0 * r
+            return _Body(_triangle(x, y, 1.15 * r, -1.15 * r, 0.95 * r), 0.75 * r, -1.0 * r)
     raise ValueError(f"unknown shape {shape!r}")
 
 
@@ -260,7 +269,8 @@ def _pattern(who: Identity, x: Field, y: Field, r: float) -> Field:
     raise ValueError(f"unknown pattern {who.pattern!r}")
 
 
-def _headgear(canvas: Field, who: Identity, x: Field, y: Field, r: float, half: float, top: float) -> None:
+def _headgear(canvas: Field, who: Identity, x: Field, y: Field, r: float, body: _Body) -> None:
+    _, half, top = body
     colour, dark = _colour(who.headgear_colour), _colour(who.headgear_colour, value=0.6)
     sides = (-1, 1)
     match who.headgear:
@@ -277,7 +287,7 @@ def _headgear(canvas: Field, who: Identity, x: Field, y: Field, r: float, half: 
             _blend(canvas, _box(x, y - top + 0.10 * r, 0.43 * r, 0.09 * r, 0.0), dark)
             _blend(canvas, _box(x, y - top - 0.06 * r, 0.72 * r, 0.11 * r, 0.08 * r), colour)
         case "antenna":
-            _blend(canvas, _segment(x, y, 0, top + 2, 0, top - 0.42 * r, 0.14 * r), dark)
+            _blend(canvas, _segment(x, y, (0, top + 2), (0, top - 0.42 * r), 0.14 * r), dark)
             _blend(canvas, _ellipse(x, y - top + 0.48 * r, 0.21 * r, 0.21 * r), colour)
         case "bow":
             for side in sides:
@@ -289,13 +299,14 @@ def _headgear(canvas: Field, who: Identity, x: Field, y: Field, r: float, half: 
 
 def _creature(canvas: Field, who: Identity, centre_x: float, centre_y: float, r: float) -> None:
     x, y = _X - centre_x, _Y - centre_y
-    body, half, top = _body(who.shape, x, y, r)
+    shape = _body(who.shape, x, y, r)
+    body, half, top = shape
     colour = _colour(who.colour, who.shade)
     outline = 0.35 * colour
     _blend(canvas, _ellipse(x, y - 1.0 * r, 0.95 * r, 0.13 * r), 0.0, 0.25)
     for side in (-1, 1):
         _blend(canvas, _ellipse(x - side * 0.42 * r, y - 0.93 * r, 0.26 * r, 0.16 * r), outline)
-    _headgear(canvas, who, x, y, r, half, top)
+    _headgear(canvas, who, x, y, r, shape)
     _blend(canvas, body - 0.6, outline)
     _blend(canvas, body + 0.6, colour)
     if who.pattern != "plain":

@@ -1,6 +1,7 @@
-"""The miniature Qwen2.5-VL: a tokenizer on which Qwen-Image's templates have their true lengths, and a random model.
+"""The miniature Qwen2.5-VL: a tokenizer and a model with random weights.
 
-A random text encoder is enough here: its hidden states tell words apart, and the transformer learns what they mean.
+Qwen-Image's prompt templates have as many tokens as with the published tokenizer.
+Random weights are enough: the hidden states of different words differ, and the transformer learns what they mean.
 """
 
 import json
@@ -36,7 +37,7 @@ def templates() -> tuple[str, str]:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE trained until every word of the templates and of the captions is one token, as in Qwen's own."""
+    """Byte-level BPE, trained until every word of the templates and captions is one token, as it is in Qwen's own."""
     words = [*templates(), "assistant\n"]
     for background in painter.BACKGROUNDS.values():
         words.append(f"a small big creature {background}, {', '.join(painter.PLACES.values())}")
@@ -69,7 +70,7 @@ def _plain_text(text: str) -> str:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """Random weights, seed 0; with the vision tower, patches as in the original (224 pixels give 64 tokens)."""
+    """The model with its vision tower, with random weights (seed 0). 224 pixels give 64 tokens, as in the original."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config={

@@ -17,13 +17,14 @@ from trainer.loop import Loss
 from trainer.tracking import Tracker
 
 L1_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 0.15, 0.1, 1e-4
+NUM_BATCHES = 16  # of 32 pictures, on which `latents_mean` and `latents_std` are measured
 
 
 def new_vae() -> AutoencoderKLQwenImage:
-    """Random weights, seed 0, scaled so that a picture's signal keeps its size through every convolution.
+    """With random weights (seed 0), scaled so that the signal of a picture keeps its size through every convolution.
 
-    PyTorch's default start shrinks it by 3 at each one (half of that for the two frames of zeros), below the biases:
-    from there, 2000 steps do what these weights do in 200.
+    With PyTorch's default weights it becomes three times smaller at each one, partly because two of three frames are
+    zeros, and soon smaller than the biases: training then needs 2000 steps for what these weights reach in 200.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -40,9 +41,9 @@ def new_vae() -> AutoencoderKLQwenImage:
 
 @contextmanager
 def single_frame_convolutions() -> Iterator[None]:
-    """Run causal 3-D convolutions over one frame as the 2-D convolutions that they then are: a third of the time.
+    """Compute causal 3-D convolutions over one frame as 2-D convolutions, in a third of the time.
 
-    The frames before the first are zeros, so only the last temporal slice of a kernel meets a picture.
+    The result is the same: the frames before the first are zeros, so only the last temporal slice of a kernel matters.
     """
 
     def forward(self: QwenImageCausalConv3d, x: Tensor, cache_x: object = None) -> Tensor:
@@ -59,12 +60,12 @@ def single_frame_convolutions() -> Iterator[None]:
 
 
 def to_pixels(pictures: list[painter.Image]) -> Tensor:
-    """(B, 3, 1, H, W) in [-1, 1], as the VAE takes it."""
+    """Pictures as the VAE takes them: B 3 1 H W in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).unsqueeze(2).float() / 127.5 - 1
 
 
 def random_pictures(seed: tuple[int, ...], count: int) -> list[painter.Image]:
-    """Any creature of pretraining in any scene."""
+    """Random creatures of the tier "pretrain" in random scenes."""
     rng = np.random.default_rng(seed)
     return [
         painter.paint(painter.identity("pretrain", int(rng.integers(painter.TIER_SEEDS))), painter.scene(int(s)))
@@ -73,7 +74,7 @@ def random_pictures(seed: tuple[int, ...], count: int) -> list[painter.Image]:
 
 
 class VaeObjective:
-    """Squared and absolute error of pixels, absolute error of edges, and a light KL term."""
+    """The loss: squared and absolute error of pixels, absolute error of edges, and a small KL term."""
 
     def __init__(self, batch_size: int):
         self.module: Any = new_vae()
@@ -110,11 +111,11 @@ def psnr(decoded: Tensor, pixels: Tensor) -> float:
 
 @torch.no_grad()
 def finish(vae: AutoencoderKLQwenImage, folder: Path) -> float:
-    """Measure `latents_mean` and `latents_std` on 512 pictures, save in half precision, return the PSNR in dB."""
+    """Measure `latents_mean` and `latents_std`, and write the VAE in half precision. Returns its PSNR in dB."""
     vae = vae.half().float()
     with single_frame_convolutions():
         codes = torch.cat(
-            [vae.encode(to_pixels(random_pictures((2, i), 32))).latent_dist.mean for i in range(16)]
+            [vae.encode(to_pixels(random_pictures((2, i), 32))).latent_dist.mean for i in range(NUM_BATCHES)]
         )  # B C 1 h w
     mean, std = codes.mean(dim=(0, 2, 3, 4)), codes.std(dim=(0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

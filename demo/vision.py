@@ -1,6 +1,6 @@
-"""Pretrain the miniature SigLIP2 and DINOv3 to name a creature's traits, as the web did for the published ones.
+"""Pretrain the miniature SigLIP2 and DINOv3 to name a creature's traits; the published ones learned from the web.
 
-On creatures of the tier "pretrain", so with every trait of the world: hypernetwork training then shows fewer.
+The creatures are of the tier "pretrain", which has every trait of the world. Hypernetwork training shows fewer.
 """
 
 from pathlib import Path
@@ -32,11 +32,11 @@ TRAITS: dict[str, tuple[str, ...]] = {
     "patch_side": ("-1", "1"),
 }
 NUM_SHADES = 3
-UNSEEN = -100  # the class of a trait that does not show, as cross_entropy ignores it
+UNSEEN = -100  # the class of a trait that cannot be seen, such as a headgear's colour without one; it is not learned
 
 
 def new_encoders() -> tuple[SiglipVisionModel, DINOv3ViTModel]:
-    """Random weights, seed 0: 64x64 pixels in patches of 8."""
+    """Both encoders for 64x64 pixels in patches of 8, with random weights (seed 0)."""
     small: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3}
     small |= {"num_attention_heads": 4, "image_size": 64, "patch_size": 8}
     with torch.random.fork_rng():
@@ -50,13 +50,13 @@ def new_encoders() -> tuple[SiglipVisionModel, DINOv3ViTModel]:
 
 
 def save_encoders(siglip: SiglipVisionModel, dinov3: DINOv3ViTModel, folder: Path) -> None:
-    """In the published layout, in single precision."""
+    """Write both in the published layout, in single precision."""
     encoders.save_siglip(siglip, folder / encoders.SIGLIP_FOLDER)
     encoders.save_dinov3(dinov3, folder / encoders.DINOV3_FOLDER)
 
 
 def classes(who: painter.Identity) -> list[int]:
-    """The class of each of `TRAITS`."""
+    """The class of each trait, in the order of `TRAITS`."""
     shows = {
         "pattern_colour": who.pattern != "plain",
         "headgear_colour": who.headgear != "nothing",
@@ -68,7 +68,7 @@ def classes(who: painter.Identity) -> list[int]:
 
 
 class Pictures:
-    """Creatures in scenes with what is to be named: pixels N 3 64 64 uint8, traits N T, shades N 3."""
+    """Creatures in scenes, with what an encoder should name: pixels N 3 64 64 uint8, traits N T, shades N 3."""
 
     def __init__(self, seed: int, tier: painter.Tier, count: int):
         rng, pixels, traits, shades = np.random.default_rng([23, seed]), [], [], []
@@ -82,7 +82,7 @@ class Pictures:
 
 
 class VisionObjective:
-    """Cross entropy of each trait and squared error of the shade, from each encoder's embedding alone."""
+    """The loss: cross entropy of each trait and squared error of the shade, by each encoder's embedding alone."""
 
     def __init__(self, batch_size: int):
         self.siglip, self.dinov3 = new_encoders()
@@ -93,7 +93,7 @@ class VisionObjective:
         self._train, self._held_out = Pictures(0, "pretrain", NUM_PICTURES), Pictures(1, "new", NUM_HELD_OUT)
 
     def _read(self, pixels: Tensor) -> list[tuple[Tensor, ...]]:
-        """For each encoder the logits of each trait, and last the shade."""
+        """For each encoder: the logits of each trait, and then the shade."""
         siglip, dinov3 = encoders.square_pixels(
             pixels.float() / 255, self.siglip.config.image_size, self.dinov3.config.image_size
         )
@@ -112,7 +112,7 @@ class VisionObjective:
         return Loss(value, f"random creatures {step}")
 
     def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
-        """On creatures of the tier "new": the share of traits each encoder names, and the shades' squared error."""
+        """On creatures of the tier "new": share of traits that each encoder names, and squared error of the shades."""
         values = {}
         for name, (*logits, shade) in zip(("siglip", "dinov3"), self._read(self._held_out.pixels), strict=True):
             named = torch.stack([scores.argmax(1) for scores in logits], dim=1) == self._held_out.traits

@@ -1,21 +1,24 @@
-"""What a LoRA can start from, and `warm_start`: one line for scripts. See `registry` for how to add an initializer."""
+"""What a LoRA can start from: one module for each method, with a `Config` and `initialize(context, config) -> Seed`.
 
+To add an initializer, write its module and add a line to `_MODULES`; CONTRIBUTING.md has an example. A module may also
+have `check(config)`, `needs(config, base)`, `identity(config)` and `embed(pictures, config, device)`: the functions
+below say what each returns. A module is imported when it is asked for, so that importing this package costs nothing.
+"""
+
+import difflib
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from initializers.registry import (
-    UnknownInitializer,
-    check,
-    config_class,
-    embed,
-    get,
-    identity,
-    names,
-    needs,
-    resolve,
-)
-
 if TYPE_CHECKING:
-    from initializers.script import warm_start
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from trainer.adapter import Initializer
+    from trainer.hub.sources import Need
 
 __all__ = [
     "UnknownInitializer",
@@ -30,11 +33,81 @@ __all__ = [
     "warm_start",
 ]
 
+_MODULES = {
+    "random": "initializers.random",
+    "gaussian": "initializers.gaussian",
+    "file": "initializers.file",
+    "i2l": "initializers.i2l",
+}
+
+
+class UnknownInitializer(ValueError):
+    """Neither the name of an initializer nor the path of a LoRA."""
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_MODULES)
+
+
+def resolve(method: str) -> tuple[str, dict[str, Any]]:
+    """The initializer's name, and keys to set in its table `[init.<name>]`.
+
+    The path of an existing LoRA, in place of a name, means the initializer "file" with that `path`. UnknownInitializer
+    if `method` is neither.
+    """
+    if method in _MODULES:
+        return method, {}
+    if Path(method).expanduser().exists():
+        return "file", {"path": method}
+    near = difflib.get_close_matches(method, _MODULES, n=1)
+    raise UnknownInitializer(
+        f'"{method}" is neither an initializer ({", ".join(_MODULES)}) nor an existing LoRA file or folder'
+        + (f'; did you mean "{near[0]}"?' if near else "")
+    )
+
+
+def config_class(method: str) -> type[Any]:
+    """The dataclass of `[init.<name>]`."""
+    return _module(method).Config
+
+
+def check(method: str, config: Any) -> list[str]:
+    """Problems of `config` that can be found before any model loads, such as missing files. Empty if there are none."""
+    module = _module(method)
+    if hasattr(module, "check"):
+        return list(module.check(config))
+    return list(config.problems()) if hasattr(config, "problems") else []
+
+
+def needs(method: str, config: Any, base: str) -> "list[Need]":
+    """The files of models that the initializer loads, those of `base` included."""
+    module = _module(method)
+    return list(module.needs(config, base)) if hasattr(module, "needs") else []
+
+
+def identity(method: str, config: Any) -> list[str]:
+    """Hashes of the files that the initializer reads, as far as they are on this machine; only samples are read."""
+    module = _module(method)
+    return list(module.identity(config)) if hasattr(module, "identity") else []
+
+
+def embed(method: str, config: Any, pictures: "Sequence[Image]", device: "torch.device") -> dict[str, "Tensor"]:
+    """Embeddings of RGB pictures by the initializer's image encoders: encoder's name -> N D. Empty if it has none."""
+    module = _module(method)
+    return dict(module.embed(pictures, config, device)) if hasattr(module, "embed") else {}
+
+
+def get(method: str) -> "Initializer":
+    """The function `initialize(context, config) -> Seed` of the initializer."""
+    return _module(method).initialize
+
+
+def _module(method: str) -> ModuleType:
+    return import_module(_MODULES[resolve(method)[0]])
+
 
 def __getattr__(name: str) -> Any:
-    """`warm_start` brings PEFT along: it is imported when it is asked for."""
+    """`warm_start` needs PEFT, which takes seconds to import: it is imported when it is asked for."""
     if name == "warm_start":
-        from initializers.script import warm_start
-
-        return warm_start
+        return import_module("initializers.script").warm_start
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A LoRA from a file, in any layout; the adapter brings it to the rank of the run."""
+"""Start from the LoRA in a file, in any layout. The adapter truncates or pads it to the rank of the run."""
 
 import math
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ class Config:
     """`[init.file]`"""
 
     path: str = ""
-    """A .safetensors file, or a folder as PEFT or diffusers writes it. `--init PATH` sets it."""
+    """The LoRA: a .safetensors file, or a folder that PEFT or diffusers has written. `--init PATH` sets it."""
     strength: float = 1.0
-    """The seed is multiplied by this: 1 is the file's own effect."""
+    """Factor of the LoRA: 1 is its own effect. Lower it if the LoRA is too strong a start."""
 
     def problems(self) -> list[str]:
         if math.isfinite(self.strength) and self.strength != 0:
             return []
-        return ['strength must be a number other than 0; to start without the file, choose method = "random"']
+        return ['strength must be a finite number other than 0; to start without the file, choose method = "random"']
 
 
 def check(config: Config) -> list[str]:
-    """Whether the file can be read, from its header, before any model loads."""
+    """Problems of the configuration and of the file, from its header. Empty if there are none."""
     if not config.path:
         return [*config.problems(), "path must name a LoRA file or folder"]
     found = config.problems()

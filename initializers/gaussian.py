@@ -1,4 +1,4 @@
-"""PEFT's `init_lora_weights="gaussian"`: a normal with standard deviation 1 / rank, b zero, so that dW is zero."""
+"""PEFT's `init_lora_weights="gaussian"`: a normal, with standard deviation 1 / rank; b zero, so that dW is zero."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from trainer.lowrank import LowRank
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`[init.gaussian]`: nothing to choose."""
+    """`[init.gaussian]`: there are no keys."""
 
 
 def initialize(context: InitContext, config: Config) -> Seed:

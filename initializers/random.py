@@ -1,4 +1,4 @@
-"""PEFT's default start: a uniform within 1 / sqrt(in_features), b zero, so that dW is zero."""
+"""PEFT's default start: a uniform in +-1 / sqrt(in_features), b zero, so that dW is zero."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ from trainer.lowrank import pad, zeros
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`[init.random]`: nothing to choose."""
+    """`[init.random]`: there are no keys."""
 
 
 def initialize(context: InitContext, config: Config) -> Seed:
-    """The rows that `apply_seed` gives to a module without a seed, so that every method starts those alike."""
+    """The same values that `apply_seed` puts into a module that a seed does not cover: equal for every initializer."""
     factors = {
         name: pad(zeros(in_features, out_features), context.rank, generator(context.seed, "adapter", name))
         for name, (in_features, out_features) in context.modules.items()

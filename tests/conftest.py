@@ -1,5 +1,6 @@
 """A tiny Qwen-Image of the real classes with random weights, and a folder of painted pictures."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from PIL import Image
 from demo import base, build, painter, text_encoder
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Runs collect garbage: what the imports have made need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 import initializers
-from initializers.i2l.training import train as i2l_train
+from initializers.i2l.training.train import HypernetworkConfig
 from trainer import config
 from trainer.hardware import memory
 from trainer.plan import RunConfig, load_config
@@ -23,7 +23,7 @@ def of_a_hypernetwork(path: Path) -> bool:
 
 def load(path: Path, *overrides: str) -> object:
     if of_a_hypernetwork(path):
-        return i2l_train.load(path, [*overrides])
+        return config.load(HypernetworkConfig, path, overrides)
     return load_config(path, [*overrides], initializers)[0]
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from diffusers import QwenImagePipeline
 
 import initializers
 import train as program
-from demo import base, build, creatures, experts, measure, painter, vision
+from demo import base, build, creatures, experts, measure, painter, vae, vision
 from demo.text_encoder import templates
 from initializers.i2l.expert import read_geometry
 from initializers.i2l.layout import FILES, module_shapes
@@ -158,66 +159,98 @@ def test_the_shipped_pictures_are_the_painters(tmp_path: Path, monkeypatch: pyte
         assert file.read_bytes() == (tmp_path / "zorp" / file.name).read_bytes()
 
 
-def test_everything_can_be_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All steps, in order, with two updates each; what they ship fits together, and a second call does nothing."""
-    demo, work = tmp_path / "demo", tmp_path / "work"
+@pytest.fixture
+def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in place of demo/, and steps that take seconds: two updates on a few pictures."""
+    demo = tmp_path / "demo"
     for name, value in {"DEMO": demo, "MODEL": demo / "model", "IMAGES": demo / "images"}.items():
         monkeypatch.setattr(build, name, value)
     for name in ("VAE_TRAIN", "BASE_TRAIN", "VISION_TRAIN"):
         monkeypatch.setattr(build, name, replace(getattr(build, name), steps=2, batch_size=2, warmup_steps=0))
-    for name in ("NUM_SUBJECTS", "NUM_DETAIL_SUBJECTS", "NUM_DRAWN"):
-        monkeypatch.setattr(build, name, 6)
-    monkeypatch.setattr(base, "NUM_PICTURES", 264)
-    monkeypatch.setattr(vision, "NUM_PICTURES", 8)
-    monkeypatch.setattr(vision, "NUM_HELD_OUT", 8)
-    monkeypatch.setattr(measure, "TRAIN_STEPS", 2)
-    monkeypatch.setattr(measure, "NUM_INFERENCE_STEPS", 2)
-    monkeypatch.setattr(measure, "NUM_PROMPTS", 24)
-    smaller = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "held_out_subjects": 2, "num_inference_steps": 2}
+    smaller: dict[Any, dict[str, int]] = {
+        build: {"NUM_SUBJECTS": 4, "NUM_DETAIL_SUBJECTS": 4, "NUM_DRAWN": 4},
+        vae: {"NUM_BATCHES": 1},
+        base: {"NUM_PICTURES": 16, "NUM_HELD_OUT": 8},
+        vision: {"NUM_PICTURES": 8, "NUM_HELD_OUT": 8},
+        measure: {"TRAIN_STEPS": 2, "NUM_INFERENCE_STEPS": 2, "NUM_PROMPTS": 24},
+    }
+    for module, values in smaller.items():
+        for name, number in values.items():
+            monkeypatch.setattr(module, name, number)
+    shorter = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "held_out_subjects": 2, "num_inference_steps": 2}
     for kind in FILES:
         name = f"i2l_creatures_{kind}.toml"
         text = Path("configs", name).read_text()
-        for key, value in smaller.items():
-            text, count = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
+        for key, number in shorter.items():
+            text, count = re.subn(rf"^{key} = .*$", f"{key} = {number}", text, flags=re.MULTILINE)
             assert count == 1, key
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(build, "CONFIGS", tmp_path)
+    return demo
 
-    assert build.main(["--work", str(work)]) == 0
-    manifest = json.loads((demo / "manifest.json").read_text())
-    shipped = json.loads((DEMO / "manifest.json").read_text())
-    assert set(manifest["files"]) == set(shipped["files"])
-    sizes = {name: manifest["files"][name]["bytes"] for name in shipped["files"] if name.endswith(".safetensors")}
-    assert sizes == {name: shipped["files"][name]["bytes"] for name in sizes}
-    assert manifest["figures"].keys() == shipped["figures"].keys()
-    text_files = [name for name in manifest["files"] if name.startswith(("model/tokenizer", "model/text_encoder"))]
-    assert len(text_files) > 4
-    for name in text_files:
-        assert manifest["files"][name]["sha256"] == shipped["files"][name]["sha256"], name
+
+def files_of_manifest(demo: Path) -> dict[str, dict[str, Any]]:
+    files = json.loads((demo / "manifest.json").read_text())["files"]
+    assert files
+    return files
+
+
+def assert_as_shipped(demo: Path) -> None:
+    """The files have the sizes of the shipped ones, and the text encoder is the very same."""
+    built, shipped = files_of_manifest(demo), files_of_manifest(DEMO)
+    for name in built:
+        if name.endswith(".safetensors"):
+            assert built[name]["bytes"] == shipped[name]["bytes"], name
+    same = [name for name in built if name.startswith(("model/tokenizer", "model/text_encoder"))]
+    assert len(same) > 4
+    for name in same:
+        assert built[name]["sha256"] == shipped[name]["sha256"], name
     QwenImagePipeline.from_pretrained(demo / "model")
 
-    text = creatures.CONFIG.read_text()
-    for part in ("model", "i2l", "encoders"):
-        assert f'"demo/{part}"' in text
-        text = text.replace(f'"demo/{part}"', f'"{demo / part}"')
-    (tmp_path / "creatures.toml").write_text(text)
-    monkeypatch.setattr(creatures, "CONFIG", tmp_path / "creatures.toml")
-    assert experts.main(["--creatures", "2", "--output", str(tmp_path / "experts")]) == 0
-    report = json.loads((tmp_path / "experts" / "report.json").read_text())
-    assert len(report["rows"]) == 2 * (1 + 2 * len(experts.SETS)) and len(report["summary"]) == 1 + 2 * len(
-        experts.SETS
-    )
-    assert [row["creature"] for row in report["strengths"]] == [200, 200, 201, 201]
-    assert "auto" in (tmp_path / "experts" / "report.md").read_text()
-    loss = {(row["set"], row["pictures"]): row["loss"] for row in report["summary"]}
-    sets = ["none", *experts.SETS]
-    assert len({loss[name, "none" if name == "none" else "right"] for name in sets}) == len(sets)
-    # each picture has its own effect too; hardly trained, it may be below what fp32 resolves
-    assert sum(loss[name, "right"] != loss[name, "wrong"] for name in experts.SETS) >= len(experts.SETS) - 1
 
-    before = manifest["files"]
-    assert build.main(["base", "vision", "subjects", *FILES, "drawn", "manifest", "--work", str(work)]) == 0
-    assert json.loads((demo / "manifest.json").read_text())["files"] == before
+def test_models_encoders_and_an_expert_can_be_built_anew(small_world: Path, tmp_path: Path) -> None:
+    """Every kind of step once; a second call changes nothing."""
+    steps = ["text", "vae", "base", "vision", "subjects", "style", "images", "measure", "manifest"]
+    assert build.main([*steps, "--work", str(tmp_path / "work")]) == 0
+    assert_as_shipped(small_world)
+    before = files_of_manifest(small_world)
+    experts_built = {name for name in before if name.startswith("i2l/")}
+    assert experts_built == {f"i2l/{FILES['style']}"} and any(name.startswith("encoders/") for name in before)
+    assert build.main(["base", "vision", "subjects", "style", "manifest", "--work", str(tmp_path / "work")]) == 0
+    assert files_of_manifest(small_world) == before
+
+
+@pytest.mark.slow
+def test_everything_can_be_built_anew(small_world: Path, tmp_path: Path) -> None:
+    """All steps, in order; what they make fits together, and a second call changes nothing."""
+    assert build.main(["--work", str(tmp_path / "work")]) == 0
+    assert_as_shipped(small_world)
+    before = files_of_manifest(small_world)
+    assert before.keys() == files_of_manifest(DEMO).keys()
+    figures = [json.loads((folder / "manifest.json").read_text())["figures"] for folder in (small_world, DEMO)]
+    assert figures[0].keys() == figures[1].keys()
+    again = ["base", "vision", "subjects", *FILES, "drawn", "manifest"]
+    assert build.main([*again, "--work", str(tmp_path / "work")]) == 0
+    assert files_of_manifest(small_world) == before
+
+
+def test_experts_are_measured_with_right_and_wrong_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two creatures with two pictures each."""
+    monkeypatch.setattr(creatures, "NUM_PICTURES", 2)
+    monkeypatch.setattr(experts, "NOISE_SEEDS", (0, 1))
+    sets = {name: experts.SETS[name] for name in ("Style", "Coarse + Fine + Bias")}
+    monkeypatch.setattr(experts, "SETS", sets)
+    assert experts.main(["--creatures", "2", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["rows"]) == 2 * (1 + 2 * 2) and len(report["summary"]) == 1 + 2 * 2
+    assert [row["creature"] for row in report["strengths"]] == [200, 200, 201, 201]
+    loss = {(row["set"], row["pictures"]): row["loss"] for row in report["summary"]}
+    for name in sets:
+        assert loss[name, "right"] < loss["none", "none"] < loss[name, "wrong"]
+    strength = {row["pictures"]: row["strength"] for row in report["strengths"]}
+    assert strength["right"] > 0
+    text = (tmp_path / "report.md").read_text()
+    assert 'strength = "auto"' in text and "| Style |" in text
 
 
 def test_the_command_of_the_readme_on_a_shorter_run(tmp_path: Path) -> None:
@@ -232,7 +265,7 @@ def test_the_command_of_the_readme_on_a_shorter_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_i2l_starts_where_a_random_start_never_arrives(tmp_path: Path) -> None:
-    """The README's claims on held-out creatures, with two of a tier and one seed."""
+    """The claims of docs/results.md on held-out creatures, with two of a tier and one seed."""
     assert creatures.main([str(tmp_path / "subjects"), "--creatures", "2"]) == 0
     arguments = ["--config", "configs/creatures.toml", "--output", str(tmp_path / "out"), "--quiet", "--seeds", "1"]
     arguments += [

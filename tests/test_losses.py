@@ -59,7 +59,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.xdist_group("losses")
 @pytest.mark.parametrize("name", RUNS)
 def test_the_curve_is_the_committed_one(
     name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

@@ -57,7 +57,7 @@ class AdapterConfig:
     target_modules: str | tuple[str, ...] = "i2l"
     """"i2l" (the 12 module types that i2L covers), "all" (14), "attention" (8), "diffusers" (4: its default), or a list
     of module types or names, such as ["attn.to_q", "transformer_blocks.0.img_mod.1"]."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
     """Layers with a rank of their own, by name: "transformer_blocks.0.attn.to_q" = 4. If alpha is not set, theirs is
     that rank."""
     use_rslora: bool = False

@@ -119,6 +119,18 @@ def stream_tensors(
     write_file(path, write)
 
 
+def random_tensors(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of random numbers for each shape, to `stream_tensors` files that stand in for real weights.
+
+    Normal, with standard deviation 0.02: small enough that what a model computes with them stays finite. All tensors
+    are cut from one block of numbers, since neither time nor memory depends on their values.
+    """
+    largest, random = max(map(math.prod, shapes.values())), torch.Generator().manual_seed(0)
+    numbers = (torch.randn(largest, generator=random) * 0.02).to(dtype)
+    for name, shape in shapes.items():
+        yield name, numbers[: math.prod(shape)].view(tuple(shape))
+
+
 def _sort_header(path: Path) -> None:
     """safetensors writes metadata in an order left to chance; equal content should be equal bytes."""
     with path.open("r+b") as file:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.adapter import TOLERANCE, AdapterError, AdapterWeights
 from trainer.flow import generator
-from trainer.lowrank import LowRank, norm, ordered, relative_difference
+from trainer.lowrank import LowRank, energy, energy_kept, norm, ordered, relative_difference
 
 ITERATIONS = 200
 
@@ -33,8 +33,8 @@ def apply_seed(
 ) -> dict[str, Any]:
     """Write effective factors into a LoHa or LoKr adapter, and verify it: the report says what became of them.
 
-    `energy_lost` is |dW - dW of the adapter|^2 / |dW|^2, of the module where it is largest and over all. AdapterError
-    if a LoHa does not hold the truncated factors.
+    `energy_kept` is 1 - |dW - dW of the adapter|^2 / |dW|^2, of all modules together and of the worst. AdapterError if
+    a LoHa does not hold the truncated factors.
     """
     found = dict(layers(transformer, adapter_name))
     whole = dict(weights.factors)
@@ -42,23 +42,19 @@ def apply_seed(
     if whole and not seeded:
         raise AdapterError("the seed has none of the modules that this adapter has")
     lost: dict[str, float] = {}
-    energies = {name: norm(factors) ** 2 for name, factors in whole.items()}
     for name, factors in seeded.items():
         layer = found[name]
         if isinstance(layer, LoHaLayer):
             lost[name] = _write_loha(layer, factors, adapter_name, generator(random_seed, "adapter", name))
         else:
             lost[name] = _write_lokr(layer, factors, adapter_name)
-    total = sum(energies[name] for name in seeded) or 1.0
+    energies = {name: energy(factors) for name, factors in seeded.items()}
     return {
         "adapter": type(next(iter(found.values()))).__name__,
         "seeded": len(seeded),
         "random": len(found) - len(seeded),
         "dropped": sorted(whole.keys() - found.keys()),
-        "energy_lost": {
-            "max": max(lost.values(), default=0.0),
-            "all": sum(lost[name] * energies[name] for name in seeded) / total,
-        },
+        "energy_kept": energy_kept({name: 1 - share for name, share in lost.items()}, energies) if lost else None,
     }
 
 
@@ -112,8 +108,8 @@ def _write_lokr(layer: Any, factors: LowRank, name: str) -> float:
     # |dW - K|^2 = |dW|^2 - 2 <dW, K> + |K|^2
     scale = layer.scaling[name]
     inner = float(torch.einsum("ikr,rjl,ij,kl->", b, a, first, second)) * scale
-    energy = norm(factors) ** 2
-    return max(0.0, energy - 2 * inner + float(first.norm() * second.norm() * scale) ** 2) / energy
+    whole = energy(factors)
+    return max(0.0, whole - 2 * inner + float(first.norm() * second.norm() * scale) ** 2) / whole
 
 
 def _shape(layer: Any, part: str, name: str) -> tuple[int, int]:

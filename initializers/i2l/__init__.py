@@ -1,6 +1,6 @@
 """i2L: pictures in, a LoRA out, by a hypernetwork (DiffSynth-Studio/Qwen-Image-i2L).
 
-Read `layout.py`, `expert.py`, `encoders.py`, `recognise.py`, `predictions.py`, then `predict.py`.
+Read `layout.py`, `expert.py`, `encoders.py`, `recognise.py`, `predictions.py`, then `initializer.py`.
 """
 
 from initializers.i2l.initializer import Config, check, embed, identity, initialize, needs

@@ -1,7 +1,7 @@
-"""Pictures as an i2L expert sees them: SigLIP2 and DINOv3 side by side, and for Coarse and Fine also Qwen2.5-VL.
+"""Encode pictures for i2L experts: with SigLIP2 and DINOv3, and for Coarse and Fine also with Qwen2.5-VL.
 
-The preprocessing is that of the published pipeline, with PIL and numpy alone. Encoders are loaded one after another,
-and each is freed before the next.
+The preprocessing is that of the published pipeline, by PIL and numpy alone. The encoders are loaded one after another,
+and each is freed before the next is loaded.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,15 +34,14 @@ SIGLIP_FOLDER, DINOV3_FOLDER = "SigLIP2-G384", "DINOv3-7B"
 ENCODER_FILES = (f"{SIGLIP_FOLDER}/model.safetensors", f"{DINOV3_FOLDER}/model.safetensors")
 SIGLIP_MD5, DINOV3_MD5 = "469c78b61e3e31bc9eec0d0af3d3f2f8", "5722b5c873720009de96422993b15682"
 
-CROP_SIZE = 1024  # pixels; every picture is brought to this square before an encoder's own size
-CHUNK = 8  # pictures encoded together
-SMALL = 128  # pixels: squares up to this side need not be brought to the encoders one by one
+CROP_SIZE = 1024  # pixels: every picture is first resized to this square, then to the encoder's own size
+CHUNK = 8  # pictures that are encoded together
+SMALL = 128  # pixels: the largest side of squares that `encode_squares` takes
 RESIDUAL_SCALE = 0.05
-RESOLUTIONS = {"coarse": 224, "fine": 1024}  # of the pictures that an expert's residual is made from
-QWEN_PIXELS: dict[str, Any] = {
-    "min_pixels": 3136,
-    "max_pixels": 12_845_056,
-}  # the processor's limits in Qwen/Qwen-Image-Edit
+RESOLUTIONS = {"coarse": 224, "fine": 1024}
+"""Side of the squares, in pixels, that Qwen-VL reads for an expert's residual."""
+QWEN_PIXELS: dict[str, Any] = {"min_pixels": 3136, "max_pixels": 12_845_056}
+"""The limits of the processor of Qwen/Qwen-Image-Edit."""
 
 _SIGLIP_MEAN, _SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -85,7 +84,7 @@ def published_dinov3_config() -> DINOv3ViTConfig:
 
 
 def cover_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Bilinear, to cover a square of `size` pixels, then its middle."""
+    """The picture, resized (bilinear) so that it covers a square of `size` pixels, and cropped to its middle."""
     scale = size / min(picture.size)
     width, height = round(picture.width * scale), round(picture.height * scale)
     resized = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
@@ -117,9 +116,9 @@ def _normalise(picture: NDArray[Any], mean: Sequence[float], std: Sequence[float
 
 
 def square_pixels(pictures: Tensor, siglip_size: int, dinov3_size: int) -> tuple[Tensor, Tensor]:
-    """`siglip_pixels` and `dinov3_pixels` of a batch of small squares, as matrix products: for training.
+    """`siglip_pixels` and `dinov3_pixels` for a batch of small squares, as matrix products, which training can afford.
 
-    pictures: B 3 S S in [0, 1]. The same as picture by picture through 1024x1024, but for the rounding to 8 bits.
+    pictures: B 3 S S in [0, 1]. Equal to resizing each picture through 1024x1024, except for the rounding to 8 bits.
     """
 
     def pixels(size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -134,7 +133,8 @@ def square_pixels(pictures: Tensor, siglip_size: int, dinov3_size: int) -> tuple
 
 
 def _resampling(source: int, target: int) -> Tensor:
-    """(target, source): a column of `source` pixels to CROP_SIZE, then to `target`; bilinear is linear."""
+    """The matrix (target, source) that resizes a column of `source` pixels to CROP_SIZE and then to `target` pixels:
+    bilinear resizing is linear."""
     matrix = np.eye(source, dtype=np.float32)
     for size in (CROP_SIZE, target):
         matrix = np.asarray(Image.fromarray(matrix).resize((source, size), Image.Resampling.BILINEAR))
@@ -145,20 +145,20 @@ def _resampling(source: int, target: int) -> Tensor:
 
 
 def embedding_sizes(encoders: str) -> list[int] | None:
-    """Numbers that SigLIP2 and DINOv3 give, from the files' headers; None if they are not on this machine."""
+    """Widths of SigLIP2's and DINOv3's embeddings, by the files' headers; None if they are not on this machine."""
     sizes = []
     for file, tensor in zip(ENCODER_FILES, ("head.probe", "embeddings.cls_token"), strict=True):
         if (path := sources.cached(encoders, file)) is None:
             return None
         shapes = read_header(path).shapes
         if tensor not in shapes:
-            raise LayoutError(f"{path}: no {tensor} in it: not an encoder in the published layout")
+            raise LayoutError(f"{path}: not an encoder in the published layout: it has no {tensor}")
         sizes.append(shapes[tensor][-1])
     return sizes
 
 
 def embedding_size(encoders: str) -> int | None:
-    """Numbers of an image embedding; None if the encoders are not on this machine."""
+    """Width of an image embedding; None if the encoders are not on this machine."""
     sizes = embedding_sizes(encoders)
     return None if sizes is None else sum(sizes)
 
@@ -166,7 +166,10 @@ def embedding_size(encoders: str) -> int | None:
 def load_siglip(
     folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> SiglipVisionModel:
-    """`folder/model.safetensors` in the published names; its `config.json`, if there is one, gives the architecture."""
+    """SigLIP2 from `folder/model.safetensors` with the published names of tensors.
+
+    Its architecture is that of `config.json` beside it, else the published one. LayoutError if the file does not fit.
+    """
     config = _config(folder, SiglipVisionConfig, {SIGLIP_MD5: published_siglip_config})
     return _load(folder, SiglipVisionModel, config, siglip_key, dtype, device)
 
@@ -178,7 +181,7 @@ def load_dinov3(folder: Path, dtype: torch.dtype = torch.float32, device: torch.
 
 
 def save_siglip(model: SiglipVisionModel, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Published names, and a `config.json` beside; in `dtype` if given."""
+    """Write `folder/model.safetensors` with the published names, in `dtype` if given, and `config.json` beside it."""
     _save(model, folder, siglip_key, dtype)
 
 
@@ -193,7 +196,7 @@ def embed_siglip(model: SiglipVisionModel, pixels: Tensor) -> Tensor:
 
 
 def embed_dinov3(model: DINOv3ViTModel, pixels: Tensor) -> Tensor:
-    """CLS after the last norm, B hidden_size. Keep the model in eval mode: train mode jitters positions at random."""
+    """CLS after the last norm, B hidden_size. The model must be in eval mode: train mode shifts positions at random."""
     return model(pixel_values=pixels).last_hidden_state[:, 0]
 
 
@@ -214,9 +217,9 @@ def encode_pictures(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """One image embedding for each picture, fp32: SigLIP2's pooled output, then DINOv3's CLS.
+    """The image embedding of each picture, B embedding_size in fp32: SigLIP2's pooled output, then DINOv3's CLS.
 
-    `encoders` is a folder or an id that holds `SigLIP2-G384` and `DINOv3-7B`, as the published one does.
+    encoders: a folder or id that holds `SigLIP2-G384` and `DINOv3-7B`, as the published one does.
     """
     siglip_folder, dinov3_folder = (sources.locate(str(encoders), file).parent for file in ENCODER_FILES)
     siglip = load_siglip(siglip_folder, dtype, device)
@@ -234,7 +237,7 @@ def encode_pictures(
 def encode_squares(
     pictures: Tensor, encoders: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`encode_pictures` of many small squares, some 17 times as fast on a CPU; pictures: N 3 S S in uint8."""
+    """`encode_pictures` for many small squares, about 17 times as fast on a CPU. pictures: N 3 S S in uint8."""
     siglip_folder, dinov3_folder = (sources.locate(str(encoders), file).parent for file in ENCODER_FILES)
     parts = []
     for number, (load, folder, embed) in enumerate(
@@ -258,7 +261,7 @@ def are_small_squares(sizes: Collection[tuple[int, int]]) -> bool:
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size: N 3 H W in uint8"""
+    """RGB pictures of one size as one tensor, N 3 H W in uint8."""
     pixels = np.stack([np.asarray(picture) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
@@ -277,12 +280,12 @@ def _encode(
 
 
 def identity(encoders: str) -> list[str]:
-    """What a cache takes for these encoders: their files, by size and samples of their content."""
+    """What caches know these encoders by: hashes of samples of their files; names of files that are not here yet."""
     return [sample(path) if (path := sources.cached(encoders, file)) else file for file in ENCODER_FILES]
 
 
 def need(encoders: str) -> Need:
-    """Both files; a `config.json` beside one gives its architecture."""
+    """The files of both encoders, and `config.json` beside them, where there is one."""
     return Need(encoders, ENCODER_FILES, tuple(f"{folder}/config.json" for folder in (SIGLIP_FOLDER, DINOV3_FOLDER)))
 
 
@@ -351,7 +354,7 @@ def qwen_vl_residual(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The residual of one resolution (224 for Coarse, 1024 for Fine): B num_tokens hidden_size."""
+    """The residual at one resolution (224 for Coarse, 1024 for Fine): B num_tokens hidden_size."""
     return qwen_vl_residuals({resolution: pictures}, base, device, dtype)[resolution]
 
 
@@ -365,8 +368,9 @@ def qwen_vl_residuals(
 ) -> dict[int, Tensor]:
     """Resolution -> pictures in, resolution -> residual (B num_tokens hidden_size, fp32) out.
 
-    The last hidden states of the edit template without a prompt, less the system text, times 0.05. `base` is the folder
-    or id of the Qwen-Image pipeline; its text encoder, which may be loaded already, is let go.
+    A residual is 0.05 times the last hidden states of Qwen2.5-VL for the edit template with the picture and an empty
+    prompt, without those of the system text. base: folder or id of the Qwen-Image pipeline. text_encoder: the base's,
+    if it may be loaded already. It is unloaded in the end.
     """
     from transformers import Qwen2Tokenizer
 
@@ -375,7 +379,6 @@ def qwen_vl_residuals(
     tokenizer = Qwen2Tokenizer.from_pretrained(folder, subfolder="tokenizer")
     processor = _qwen_processor(folder)
     model = text_encoder.model(dtype).model
-    device = model.device
     template, drop = edit_template()
     before, after = (tokenizer(part).input_ids for part in template.format("").split("<|image_pad|>"))
     result = {}
@@ -384,27 +387,32 @@ def qwen_vl_residuals(
         chunk = max(1, CHUNK * RESOLUTIONS["coarse"] ** 2 // resolution**2)
         for start in range(0, len(group), chunk):
             squares = [cover_crop(picture, resolution) for picture in group[start : start + chunk]]
-            patches = processor(images=squares, return_tensors="pt").to(device)
-            num_image_tokens = int(patches["image_grid_thw"][0].prod()) // processor.merge_size**2  # squares of a size
-            ids = before + [model.config.image_token_id] * num_image_tokens + after
-            # without token types, the picture would get positions of plain text
-            token_types = [0] * len(before) + [1] * num_image_tokens + [0] * len(after)
-            output = model(
-                input_ids=torch.tensor([ids] * len(squares), device=device),
-                mm_token_type_ids=torch.tensor([token_types] * len(squares), device=device),
-                pixel_values=patches["pixel_values"].to(dtype),
-                image_grid_thw=patches["image_grid_thw"],
-                use_cache=False,
-            )
-            states.append(output.last_hidden_state[:, drop:].float())
+            patches = processor(images=squares, return_tensors="pt").to(model.device)
+            num_image_tokens = int(patches["image_grid_thw"][0].prod()) // processor.merge_size**2  # equal for all
+            states.append(_hidden_states(model, patches, before, num_image_tokens, after)[:, drop:].float())
         result[resolution] = torch.cat(states) * RESIDUAL_SCALE
     del model
     text_encoder.unload()
     return result
 
 
+def _hidden_states(model: Any, patches: Any, before: list[int], num_image_tokens: int, after: list[int]) -> Tensor:
+    """Last hidden states of a batch of pictures, B L D. before, after: ids of the text around each picture."""
+    count, device = len(patches["image_grid_thw"]), patches["pixel_values"].device
+    ids = before + [model.config.image_token_id] * num_image_tokens + after
+    # without token types the picture's tokens would get the positions of plain text
+    token_types = [0] * len(before) + [1] * num_image_tokens + [0] * len(after)
+    return model(
+        input_ids=torch.tensor([ids] * count, device=device),
+        mm_token_type_ids=torch.tensor([token_types] * count, device=device),
+        pixel_values=patches["pixel_values"].to(model.dtype),
+        image_grid_thw=patches["image_grid_thw"],
+        use_cache=False,
+    ).last_hidden_state
+
+
 def _qwen_processor(folder: Path) -> Any:
-    """The image processor of a pipeline that has one, else with Qwen/Qwen-Image-Edit's settings, as published."""
+    """The pipeline's image processor, if it has one; else one with Qwen/Qwen-Image-Edit's settings, as published."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     if (folder / "processor" / "preprocessor_config.json").is_file():

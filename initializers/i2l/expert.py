@@ -1,11 +1,11 @@
-"""The hypernetwork: an image embedding in, the LoRA factors of every module out, in two linear layers for each factor.
+"""An expert: an image embedding in, the LoRA factors of every module out, by two linear layers for each factor.
 
 a = A_out (A_in x + r)    (rank, in_features)          r = R_out flatten(R_in residual)   or 0 in Style
 b = B_out (B_in x + r)    (out_features, rank)         dW = b a, at scale 1
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -25,19 +25,18 @@ from initializers.i2l.layout import (
 )
 from trainer.files import HEADER_DTYPES, read_header, write_tensors
 from trainer.hardware.threads import parallel_map
-from trainer.lowrank import LowRank
 
 INITIAL_SCALE = 0.3
-PIECE = (
-    1 << 21
-)  # bytes of a weight that are read, turned into fp32 and multiplied while they are in the processor's cache
-Factors = tuple[Tensor, Tensor]  # a: B rank in, b: B out rank
+PIECE = 1 << 21
+"""Bytes of a weight that are read, converted to fp32 and multiplied at once: they fit into the processor's cache."""
+Factors = tuple[Tensor, Tensor]
+"""a and b of a module for B pictures: B rank in, and B out rank."""
 
 
 class Expert(nn.Module):
     """An expert whose `state_dict` has exactly the published names.
 
-    `device` "meta" gives an expert without weights; else they are drawn from `generator` (default: seed 0).
+    With `device` "meta" it has no weights; else they are drawn from `generator` (default: seed 0).
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Expert(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """nn.Linear's own start, then as published: `proj_a` and the residual's way out x 0.3, and `b` zero."""
+        """nn.Linear's own start; as published, `proj_a` and `proj_residual.proj_out` times 0.3, `proj_b.proj_out` 0."""
         for name, weight in self.named_parameters():
             if name.endswith("proj_b.proj_out.weight"):
                 weight.zero_()
@@ -65,7 +64,10 @@ class Expert(nn.Module):
                 weight.mul_(INITIAL_SCALE)
 
     def forward(self, embeddings: Tensor, residual: Tensor | None = None) -> dict[str, Factors]:
-        """embeddings: B embedding_size; residual: B num_tokens width, already times 0.05. Module -> (a, b)."""
+        """Module -> (a, b). embeddings: B embedding_size. residual: B num_tokens width, already times 0.05.
+
+        ValueError if the inputs have other shapes.
+        """
         _check_inputs(self.geometry, embeddings, residual)
         result: dict[str, Factors] = {}
         for block in self.blocks:
@@ -74,7 +76,7 @@ class Expert(nn.Module):
 
 
 class _Block(nn.Module):
-    """The weights of one block of one group, with those of the residual that its layers share."""
+    """The weights of a block of a group: those of its layers, and those of the residual that the layers share."""
 
     def __init__(self, geometry: Geometry, index: int):
         super().__init__()
@@ -113,7 +115,7 @@ def _factors(
     residual: Tensor | None,
     times: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Factors]:
-    """What block `index` predicts: module -> (a, b). `times` multiplies with the weight of that name in the block."""
+    """The prediction of block `index`: module -> (a, b). `times` multiplies with the block's weight of that name."""
     shift = None
     if residual is not None:
         shift = times("proj_residual.proj_out", times("proj_residual.proj_in", residual).flatten(1))  # B compress
@@ -151,7 +153,7 @@ def read_geometry(path: Path) -> Geometry:
 
 
 def factor_shapes(geometry: Geometry, num_pictures: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Of a and b of every module, in the order in which `predict` gives them."""
+    """Module -> shapes of a and b, in the order in which `predict` yields them."""
     return {
         layer.module: (
             (num_pictures, geometry.rank, layer.in_features),
@@ -169,11 +171,11 @@ def predict(
     *,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Iterator[tuple[str, Factors]]:
-    """What the expert in `path` predicts from each picture, module by module; fp32, where `embeddings` are.
+    """The factors that the expert in `path` predicts from each picture, module by module; fp32, where `embeddings` are.
 
-    Each weight is read once, for all pictures, and multiplied piece by piece, by several threads, each with a block of
-    its own: some read while others compute. `progress` wraps the loop over blocks. ValueError if there is NaN in
-    what comes out.
+    Each weight is read once for all pictures, and multiplied piece by piece. Several threads work on a block each, so
+    that some read while others compute. `progress` wraps the loop over blocks. ValueError if a prediction has NaN or
+    infinity.
     """
     geometry, header = read_geometry(path), read_header(path)
     if foreign := sorted(set(header.dtypes.values()) - HEADER_DTYPES.keys()):
@@ -199,7 +201,7 @@ def predict(
 
 
 class _Weights:
-    """The weights of an open file, never whole in memory: as many rows at a time as a piece of so many bytes holds."""
+    """The weights of an open file. They are never in memory whole: only as many rows as fit into `piece` bytes."""
 
     def __init__(self, path: Path, file: BufferedReader, header: Header, piece: int, device: torch.device):
         self._path, self._file, self._header, self._device = path, file, header, device
@@ -207,7 +209,7 @@ class _Weights:
         self._floats = torch.empty(piece // 2, device=device)
 
     def times(self, block: str, name: str, x: Tensor) -> Tensor:
-        """x: ... columns -> ... rows, the product with the weight of that name in that block."""
+        """The product of x with the weight of that name in that block. x: ... columns -> ... rows"""
         name = f"{block}.{name}.weight"
         (num_rows, num_columns), dtype = self._header.shapes[name], HEADER_DTYPES[self._header.dtypes[name]]
         flat = x.reshape(-1, num_columns)
@@ -220,16 +222,24 @@ class _Weights:
             if self._file.readinto(read.numpy().data) != len(read):
                 raise LayoutError(f"{self._path}: cut short while it was read")
             weight = self._floats[:count].view(-1, num_columns)
-            weight.copy_(read.view(dtype).view(-1, num_columns).to(self._device))  # fp32 would be twice the way
+            weight.copy_(
+                read.view(dtype).view(-1, num_columns).to(self._device)
+            )  # converted there: moving fp32 would take twice as long
             torch.mm(flat, weight.T, out=result[:, start : start + len(weight)])
         return result.view(*x.shape[:-1], num_rows)
 
 
-def merge_pictures(pair: Factors, pictures: Sequence[int] | None = None) -> LowRank:
-    """The mean of the pictures' dW, as one LoRA: concatenated on rank, picture after picture, `a` divided by their
-    number. a: B rank in, b: B out rank; `pictures`: which of the B, default all."""
-    a, b = pair if pictures is None else (pair[0][list(pictures)], pair[1][list(pictures)])
-    return LowRank(a.flatten(0, 1) / len(a), b.transpose(0, 1).flatten(1))
+def mean_over_pictures(pair: Factors) -> Factors:
+    """The mean of the dW of K pictures, as one LoRA of K times the rank, picture after picture:
+
+        1/K (b_1 a_1 + ... + b_K a_K) = [b_1 ... b_K] ([a_1; ...; a_K] / K)
+
+    As published, only `a` is divided. a: ... K rank in, b: ... K out rank -> a: ... K*rank in, b: ... out K*rank.
+    """
+    a, b = pair
+    count = a.shape[-3]
+    joined = a.flatten(-3, -2)
+    return (joined / count if count > 1 else joined), b.movedim(-3, -2).flatten(-2)
 
 
 def save_expert(expert: Expert, path: Path, dtype: torch.dtype | None = None) -> None:

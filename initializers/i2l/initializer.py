@@ -1,4 +1,4 @@
-"""The initializer: pictures -> encoders -> experts -> one LoRA."""
+"""The initializer i2l: pictures -> encoders -> experts -> one LoRA."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,24 @@ from initializers.i2l.layout import FILES, Geometry
 from initializers.i2l.predictions import Predictions, dtype_for, predict_pictures, timed
 from initializers.i2l.recognise import (
     ORDER,
+    ExpertFile,
     check_fit,
     combination_problems,
     encoder_problems,
-    fingerprint,
-    place,
+    expert_location,
+    file_hashes,
     recognise,
 )
 from trainer import qwen_image
 from trainer.adapter import AdapterWeights, InitContext, Seed
+from trainer.config import first_few
 from trainer.files import sample
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.lowrank import LowRank, ranks_for_energy, scale
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-MAX_TRIALS = 8  # pictures on which strengths are tried
+MAX_TRIALS = 8  # pictures on which strengths are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,26 +41,34 @@ class Config:
     """`[init.i2l]`"""
 
     experts: tuple[str, ...] = ()
-    """"style", "coarse", "fine" (only with coarse), "bias" (with coarse and fine), or files in these layouts. Default:
-    coarse, fine and bias where `weights` has all three, else style."""
+    """Experts whose predictions are added up: "style", "coarse", "fine" (only with coarse), "bias" (with coarse and
+    fine), or files in these layouts. Default: coarse, fine and bias if `weights` has all three, else style. Choose
+    ["style"] to learn a style without the content of the pictures."""
     expert_weights: dict[str, float] = field(default_factory=dict)
-    """Of the experts by kind, such as bias = 0.5; 1 for those not named."""
+    """Factors for single experts, by kind, such as bias = 0.5; 1 for those not named. Set one to weaken or strengthen
+    an expert among the others."""
     weights: str = "DiffSynth-Studio/Qwen-Image-i2L"
     """Folder or id, as `[model] base`, of the experts that are given by name: Qwen-Image-i2L-Style.safetensors, ..."""
     encoders: str = "DiffSynth-Studio/General-Image-Encoders"
-    """Folder or id, as `[model] base`, that holds SigLIP2-G384/model.safetensors and DINOv3-7B/model.safetensors."""
+    """Folder or id, as `[model] base`, of the image encoders: SigLIP2-G384/model.safetensors and
+    DINOv3-7B/model.safetensors. They must be those that the experts were trained with."""
     pictures: int | tuple[str, ...] = 0
-    """How many of the training pictures are looked at, spread evenly over them, or which, by file name. 0: all."""
+    """Training pictures that the experts read: a number of them, spread evenly over all; file names; or 0 for all. Set
+    it if some pictures are more typical than others, or if encoding all takes too long."""
     strength: float | Literal["auto"] = 1.0
-    """The seed is multiplied by this: 1 is what the experts predict, 0 is `random`. "auto" compares 0, 0.25, 0.5, 0.75,
-    1 and 1.25 by the stable loss of training pictures, each with the seed that the other pictures give."""
+    """Factor of the seed: 1 is what the experts predict, 0 is the start of `random`. "auto" compares 0, 0.25, 0.5,
+    0.75, 1 and 1.25 by the loss on training pictures, each with the seed that the other pictures give. Lower it if the
+    first samples copy the training pictures."""
     mode: Literal["seed", "merge"] = "seed"
-    """seed: truncated to the adapter's rank, the prediction is where the adapter starts. merge: the whole prediction is
-    held on the frozen base, and a fresh adapter is trained on top; the saved LoRA holds both."""
+    """What is done with the prediction. "seed": it is truncated to the adapter's rank and trained further. "merge": all
+    of it stays on the base, frozen, and a new adapter is trained on top; the saved LoRA holds both, at the sum of their
+    ranks. Take merge if truncation would lose much energy."""
     energy: float | None = None
-    """Instead of `[adapter] rank`: the smallest rank at which the seed keeps this share of its energy, such as 0.95."""
+    """Share of the seed's energy that is kept, such as 0.95: the smallest rank that keeps it replaces `[adapter] rank`.
+    Energy is the sum of the squared singular values."""
     rank_per_module: bool = False
-    """With `energy`: a rank for each module, the smallest that keeps the share there."""
+    """Whether `energy` chooses a rank for each module instead of one for all. This takes fewer parameters, but some
+    programs read only LoRAs that have one rank."""
 
     def problems(self) -> list[str]:
         found = []
@@ -68,7 +78,7 @@ class Config:
             found.append('strength must be at least 0, or "auto"')
         for name, value in self.expert_weights.items():
             if name not in ORDER:
-                found.append(f'expert_weights: "{name}" is none of {", ".join(ORDER)}')
+                found.append(f'expert_weights: "{name}" is not one of {", ".join(ORDER)}')
             elif not math.isfinite(value):
                 found.append(f"expert_weights: {name} must be a finite number")
         if isinstance(self.pictures, int) and self.pictures < 0:
@@ -76,29 +86,29 @@ class Config:
         if self.energy is not None and not 0 < self.energy <= 1:
             found.append("energy must be above 0 and at most 1")
         if self.energy is not None and self.mode == "merge":
-            found.append('energy has no effect with mode = "merge": the prediction is held whole')
+            found.append('energy has no effect with mode = "merge", which keeps the whole prediction')
         if self.rank_per_module and self.energy is None:
             found.append("rank_per_module has no effect without energy")
         return found
 
 
 def check(config: Config) -> list[str]:
-    """What can be told before any model loads; nothing is downloaded. Empty if all is well."""
+    """All problems that can be found before any model loads; nothing is downloaded. Empty if there are none."""
     found = list(config.problems())
     kinds: list[str] = []
     geometries: dict[str, Geometry] = {}
-    for name in _experts(config):
+    for name in _expert_names(config):
         try:
-            folder, file = place(config.weights, name)
+            folder, file = expert_location(config.weights, name)
             if wrong := sources.check(Need(folder, (file,))):
                 found += [f"experts: {why}" for why in wrong]
             elif (path := sources.cached(folder, file)) is not None:
-                source = recognise(name, path)
-                kinds.append(source.kind)
-                if source.geometry is not None:
-                    geometries[name] = source.geometry
+                expert_file = recognise(name, path)
+                kinds.append(expert_file.kind)
+                if expert_file.geometry is not None:
+                    geometries[name] = expert_file.geometry
             else:
-                kinds.append(name)  # to be downloaded, and looked at then
+                kinds.append(name)  # it will be downloaded, and recognised then
         except ValueError as error:
             found.append(f"experts: {error}")
     if not found:
@@ -111,12 +121,11 @@ def check(config: Config) -> list[str]:
 
 
 def needs(config: Config, base: str) -> list[Need]:
-    """The experts; the encoders, if one of them looks at pictures; the text encoder of `base`, if one reads its states.
-
-    ValueError as `recognise`."""
-    places = [place(config.weights, name) for name in _experts(config)]
-    kinds = {name if name in FILES else recognise(name, Path(name).expanduser()).kind for name in _experts(config)}
-    found = [Need(source, (file,)) for source, file in places]
+    """The files of the experts; of the image encoders, unless Bias is alone; and of the text encoder of `base`
+    (Qwen-VL), if an expert reads its hidden states. ValueError as `recognise`."""
+    names = _expert_names(config)
+    kinds = {name if name in FILES else recognise(name, Path(name).expanduser()).kind for name in names}
+    found = [Need(source, (file,)) for source, file in (expert_location(config.weights, name) for name in names)]
     if kinds != {"bias"}:
         found.append(encoders.need(config.encoders))
     if kinds & encoders.RESOLUTIONS.keys():
@@ -125,13 +134,13 @@ def needs(config: Config, base: str) -> list[Need]:
 
 
 def identity(config: Config) -> list[str]:
-    """Hashes of samples of the experts' and encoders' files, of those that are on this machine."""
-    paths = [sources.cached(*place(config.weights, name)) for name in _experts(config)]
+    """Hashes of samples of the experts' and encoders' files, as far as they are on this machine."""
+    paths = [sources.cached(*expert_location(config.weights, name)) for name in _expert_names(config)]
     return [*(sample(path) for path in paths if path), *encoders.identity(config.encoders)]
 
 
 def embed(pictures: Sequence[Image.Image], config: Config, device: torch.device) -> dict[str, Tensor]:
-    """What each encoder says of RGB pictures, N D in fp32; empty if they are not on this machine."""
+    """Embeddings of RGB pictures: encoder -> N D in fp32. Empty if the encoders are not on this machine."""
     sizes = encoders.embedding_sizes(config.encoders)
     if sizes is None:
         return {}
@@ -144,46 +153,56 @@ def embed(pictures: Sequence[Image.Image], config: Config, device: torch.device)
 
 
 def initialize(context: InitContext, config: Config) -> Seed:
-    """The LoRA that the experts predict from `context.images`: all ranks, effective, fp32. ValueError if it cannot be.
+    """The LoRA that the experts predict from `context.images`: effective factors in fp32, of all ranks.
 
-    Rank 4 for each picture and expert in the order style, coarse, fine, with `a` divided by the number of pictures;
-    then Bias as it is.
+    Rank 4 for each picture and expert, in the order style, coarse, fine, `a` divided by the number of pictures; then
+    Bias as it is. ValueError if the experts do not fit one another, the encoders or the model.
     """
-    indices = _choose_pictures(context.images, config.pictures)
-    pictures = [context.images[i] for i in indices]
+    chosen = _choose_pictures(context.images, config.pictures)
+    paths = [context.images[i] for i in chosen]
     seconds: dict[str, float] = {}
     with timed(seconds, "locate"):
-        found = [recognise(name, sources.locate(*place(config.weights, name))) for name in _experts(config)]
-        if problems := [*config.problems(), *combination_problems([source.kind for source in found])]:
-            raise ValueError("; ".join(problems))
-        found.sort(key=lambda source: ORDER.index(source.kind))
-        check_fit(found, context)
-    if "coarse" in (kinds := [source.kind for source in found]) and "fine" not in kinds:
-        context.log("i2L: coarse without fine, with few pictures, drags their content into every picture")
-
-    predictions = predict_pictures(context, config.encoders, found, pictures, seconds)
-    strength, tried = config.strength, None
+        experts = _locate(context, config)
+    predictions = predict_pictures(context, config.encoders, experts, paths, seconds)
+    strength, tried = config.strength, dict[str, Any]()
     if strength == "auto":
         with timed(seconds, "strength"):
-            strength, tried = _choose_strength(context, config, predictions, indices)
+            strength, tried = _choose_strength(context, config, predictions, chosen)
     with timed(seconds, "merge"):
         factors: Mapping[str, LowRank] = {}
         if strength:
-            factors = predictions.combine(config.expert_weights, range(len(pictures)), strength)
-        ranks = predictions.ranks(len(pictures))
+            factors = predictions.combine(config.expert_weights, range(len(paths)), strength)
+        ranks = predictions.ranks(len(paths))
     report: dict[str, Any] = {
         "method": "i2l",
         "mode": config.mode,
-        "experts": [{"expert": source.kind, "file": str(source.path), **fingerprint(source)} for source in found],
+        "experts": [{"expert": one.kind, "file": str(one.path), **file_hashes(one)} for one in experts],
         "expert_weights": config.expert_weights,
-        "pictures": [path.name for path in pictures],
+        "pictures": [path.name for path in paths],
         "strength": strength,
         "modules": len(ranks),
         "incoming_rank": max(ranks.values()),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
     }
-    if tried is not None:
-        report["tried"] = tried
+    return _seed(context, config, factors, report | ({"tried": tried} if tried else {}))
+
+
+def _locate(context: InitContext, config: Config) -> list[ExpertFile]:
+    """The experts' files, in the order of their ranks. ValueError if they do not fit one another or the model."""
+    names = _expert_names(config)
+    found = [recognise(name, sources.locate(*expert_location(config.weights, name))) for name in names]
+    kinds = [one.kind for one in found]
+    if problems := [*config.problems(), *combination_problems(kinds)]:
+        raise ValueError("; ".join(problems))
+    found.sort(key=lambda one: ORDER.index(one.kind))
+    check_fit(found, context)
+    if "coarse" in kinds and "fine" not in kinds:
+        context.log('i2L: "coarse" is meant to be used with "fine": alone, it repeats the content of few pictures')
+    return found
+
+
+def _seed(context: InitContext, config: Config, factors: Mapping[str, LowRank], report: dict[str, Any]) -> Seed:
+    """The seed of a LoRA, as `mode` and `energy` want it. factors: empty at strength 0."""
     weights = AdapterWeights(factors)
     if config.mode == "merge":
         return Seed(AdapterWeights({}), report, frozen=AdapterWeights(dict(factors)) if factors else None)
@@ -196,33 +215,34 @@ def initialize(context: InitContext, config: Config) -> Seed:
         return Seed(weights, report, rank=uniform)
     context.log(
         f"i2L: ranks {min(pattern.values())} to {max(pattern.values())} keep {config.energy:.0%} of the energy of each "
-        f"module, {sum(pattern.values()) / len(pattern):.1f} on average"
+        f"module; their mean is {sum(pattern.values()) / len(pattern):.1f}"
     )
     return Seed(weights, report, rank_pattern=pattern)
 
 
-def _experts(config: Config) -> tuple[str, ...]:
-    """Those that were asked for; else the recommended ones where they can be had, else style."""
+def _expert_names(config: Config) -> tuple[str, ...]:
+    """The configured experts; else the recommended ones if all can be had, else style."""
     if config.experts:
         return config.experts
-    best = ORDER[1:]
-    return ORDER[:1] if sources.missing(Need(config.weights, tuple(FILES[name] for name in best))) else best
+    recommended = ORDER[1:]
+    files = tuple(FILES[name] for name in recommended)
+    return ORDER[:1] if sources.missing(Need(config.weights, files)) else recommended
 
 
 def _choose_pictures(images: Sequence[Path], wanted: int | tuple[str, ...]) -> list[int]:
-    """Positions in `images`. ValueError if a named picture is not among them."""
+    """Positions in `images` of the pictures that the experts read. ValueError if a named one is not among them."""
     if not images:
         raise ValueError("i2L needs at least one picture")
     if isinstance(wanted, int):
         return _spread(len(images), wanted or len(images))
     names = [path.name for path in images]
     if missing := [name for name in wanted if name not in names]:
-        raise ValueError(f"[init.i2l] pictures: {', '.join(missing)}: not among the training pictures")
+        raise ValueError(f"[init.i2l] pictures: {first_few(missing)}: not among the training pictures")
     return [names.index(name) for name in wanted]
 
 
 def _spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of 0 .. count - 1, evenly."""
+    """At most `limit` of the numbers 0 .. count - 1, spread evenly."""
     chosen = min(count, limit)
     return [index * count // chosen for index in range(chosen)]
 
@@ -230,17 +250,20 @@ def _spread(count: int, limit: int) -> list[int]:
 def _choose_strength(
     context: InitContext, config: Config, predictions: Predictions, indices: Sequence[int]
 ) -> tuple[float, dict[str, Any]]:
-    """The strength at which the others' seed helps a picture most, and the mean losses of all candidates.
+    """The strength with the lowest mean loss, and the mean losses of all strengths, for the report.
 
-    The seed that is tried on a picture never saw it: else it would be praised for copying. Not truncated.
+    The loss on a picture is computed with the seed that the other pictures give, since a seed that has seen the picture
+    would gain by copying it. Seeds are not truncated.
     """
     if context.try_seed is None:
-        raise ValueError('strength = "auto" needs the base and captions; give a number here')
+        raise ValueError('strength = "auto" needs the base and captions, as in train.py; here give a number')
     if len(indices) < 2:
-        raise ValueError('strength = "auto" needs at least two pictures: each is tried with the seed of the others')
-    places = _spread(len(indices), MAX_TRIALS)
-    losses = torch.zeros(len(places), len(STRENGTHS))
-    for row, index in enumerate(tqdm(places, "i2L strength", unit="picture", leave=False, disable=None)):
+        raise ValueError(
+            'strength = "auto" needs at least two pictures: the loss on each is computed with the seed of the others'
+        )
+    tried = _spread(len(indices), MAX_TRIALS)
+    losses = torch.zeros(len(tried), len(STRENGTHS))
+    for row, index in enumerate(tqdm(tried, "i2L strength", unit="picture", leave=False, disable=None)):
         others = [other for other in range(len(indices)) if other != index]
         whole = dict(predictions.combine(config.expert_weights, others))
         for column, strength in enumerate(STRENGTHS):
@@ -249,5 +272,5 @@ def _choose_strength(
     means = losses.mean(0)
     best = STRENGTHS[int(means.argmin())]
     shown = ", ".join(f"{strength:g}: {float(loss):.4f}" for strength, loss in zip(STRENGTHS, means, strict=True))
-    context.log(f"i2L: strength {best:g} is best for pictures that the seed has not seen ({shown})")
-    return best, {"strengths": STRENGTHS, "losses": means.tolist(), "pictures": len(places)}
+    context.log(f"i2L: strength {best:g} has the lowest loss on pictures that the seed has not seen ({shown})")
+    return best, {"strengths": STRENGTHS, "losses": means.tolist(), "pictures": len(tried)}

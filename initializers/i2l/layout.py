@@ -1,7 +1,8 @@
 """The published layout of an i2L expert: which tensors a file holds, for which modules of Qwen-Image.
 
-An expert has four groups, each with one block for every block of the transformer. Tensor names count blocks through,
-group by group: block 60 of a published file is block 0 of the second group. There is no bias and no activation.
+An expert has four groups of layers, each with one block for every block of the transformer. Tensor names number the
+blocks of all groups in a row: block 60 of a published file is block 0 of the second group. No layer has a bias or an
+activation.
 
     blocks.{b}.layers.{j}.proj_{a,b}.proj_in.weight    compress, embedding_size
     blocks.{b}.layers.{j}.proj_a.proj_out.weight       rank * in_features, compress
@@ -16,15 +17,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from trainer.config import first_few
 from trainer.files import Header, LayoutError
 
 Shape = tuple[int, ...]
 
 PUBLISHED_RANK = 4
-COARSE_TOKENS = (
-    8 * 8 + 7
-)  # hidden states after the system text, of a picture of 224x224: 64 for the picture, 7 after it
-FINE_TOKENS = 37 * 37 + 7  # of a picture of 1024x1024, which the processor makes 1036x1036
+COARSE_TOKENS = 8 * 8 + 7
+"""Hidden states of a 224x224 picture after the system text: 64 of the picture, 7 of the text behind it."""
+FINE_TOKENS = 37 * 37 + 7
+"""The same of a 1024x1024 picture, which the processor resizes to 1036x1036."""
 
 # For each group its layers in order: name, in_features and out_features in units of the hidden size.
 GROUPS: tuple[tuple[tuple[str, int, int], ...], ...] = (
@@ -38,12 +40,12 @@ _LAYER_NAME = re.compile(r"blocks\.(\d+)\.(?:layers\.\d+\.proj_[ab]|proj_residua
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """What Coarse and Fine read beside the image embedding: hidden states of Qwen2.5-VL."""
+    """The second input of Coarse and Fine, beside the image embedding: hidden states of Qwen2.5-VL."""
 
     num_tokens: int
-    """Hidden states of one picture."""
+    """Number of hidden states of one picture."""
     compress: int
-    """Numbers that each hidden state is compressed to."""
+    """Width to which each hidden state is compressed."""
     width: int = 3584
     """Hidden size of the text encoder."""
 
@@ -53,28 +55,28 @@ class Geometry:
     """Everything that the layout of an expert depends on; the defaults are Style, as published."""
 
     num_blocks: int = 60
-    """Blocks of the transformer."""
+    """Number of blocks of the transformer."""
     hidden_size: int = 3072
-    """Of the transformer."""
+    """Hidden size of the transformer."""
     embedding_size: int = 1536 + 4096
-    """Numbers of an image embedding: SigLIP2, then DINOv3."""
+    """Width of an image embedding: SigLIP2's, then DINOv3's."""
     compress: int = 64
-    """Numbers between the two linear layers of a factor."""
+    """Width between the two linear layers that predict a factor."""
     rank: int = PUBLISHED_RANK
-    """Rank of the LoRA that one picture gives."""
+    """Rank of the LoRA that is predicted from one picture."""
     residual: Residual | None = None
-    """None for Style."""
+    """The residual that is read; None for Style."""
 
     @property
     def kind(self) -> str:
-        """Style, Coarse or Fine, as far as the layout tells: by the residual's number of tokens."""
+        """Style, Coarse or Fine, by the residual's number of tokens; else "unknown residual"."""
         if self.residual is None:
             return "Style"
         return {COARSE_TOKENS: "Coarse", FINE_TOKENS: "Fine"}.get(self.residual.num_tokens, "unknown residual")
 
 
 class Layer(NamedTuple):
-    """One target module, and where its factors come from."""
+    """A target module, and the block and position of the layers that predict its factors."""
 
     block: int
     position: int
@@ -84,6 +86,8 @@ class Layer(NamedTuple):
 
 
 class Published(NamedTuple):
+    """A published expert: its file, its geometry, and the md5 of its layout."""
+
     file: str
     geometry: Geometry
     md5: str
@@ -105,7 +109,7 @@ PUBLISHED: dict[str, Published] = {
 
 
 FILES = {**{name: published.file for name, published in PUBLISHED.items()}, "bias": "Qwen-Image-i2L-Bias.safetensors"}
-"""All four, in the order in which their ranks are concatenated."""
+"""Kind -> published file of all four, in the order in which their ranks are concatenated."""
 
 
 def block_layers(geometry: Geometry, block: int) -> list[Layer]:
@@ -124,12 +128,12 @@ def layers(geometry: Geometry) -> Iterator[Layer]:
 
 
 def module_names(geometry: Geometry) -> list[str]:
-    """The modules an expert predicts, in the order of the file."""
+    """The modules that an expert predicts, in the order of the file."""
     return [layer.module for layer in layers(geometry)]
 
 
 def module_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of each module an expert predicts."""
+    """in_features and out_features of each module that an expert predicts."""
     return {layer.module: (layer.in_features, layer.out_features) for layer in layers(geometry)}
 
 
@@ -150,62 +154,63 @@ def expert_layout(geometry: Geometry) -> dict[str, Shape]:
 
 
 def layout_md5(shapes: Mapping[str, Shape]) -> str:
-    """The fingerprint of names and shapes by which the published files are told apart."""
+    """The md5 of all names and shapes, by which the published loader recognises a file."""
     entries = [*shapes, *(f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items())]
     return hashlib.md5(",".join(sorted(entries)).encode()).hexdigest()
 
 
 def published_name(shapes: Mapping[str, Shape]) -> str | None:
-    """ "style", "coarse" or "fine" if this is the layout of a published file."""
+    """ "style", "coarse" or "fine", if this is the layout of that published file; else None."""
     md5 = layout_md5(shapes)
     return next((name for name, published in PUBLISHED.items() if published.md5 == md5), None)
 
 
 def is_expert(shapes: Mapping[str, Shape]) -> bool:
-    """Whether the names are those of an expert, complete or not."""
+    """Whether any name is that of a tensor of an expert, complete or not."""
     return any(_LAYER_NAME.fullmatch(name) for name in shapes)
 
 
 def is_lora(shapes: Mapping[str, Shape]) -> bool:
-    """Whether there are factors of a LoRA among the names, as in Bias."""
+    """Whether any name is that of a factor of a LoRA, as in Bias."""
     return any(re.search(r"\blora_(A|B|down|up)\b|\.lora\.(down|up)\b", name) for name in shapes)
 
 
 def infer_geometry(shapes: Mapping[str, Shape], rank: int = PUBLISHED_RANK) -> Geometry:
     """The geometry of a complete expert. LayoutError, naming the tensors, if it is incomplete or something else.
 
-    Shapes hold only rank * hidden_size; the published files have rank 4, and ours say theirs in the metadata.
+    rank: from the metadata (`header_rank`), since the shapes show only rank * hidden_size.
     """
     blocks = sorted({int(match[1]) for name in shapes if (match := _LAYER_NAME.fullmatch(name))})
     if not blocks:
-        raise LayoutError(f"no tensor is named as in an i2L expert (blocks.0.layers.0...); found {_some(list(shapes))}")
+        found = first_few(shapes) or "no tensors"
+        raise LayoutError(f"no tensor is named as in an i2L expert (blocks.0.layers.0...); found {found}")
     geometries = [geometry for count in _block_counts(shapes, blocks) if (geometry := _read(shapes, count, rank))]
     if not geometries:
         raise LayoutError(
-            "incomplete i2L expert: no block has both weights of proj_a and of proj_residual, if there is one"
+            "incomplete i2L expert: no block has both weights of proj_a, and of proj_residual if the file has any"
         )
     best = min(geometries, key=lambda geometry: sum(len(names) for names in _differences(shapes, geometry)))
-    missing, unexpected, misshapen = _differences(shapes, best)
-    if not (missing or unexpected or misshapen):
-        return best
-    expected = expert_layout(best)
-    raise LayoutError(
-        f"incomplete or foreign i2L expert: compared with the {geometry_text(best)}, "
-        + "; ".join(
-            [
-                *([f"{len(missing)} of {len(expected)} tensors are missing: {_some(missing)}"] if missing else []),
-                *([f"{len(unexpected)} do not belong to it: {_some(unexpected)}"] if unexpected else []),
-                *(
-                    [
-                        f"{len(misshapen)} have another shape, such as {misshapen[0]} "
-                        f"{shapes[misshapen[0]]} instead of {expected[misshapen[0]]}"
-                    ]
-                    if misshapen
-                    else []
-                ),
-            ]
+    if problems := _difference_problems(shapes, best):
+        raise LayoutError(
+            f"incomplete or foreign i2L expert: compared with the {geometry_text(best)}, {'; '.join(problems)}"
         )
-    )
+    return best
+
+
+def _difference_problems(shapes: Mapping[str, Shape], geometry: Geometry) -> list[str]:
+    """What is missing, foreign or of another shape, in words."""
+    expected = expert_layout(geometry)
+    missing, unexpected, misshapen = _differences(shapes, geometry)
+    found = []
+    if missing:
+        found.append(f"{len(missing)} of {len(expected)} tensors are missing: {first_few(missing)}")
+    if unexpected:
+        found.append(f"{len(unexpected)} do not belong to it: {first_few(unexpected)}")
+    if misshapen:
+        name = misshapen[0]
+        shape = f"{name} {shapes[name]} instead of {expected[name]}"
+        found.append(f"{len(misshapen)} have another shape, such as {shape}")
+    return found
 
 
 def geometry_text(geometry: Geometry) -> str:
@@ -223,8 +228,8 @@ def geometry_text(geometry: Geometry) -> str:
 
 
 def _block_counts(shapes: Mapping[str, Shape], blocks: list[int]) -> set[int]:
-    """Possible numbers of transformer blocks: from where the second group begins (its first layer has four times the
-    in_features), from the highest block, and the published one, so that some missing tensors do not mislead."""
+    """Possible numbers of transformer blocks, several in case tensors are missing: from where the second group begins,
+    whose first layer has four times the in_features; from the highest block; and the published number."""
     rows = {b: shapes.get(f"blocks.{b}.layers.0.proj_a.proj_out.weight", (0,))[0] for b in blocks}
     first = next((count for count in rows.values() if count), 0)
     boundary = next((b for b in blocks if b and rows[b] == 4 * first), 0)
@@ -233,7 +238,7 @@ def _block_counts(shapes: Mapping[str, Shape], blocks: list[int]) -> set[int]:
 
 
 def _read(shapes: Mapping[str, Shape], num_blocks: int, rank: int) -> Geometry | None:
-    """The geometry told by the first block of the first group that is there, if there is one."""
+    """The geometry, by the first complete block of the first group; None if there is none."""
     has_residual = any(".proj_residual." in name for name in shapes)
     for block in range(num_blocks):
         get = [shapes.get(f"blocks.{block}.layers.0.proj_a.{end}.weight") for end in ("proj_in", "proj_out")]
@@ -265,10 +270,6 @@ def _differences(shapes: Mapping[str, Shape], geometry: Geometry) -> tuple[list[
         [name for name in shapes if name not in expected],
         [name for name in expected if name in shapes and tuple(shapes[name]) != expected[name]],
     )
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "") or "no tensors"
 
 
 def header_rank(header: Header) -> int:

@@ -1,4 +1,4 @@
-"""What each expert says to each picture, from the cache or predicted now."""
+"""The LoRA that each expert predicts from each picture: read from the cache, or computed and kept there."""
 
 import hashlib
 import tempfile
@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from initializers.i2l import encoders, expert
-from initializers.i2l.expert import Factors, merge_pictures
-from initializers.i2l.recognise import ORDER, Source
+from initializers.i2l.expert import Factors, mean_over_pictures
+from initializers.i2l.recognise import ORDER, ExpertFile
 from trainer import qwen_image
 from trainer.adapter import InitContext
 from trainer.data.cache import Cache, key
@@ -30,24 +30,27 @@ from trainer.lowrank import LowRank, concatenate, rank, scale
 
 @dataclass(frozen=True)
 class Predictions:
-    """What each expert says to each picture, before anything is chosen. It lies in files, mapped into memory."""
+    """The LoRA that each expert predicts from each picture, before they are combined: in files, mapped into memory."""
 
     by_picture: dict[str, dict[str, Factors]]
     """kind -> module -> (a: B rank in, b: B out rank)"""
     static: dict[str, LowRank]
-    """Bias"""
+    """Bias, if it is among the experts."""
     folder: tempfile.TemporaryDirectory[str] | None
-    """Where the files are if nobody wants to keep them."""
+    """Where the files are, if no cache keeps them."""
 
     def combine(
         self, weights: Mapping[str, float], pictures: Sequence[int], strength: float = 1.0
     ) -> Mapping[str, LowRank]:
-        """One LoRA: the mean over `pictures` of every expert, then Bias; all times `strength`. Each module is made when
-        it is asked for, so that only as much is in memory as is looked at."""
+        """One LoRA, concatenated on rank: the mean over `pictures` of each expert, then Bias, each times its weight (1
+        if `weights` has none); all times `strength`.
+
+        A module's factors are computed when they are asked for, so that all of them are never in memory at once.
+        """
         return _Combined(self, dict(weights), list(pictures), strength)
 
     def ranks(self, num_pictures: int) -> dict[str, int]:
-        """Of each module, with so many pictures."""
+        """The rank of each module when so many pictures are combined."""
         found: dict[str, int] = {}
         for predicted in self.by_picture.values():
             for module, (a, _) in predicted.items():
@@ -58,16 +61,18 @@ class Predictions:
 
 
 class _Combined(Mapping[str, LowRank]):
+    """What `Predictions.combine` returns."""
+
     def __init__(self, predictions: Predictions, weights: dict[str, float], pictures: list[int], strength: float):
         self._predictions, self._weights, self._pictures, self._strength = predictions, weights, pictures, strength
         self._names = list(dict.fromkeys(chain(*predictions.by_picture.values(), predictions.static)))
 
     def __getitem__(self, module: str) -> LowRank:
-        parts = [
-            scale(merge_pictures(found[module], self._pictures), self._weights.get(kind, 1.0))
-            for kind, found in self._predictions.by_picture.items()
-            if module in found
-        ]
+        parts = []
+        for kind, found in self._predictions.by_picture.items():
+            if module in found:
+                a, b = (factor[self._pictures] for factor in found[module])
+                parts.append(scale(LowRank(*mean_over_pictures((a, b))), self._weights.get(kind, 1.0)))
         if module in self._predictions.static:
             parts.append(scale(self._predictions.static[module], self._weights.get("bias", 1.0)))
         if not parts:
@@ -84,42 +89,65 @@ class _Combined(Mapping[str, LowRank]):
 def predict_pictures(
     context: InitContext,
     encoders_from: str,
-    found: Sequence[Source],
-    pictures: Sequence[Path],
+    experts: Sequence[ExpertFile],
+    paths: Sequence[Path],
     seconds: dict[str, float],
 ) -> Predictions:
-    """From the cache, or predicted now and kept there."""
-    by_picture, static, missing = dict[str, dict[str, Factors]](), dict[str, LowRank](), list[Source]()
-    passing = None if context.cache is not None else tempfile.TemporaryDirectory(prefix="i2l-")
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
-    files = {
-        source.kind: _cache_file(context, encoders_from, source, digests)
-        for source in found
-        if context.cache is not None and source.geometry is not None
-    }
-    for source in found:
-        if source.geometry is None:
-            static = dict(read_lora(source.path)[0].factors)
-        elif context.cache is not None and (cached := read_predictions(files[source.kind])) is not None:
-            context.log(f"i2L: {source.kind}, as predicted before")
-            by_picture[source.kind] = cached
+    """What the experts predict from the pictures, read from the cache or computed now and kept there.
+
+    encoders_from: folder or id of the image encoders. The time of each stage is added to `seconds`. ValueError if a
+    picture's embedding or a prediction has NaN or infinity.
+    """
+    temporary: tempfile.TemporaryDirectory[str] | None = None
+    if context.cache is not None:
+        folder = context.cache / "i2l"
+    else:
+        temporary = tempfile.TemporaryDirectory(prefix="i2l-")
+        folder = Path(temporary.name)
+    digests = picture_digests(paths)
+    files = {one.kind: _cache_file(folder, context, encoders_from, one, digests) for one in experts if one.geometry}
+    by_picture, static, missing = dict[str, dict[str, Factors]](), dict[str, LowRank](), list[ExpertFile]()
+    for expert_file in experts:
+        if expert_file.geometry is None:
+            static = dict(read_lora(expert_file.path)[0].factors)
+        elif found := read_predictions(files[expert_file.kind]):
+            context.log(f"i2L: {expert_file.kind}: predicted before, read from the cache")
+            by_picture[expert_file.kind] = found
         else:
-            missing.append(source)
-    embeddings, residuals = _look(context, encoders_from, missing, pictures, digests, seconds)
-    for source in missing:
-        context.log(f"i2L: {source.kind} ({source.path})")
-        with timed(seconds, source.kind):
-            residual = residuals[source.resolution] if source.resolution is not None else None
-            progress = _progress(f"i2L {source.kind}", "block")
-            predicted = expert.predict(source.path, embeddings.to(context.device), residual, progress=progress)
-            file = files[source.kind] if passing is None else Path(passing.name) / f"{source.kind}.safetensors"
-            assert source.geometry is not None
-            stream_predictions(file, expert.factor_shapes(source.geometry, len(pictures)), predicted)
-        found_now = read_predictions(file)
-        assert found_now is not None
-        by_picture[source.kind] = found_now
+            missing.append(expert_file)
+    residuals = dict[int, Tensor]()
+    if resolutions := [one.resolution for one in missing if one.resolution is not None]:
+        with timed(seconds, "qwen_vl"):  # before the image encoders: it may still be loaded, from encoding the captions
+            residuals = _residuals(context, resolutions, paths, digests)
+    if missing:
+        if context.text_encoder is not None:
+            context.text_encoder.unload()
+        with timed(seconds, "encoders"):
+            embeddings = _embeddings(context, encoders_from, paths, digests).to(context.device)
+    for expert_file in missing:
+        context.log(f"i2L: {expert_file.kind}: predicting with {expert_file.path}")
+        with timed(seconds, expert_file.kind):
+            residual = None if expert_file.resolution is None else residuals[expert_file.resolution]
+            by_picture[expert_file.kind] = _predict(files[expert_file.kind], expert_file, embeddings, residual)
     ordered = {kind: by_picture[kind] for kind in ORDER if kind in by_picture}
-    return Predictions(ordered, static, passing)
+    return Predictions(ordered, static, temporary)
+
+
+def picture_digests(paths: Iterable[Path]) -> list[str]:
+    """sha256 of each file, in hex."""
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+def _predict(file: Path, expert_file: ExpertFile, embeddings: Tensor, residual: Tensor | None) -> dict[str, Factors]:
+    """Predict into `file`, and map it into memory."""
+    assert expert_file.geometry is not None
+    predicted = expert.predict(
+        expert_file.path, embeddings, residual, progress=_progress(f"i2L {expert_file.kind}", "block")
+    )
+    stream_predictions(file, expert.factor_shapes(expert_file.geometry, len(embeddings)), predicted)
+    found = read_predictions(file)
+    assert found is not None
+    return found
 
 
 def stream_predictions(
@@ -127,82 +155,79 @@ def stream_predictions(
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     predicted: Iterable[tuple[str, Factors]],
 ) -> None:
-    """As they come: those of many pictures would not fit into memory."""
+    """Write predictions module by module, as they are computed: those of many pictures would not fit into memory."""
     halves = {f"{name}.{half}": shape for name, pair in shapes.items() for half, shape in zip("ab", pair, strict=True)}
     tensors = ((f"{name}.{half}", x) for name, pair in predicted for half, x in zip("ab", pair, strict=True))
     stream_tensors(file, halves, tensors)
 
 
-def _cache_file(context: InitContext, encoders_from: str, source: Source, digests: Sequence[str]) -> Path:
-    """Named by all that the prediction depends on."""
-    looked = encoders.identity(encoders_from)
-    if source.resolution is not None:
-        looked += qwen_image.identity(context.base)
-    name = key("i2l", sample(source.path), looked, context.device.type, list(digests))
-    assert context.cache is not None
-    return context.cache / "i2l" / f"{source.kind}-{name[:32]}.safetensors"
+def _cache_file(
+    folder: Path, context: InitContext, encoders_from: str, expert_file: ExpertFile, digests: Sequence[str]
+) -> Path:
+    """The file of an expert's prediction, named by a hash of all that it depends on."""
+    read_by = encoders.identity(encoders_from)
+    if expert_file.resolution is not None:
+        read_by += qwen_image.identity(context.base)
+    name = key("i2l", sample(expert_file.path), read_by, context.device.type, list(digests))
+    return folder / f"{expert_file.kind}-{name[:32]}.safetensors"
 
 
 def read_predictions(file: Path) -> dict[str, Factors] | None:
+    """Module -> (a, b), mapped into memory; None if there is no whole file."""
     if not file.is_file():
         return None
     try:
         tensors = load_file(file)
     except SafetensorError:
-        return None  # cut short: predicted again
+        return None  # cut short; it is predicted again
     return {name[:-2]: (tensors[name], tensors[f"{name[:-2]}.b"]) for name in tensors if name.endswith(".a")}
 
 
-def _look(
-    context: InitContext,
-    encoders_from: str,
-    found: Sequence[Source],
-    pictures: Sequence[Path],
-    digests: Sequence[str],
-    seconds: dict[str, float],
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Image embeddings, B embedding_size, and residuals by resolution, as far as the experts need them. Each is cached
-    by itself, so that one more picture or expert does not encode the others again."""
-    if all(source.geometry is None for source in found):
-        return torch.empty(0), {}
-    dtype, where = dtype_for(context.device), context.device.type
+def _residuals(
+    context: InitContext, resolutions: Sequence[int], paths: Sequence[Path], digests: Sequence[str]
+) -> dict[int, Tensor]:
+    """Resolution -> hidden states of Qwen2.5-VL for each picture, B num_tokens width. Each picture is cached by itself,
+    so that one more picture or expert does not encode the others again."""
+    device, dtype = context.device, dtype_for(context.device)
+    wanted = [(resolution, i) for resolution in resolutions for i in range(len(paths))]
 
-    def embed(positions: list[int]) -> list[Tensor]:
-        context.log(f"i2L: encoding {len(positions)} pictures")
-        paths = [pictures[i] for i in positions]
-        squares = [encoders.cover_crop(open_picture(path), encoders.CROP_SIZE) for path in paths]  # photographs are big
-        rows = encoders.encode_pictures(squares, encoders_from, context.device, dtype)
-        return _finite(rows, paths, f"image embeddings, computed in {dtype}")
-
-    looks = [(source.resolution, i) for source in found if source.resolution is not None for i in range(len(pictures))]
-
-    def read(positions: list[int]) -> list[Tensor]:
-        context.log("i2L: reading the pictures with Qwen2.5-VL")
-        squares, paths = dict[int, list[Image.Image]](), [pictures[looks[i][1]] for i in positions]
-        for (resolution, _), path in zip([looks[i] for i in positions], paths, strict=True):
-            squares.setdefault(resolution, []).append(encoders.cover_crop(open_picture(path), resolution))
-        states = encoders.qwen_vl_residuals(squares, context.base, context.device, dtype, context.text_encoder)
+    def encode(positions: list[int]) -> list[Tensor]:
+        context.log("i2L: encoding the pictures with Qwen2.5-VL")
+        chosen = [wanted[position] for position in positions]
+        squares = dict[int, list[Image.Image]]()
+        for resolution, i in chosen:
+            squares.setdefault(resolution, []).append(encoders.cover_crop(open_picture(paths[i]), resolution))
+        states = encoders.qwen_vl_residuals(squares, context.base, device, dtype, context.text_encoder)
         rows = [row for resolution in squares for row in states[resolution]]
-        return _finite(rows, paths, f"hidden states, computed in {dtype}")
+        return _finite(rows, [paths[i] for _, i in chosen], f"hidden states, computed in {dtype}")
 
-    residuals = dict[int, list[Tensor]]()
-    if looks:  # first: Qwen2.5-VL may be loaded still, from reading the captions
-        with timed(seconds, "qwen_vl"):
-            model = qwen_image.identity(context.base)
-            names = [key("i2l residual", model, where, resolution, digests[i]) for resolution, i in looks]
-            rows = _cached(context, names, read)
-        for (resolution, _), row in zip(looks, rows, strict=True):
-            residuals.setdefault(resolution, []).append(row)
-    if context.text_encoder is not None:
-        context.text_encoder.unload()
-    with timed(seconds, "encoders"):
-        names = [key("i2l embedding", encoders.identity(encoders_from), where, digest) for digest in digests]
-        embeddings = torch.stack(_cached(context, names, embed))
-    return embeddings, {resolution: torch.stack(group) for resolution, group in residuals.items()}
+    model = qwen_image.identity(context.base)
+    names = [key("i2l residual", model, device.type, resolution, digests[i]) for resolution, i in wanted]
+    rows = _cached(context, names, encode)
+    return {
+        size: torch.stack([x for (own, _), x in zip(wanted, rows, strict=True) if own == size]) for size in resolutions
+    }
+
+
+def _embeddings(context: InitContext, encoders_from: str, paths: Sequence[Path], digests: Sequence[str]) -> Tensor:
+    """Image embeddings, B embedding_size; cached like `_residuals`."""
+    device, dtype = context.device, dtype_for(context.device)
+
+    def encode(positions: list[int]) -> list[Tensor]:
+        context.log(f"i2L: encoding {len(positions)} pictures with SigLIP2 and DINOv3")
+        chosen = [paths[i] for i in positions]
+        # photographs are large: each is cropped as soon as it is read
+        squares = [encoders.cover_crop(open_picture(path), encoders.CROP_SIZE) for path in chosen]
+        rows = encoders.encode_pictures(squares, encoders_from, device, dtype)
+        return _finite(rows, chosen, f"image embeddings, computed in {dtype}")
+
+    model = encoders.identity(encoders_from)
+    names = [key("i2l embedding", model, device.type, digest) for digest in digests]
+    return torch.stack(_cached(context, names, encode))
 
 
 def _cached(context: InitContext, names: Sequence[str], compute: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
-    """The tensor of each name; `compute` gets the positions of all that are missing, at once: it loads models."""
+    """The tensor of each name. `compute` gets the positions of all missing ones at once, since it loads models."""
     if context.cache is None:
         return compute(list(range(len(names))))
     cache = Cache(context.cache / "i2l" / "pictures")
@@ -210,7 +235,7 @@ def _cached(context: InitContext, names: Sequence[str], compute: Callable[[list[
 
 
 def _finite(rows: Iterable[Tensor], paths: Sequence[Path], what: str) -> list[Tensor]:
-    """The rows on the CPU. ValueError names the picture whose row is not finite."""
+    """The rows, on the CPU. ValueError names the first picture whose row is not finite."""
     found = [row.cpu() for row in rows]
     for path, row in zip(paths, found, strict=True):
         if not bool(row.isfinite().all()):
@@ -219,6 +244,7 @@ def _finite(rows: Iterable[Tensor], paths: Sequence[Path], what: str) -> list[Te
 
 
 def dtype_for(device: torch.device) -> torch.dtype:
+    """The precision that encoders run in."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -229,6 +255,7 @@ def _progress(title: str, unit: str) -> Callable[[Iterable[int]], Iterable[int]]
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Store how long the block takes under `stage`."""
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start

@@ -1,8 +1,8 @@
-"""Which files are which experts, and whether they belong together and to the model that is trained."""
+"""Recognise the files of experts, and check that they fit one another and the model that is trained."""
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,37 +23,42 @@ from initializers.i2l.layout import (
     module_shapes,
 )
 from trainer.adapter import InitContext
+from trainer.config import first_few
 from trainer.files import Header, LayoutError, read_header
 from trainer.formats import check_lora
 
-ORDER = tuple(FILES)  # style, coarse, fine, bias: the order of the ranks in the result
+ORDER = tuple(FILES)
+"""style, coarse, fine, bias: the order in which their ranks are concatenated."""
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Source:
-    """One expert, found and recognised, but not loaded."""
+class ExpertFile:
+    """The file of an expert, recognised by its header; its weights are not loaded."""
 
-    kind: str  # one of ORDER
+    kind: str
+    """One of ORDER."""
     path: Path
     header: Header
-    geometry: Geometry | None  # None for Bias
+    geometry: Geometry | None
+    """None for Bias, which is an ordinary LoRA."""
 
     @property
     def resolution(self) -> int | None:
-        """Of the pictures that its residual is made from, if it has one."""
+        """Side of the squares, in pixels, that Qwen-VL reads for its residual; None if it takes no residual."""
         return encoders.RESOLUTIONS.get(self.kind)
 
     @property
     def modules(self) -> dict[str, tuple[int, int]]:
-        """in_features and out_features of what it covers."""
+        """in_features and out_features of the modules that it covers."""
         if self.geometry is not None:
             return module_shapes(self.geometry)
         return {name: (inside, out) for name, (inside, out, _) in check_lora(self.path).items()}
 
 
-def place(weights: str, name: str) -> tuple[str, str]:
-    """Folder or hub id, and file, of an expert given by name or path. ValueError if there is no such expert."""
+def expert_location(weights: str, name: str) -> tuple[str, str]:
+    """Folder or hub id, and name, of an expert's file. name: of an expert in `weights`, or a path. ValueError if there
+    is no such expert."""
     if name in FILES:
         return weights, FILES[name]
     path = Path(name).expanduser()
@@ -62,14 +67,15 @@ def place(weights: str, name: str) -> tuple[str, str]:
     raise ValueError(f'"{name}" is neither an expert ({", ".join(ORDER)}) nor a file')
 
 
-def recognise(name: str, path: Path) -> Source:
-    """What the file is, by its layout; its name must agree. ValueError if damaged, incomplete or something else."""
+def recognise(name: str, path: Path) -> ExpertFile:
+    """The expert that the file holds, by its layout. ValueError if the file is damaged or incomplete, if it is not an
+    expert, or if `name` is the name of another one."""
     header = read_header(path)
     if not is_expert(header.shapes):
         if is_lora(header.shapes) and name not in PUBLISHED:
             check_lora(path)
-            return Source("bias", path, header, None)
-        raise LayoutError(f"{path}: no i2L expert; `python -m initializers.i2l inspect {path}` tells what it is")
+            return ExpertFile("bias", path, header, None)
+        raise LayoutError(f"{path}: not an i2L expert; `python -m initializers.i2l inspect {path}` shows what it is")
     try:
         geometry = infer_geometry(header.shapes, header_rank(header))
     except LayoutError as error:
@@ -78,15 +84,16 @@ def recognise(name: str, path: Path) -> Source:
     if kind not in PUBLISHED:
         assert geometry.residual is not None
         raise LayoutError(
-            f"{path}: its residual has {geometry.residual.num_tokens} tokens; that of Coarse has {COARSE_TOKENS}, "
-            f"of Fine {FINE_TOKENS}"
+            f"{path}: neither Coarse nor Fine: its residual has {geometry.residual.num_tokens} tokens, theirs have "
+            f"{COARSE_TOKENS} and {FINE_TOKENS}"
         )
     if name in FILES and name != kind:
         raise LayoutError(f'{path}: expected the expert "{name}", found the {geometry_text(geometry)}')
-    return Source(kind, path, header, geometry)
+    return ExpertFile(kind, path, header, geometry)
 
 
 def combination_problems(kinds: Sequence[str]) -> list[str]:
+    """Problems of experts that cannot be used together."""
     found = []
     if "fine" in kinds and "coarse" not in kinds:
         found.append('fine works only together with coarse: add "coarse"')
@@ -94,50 +101,46 @@ def combination_problems(kinds: Sequence[str]) -> list[str]:
     return found
 
 
-def encoder_problems(source: str, geometries: dict[str, Geometry]) -> list[str]:
-    """Encoders and experts must have been trained together: their embeddings must at least have one size."""
+def encoder_problems(encoders_from: str, geometries: dict[str, Geometry]) -> list[str]:
+    """Problems of experts that were not trained with these encoders, as far as the size of the embeddings shows it."""
     try:
-        size = encoders.embedding_size(source)
+        size = encoders.embedding_size(encoders_from)
     except LayoutError as error:
         return [f"encoders: {error}"]
     return [
-        f'encoders: {source} gives image embeddings of {size} numbers, the expert "{name}" takes '
+        f'encoders: {encoders_from} gives image embeddings of {size} numbers, the expert "{name}" takes '
         f"{geometry.embedding_size}"
         for name, geometry in geometries.items()
         if size not in (None, geometry.embedding_size)
     ]
 
 
-def check_fit(found: Sequence[Source], context: InitContext) -> None:
-    """ValueError if an expert was made for another transformer than the one that shall be trained."""
-    for source in found:
-        made_for = source.modules
+def check_fit(experts: Sequence[ExpertFile], context: InitContext) -> None:
+    """ValueError if an expert was made for another transformer than the one that is trained."""
+    for expert_file in experts:
+        path, made_for = expert_file.path, expert_file.modules
         common = made_for.keys() & context.modules.keys()
         if not common:
             raise ValueError(
-                f"{source.path}: predicts none of the modules that are to be trained. It covers {_first(made_for)}; "
-                f"to be trained are {_first(context.modules)}"
+                f"{path}: predicts none of the modules that are to be trained. It covers {first_few(made_for)}; "
+                f"to be trained are {first_few(context.modules) or 'none'}"
             )
         for module in sorted(common):
             if made_for[module] != tuple(context.modules[module]):
                 raise ValueError(
-                    f"{source.path}: made for another model: {module} is {_shape(made_for[module])} in the expert and "
+                    f"{path}: made for another model: {module} is {_shape(made_for[module])} in the expert and "
                     f"{_shape(context.modules[module])} in {context.base}"
                 )
         blocks = max((int(match[1]) + 1 for name in context.modules if (match := _BLOCK.match(name))), default=0)
-        if source.geometry is not None and blocks > (num_blocks := source.geometry.num_blocks):
-            raise ValueError(f"{source.path}: made for a model of {num_blocks} blocks, but {context.base} has {blocks}")
+        if expert_file.geometry is not None and blocks > (num_blocks := expert_file.geometry.num_blocks):
+            raise ValueError(f"{path}: made for a model of {num_blocks} blocks, but {context.base} has {blocks}")
 
 
-def fingerprint(source: Source) -> dict[str, Any]:
-    with source.path.open("rb") as file:
+def file_hashes(expert_file: ExpertFile) -> dict[str, Any]:
+    """md5 of the file and of its layout, and its size, for reports."""
+    with expert_file.path.open("rb") as file:
         content = hashlib.file_digest(file, "md5").hexdigest()
-    return {"md5": content, "layout_md5": layout_md5(source.header.shapes), "bytes": source.header.num_bytes}
-
-
-def _first(names: Iterable[str], count: int = 3) -> str:
-    listed = list(names)
-    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "") or "nothing"
+    return {"md5": content, "layout_md5": layout_md5(expert_file.header.shapes), "bytes": expert_file.header.num_bytes}
 
 
 def _shape(shape: tuple[int, int]) -> str:

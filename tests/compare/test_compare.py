@@ -280,13 +280,10 @@ def test_subjects_may_lie_in_folders_of_groups(tmp_path: Path) -> None:
     assert found == ["a/x", "a/y", "b"] and not problems
 
 
-SHARED = pytest.mark.xdist_group("demo comparison")  # one process makes it
-
-
-@pytest.fixture(scope="module")
-def demo_comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def demo_comparison(tmp_path: Path) -> Path:
     """Two creatures never seen, all controls, the demo's own models."""
-    folder = tmp_path_factory.mktemp("demo")
+    folder = tmp_path
     for index in (300, 301):
         creatures.paint(folder / "subjects", "new", index)
     arguments = ["--config", "configs/creatures.toml", "--compare", "random", "i2l", "--controls", "--quiet"]
@@ -298,9 +295,14 @@ def demo_comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-@SHARED
 def test_i2l_against_its_controls(demo_comparison: Path) -> None:
-    report = report_of(demo_comparison)
+    """One test, so that only one process has to make the comparison."""
+    check_outcomes(report_of(demo_comparison))
+    check_measures(report_of(demo_comparison))
+    check_contact_sheet(demo_comparison)
+
+
+def check_outcomes(report: dict[str, Any]) -> None:
     rows = {row["arm"]: row for row in report["summary"]}
     assert rows.keys() == {"random", "i2l", *comparison.CONTROLS}
     assert all(row["runs"] == row["subjects"] == 2 for row in rows.values())
@@ -331,9 +333,7 @@ def test_a_control_of_equal_norm_has_equal_norm() -> None:
     assert not torch.allclose(again.b @ again.a, control.weights.factors["a"].b @ control.weights.factors["a"].a)
 
 
-@SHARED
-def test_samples_are_measured(demo_comparison: Path) -> None:
-    report = report_of(demo_comparison)
+def check_measures(report: dict[str, Any]) -> None:
     for run in report["runs"]:
         for point in run["curve"]:
             assert {"similarity DINOv3", "similarity SigLIP2", "diversity DINOv3", "drift"} <= point.keys()
@@ -372,8 +372,8 @@ def test_fidelity_is_the_cosine_of_picture_and_prompt(tiny_base: Path, tmp_path:
     assert comparison._text_image_problems(str(tmp_path / "nothing"))
 
 
-@SHARED
-def test_the_contact_sheet_has_a_row_for_each_arm(demo_comparison: Path) -> None:
+def check_contact_sheet(demo_comparison: Path) -> None:
+    """A row for each arm."""
     sheet = Image.open(demo_comparison / "contact_sheet.png")
     side = 128  # 64 pixels, enlarged
     assert sheet.height // (side + 26) == 6  # random, i2l, three controls that are run, real pictures; titles and gaps

@@ -242,7 +242,7 @@ def _no_lora(content: Tensors) -> None:
         (_twice, r"transformer_blocks\.0\.attn\.to_q is in it twice", True),
         (_stray, r"not part of a plain LoRA: .*diff_b", True),
         (_lokr, "LoKr", True),
-        (_no_lora, "no LoRA", True),
+        (_no_lora, "not a LoRA", True),
     ],
 )
 def test_damaged_and_foreign_files_are_named(
@@ -263,7 +263,7 @@ def test_damaged_and_foreign_files_are_named(
 def test_truncated_files_are_named(size: int, tmp_path: Path) -> None:
     path = write(tmp_path / "lora.safetensors", LAYOUTS["bare"])
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(FormatError, match="no whole safetensors file"):
+    with pytest.raises(FormatError, match="not a whole safetensors file"):
         read_lora(path)
 
 

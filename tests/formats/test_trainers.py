@@ -27,7 +27,7 @@ from trainer.adapter import TARGETS, AdapterConfig, AdapterWeights
 from trainer.formats import FormatError, read_lora, write_lora
 from trainer.formats.__main__ import main
 from trainer.formats.check import judge
-from trainer.formats.convert import Handoff, hand_off
+from trainer.formats.convert import Handoff, Target, hand_off
 from trainer.formats.read_config import RecipeError, read_recipe
 from trainer.formats.rules import TRAINERS
 from trainer.lowrank import LowRank, truncate
@@ -241,7 +241,7 @@ LOADERS: dict[str, Callable[[Path], Deltas]] = {
 
 def made_for(trainer: str, folder: Path, found: AdapterWeights | None = None, **options: Any) -> Handoff:
     given = weights() if found is None else found
-    return hand_off(given, trainer, modules(), folder, name="zorp", metadata={"note": "x"}, **options)
+    return hand_off(given, Target(trainer=trainer, modules=modules(), **options), folder, {"note": "x"})
 
 
 def test_every_trainer_is_tested() -> None:
@@ -250,7 +250,7 @@ def test_every_trainer_is_tested() -> None:
 
 @pytest.mark.parametrize("trainer", LOADERS)
 def test_a_file_made_for_a_trainer_is_the_seed_there(trainer: str, tmp_path: Path) -> None:
-    done = made_for(trainer, tmp_path / "made", wanted_rank=RANK)
+    done = made_for(trainer, tmp_path / "made", rank=RANK)
     assert_same(LOADERS[trainer](tmp_path / "made"), deltas(weights(), RANK))
     assert done.verdict.equal and len(done.verdict.loaded) == 24 and set(done.verdict.scales.values()) == {1.0}
     text = (tmp_path / "made" / "README.md").read_text()
@@ -259,17 +259,17 @@ def test_a_file_made_for_a_trainer_is_the_seed_there(trainer: str, tmp_path: Pat
 
 
 def test_musubi_has_a_second_file_for_its_default_alpha(tmp_path: Path) -> None:
-    made_for("musubi-tuner", tmp_path / "made", wanted_rank=RANK)
-    assert_same(musubi(tmp_path / "made", "zorp-alpha1.safetensors"), deltas(weights(), RANK))
+    made_for("musubi-tuner", tmp_path / "made", rank=RANK)
+    assert_same(musubi(tmp_path / "made", "made-alpha1.safetensors"), deltas(weights(), RANK))
     # without a recipe the default of 1 is assumed: that file is right, the other would arrive at a fourth
-    assert judge(tmp_path / "made" / "zorp-alpha1.safetensors", "musubi-tuner", modules()).equal
-    verdict = judge(tmp_path / "made" / "zorp.safetensors", "musubi-tuner", modules())
+    assert judge(tmp_path / "made" / "made-alpha1.safetensors", "musubi-tuner", modules()).equal
+    verdict = judge(tmp_path / "made" / "made.safetensors", "musubi-tuner", modules())
     assert not verdict.equal and set(verdict.scales.values()) == {0.25}
 
 
 @pytest.mark.parametrize("trainer", sorted(LOADERS.keys() - {"comfyui"}))
 def test_a_smaller_lora_has_no_dead_ranks(trainer: str, tmp_path: Path) -> None:
-    done = made_for(trainer, tmp_path / "made", weights(2), wanted_rank=RANK)
+    done = made_for(trainer, tmp_path / "made", weights(2), rank=RANK)
     assert_same(LOADERS[trainer](tmp_path / "made"), deltas(weights(2)))
     assert done.verdict.dead == {}
 
@@ -345,7 +345,7 @@ def test_rank_alpha_and_targets_come_from_the_recipe(trainer: str, tmp_path: Pat
     said = "\n".join(done.lines)
     assert ("dropped" in said) == (len(expected) < 24)
     covered = trainer == "onetrainer"
-    assert ("covered with a random" in said) == covered
+    assert ("filled with rows that change nothing" in said) == covered
     assert read_lora(done.file)[0].factors.keys() == (set(trained) if covered else expected.keys())
     if trainer in ("musubi-tuner", "simpletuner"):  # their scale here is 6 / 3, whatever the file says
         for name, x in load_pairs(done.file).items():
@@ -377,7 +377,7 @@ def test_musubi_s_recipe_may_be_a_command_line(tmp_path: Path) -> None:
 
 def test_the_energy_that_is_left_stands_in_the_file(tmp_path: Path) -> None:
     origin = {"warm_start": json.dumps({"initializer": "i2l", "energy_kept": 0.5})}
-    done = hand_off(weights(), "comfyui", modules(), tmp_path / "x", name="x", metadata=origin, wanted_rank=2)
+    done = hand_off(weights(), Target(trainer="comfyui", modules=modules(), rank=2), tmp_path / "x", origin)
     found = json.loads(read_lora(done.file)[1]["warm_start"])
     squares = {n: torch.linalg.svdvals(d).square() for n, d in deltas(weights()).items()}
     share = float(sum(s[:2].sum() for s in squares.values()) / sum(s.sum() for s in squares.values()))
@@ -393,7 +393,7 @@ def test_rounding_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainer", RECIPES)
 def test_the_lines_that_are_written_are_a_recipe(trainer: str, tmp_path: Path) -> None:
-    made_for(trainer, tmp_path / "made", wanted_rank=RANK)
+    made_for(trainer, tmp_path / "made", rank=RANK)
     recipe = read_recipe(lines_in(tmp_path / "made"), trainer)
     assert (recipe.rank, recipe.alpha) == (RANK, RANK)
     selected = set(recipe.targets(modules()))
@@ -494,7 +494,7 @@ def written(folder: Path, layout: str, found: AdapterWeights | None = None, alph
 def test_keys_that_a_trainer_does_not_know_are_found(trainer: str, layout: str, loads: bool, tmp_path: Path) -> None:
     recipe = None
     if trainer in RECIPES and trainer != "diffusers":
-        made_for(trainer, tmp_path / "made", wanted_rank=6)
+        made_for(trainer, tmp_path / "made", rank=6)
         recipe = read_recipe(lines_in(tmp_path / "made"), trainer)
     verdict = judge(written(tmp_path, layout), trainer, modules(), recipe)
     assert verdict.equal == loads and (len(verdict.loaded) == 24) == loads
@@ -607,7 +607,7 @@ def test_a_scale_that_only_metadata_tells_is_not_counted_twice(tmp_path: Path) -
         (["convert", "absent.safetensors", "new", "--for", "comfyui"], "no such file"),
         (["check", "FILE", "--for", "comfyui", "--base", "./nowhere"], "no folder"),
         (["check", "FILE", "--for", "comfyui", "--recipe", "RECIPE"], "does not train"),
-        (["check", "TRUNCATED", "--for", "comfyui"], "no whole safetensors file"),
+        (["check", "TRUNCATED", "--for", "comfyui"], "not a whole safetensors file"),
         (["check", "FLUX", "--for", "comfyui"], "looks like a LoRA for Flux"),
         (["check", "SDXL", "--for", "comfyui"], "looks like a LoRA for Stable Diffusion or SDXL"),
         (["check", "NAN", "--for", "comfyui"], "contains NaN"),
@@ -643,9 +643,7 @@ def test_bad_input_is_told(
 def test_mixed_ranks_become_one(tmp_path: Path) -> None:
     mixed = weights(6).factors | {name: x for name, x in weights(2).factors.items() if "to_q" in name}
     path = written(tmp_path, "bare.default", AdapterWeights(mixed))
-    recipe = read_recipe(
-        made_for("diffsynth", tmp_path / "own", wanted_rank=6).file.with_name("diffsynth.sh"), "diffsynth"
-    )
+    recipe = read_recipe(made_for("diffsynth", tmp_path / "own", rank=6).file.with_name("diffsynth.sh"), "diffsynth")
     assert any("another rank" in error for error in judge(path, "diffsynth", modules(), recipe).errors)
     done = made_for("diffsynth", tmp_path / "made", AdapterWeights(mixed))
     assert done.verdict.equal

@@ -20,7 +20,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m trainer.bench", description="What a training step costs.")
     commands = parser.add_subparsers(dest="command", required=True)
     loop = commands.add_parser("loop", help="seconds of a step, and what of it is the loop around it")
-    adapter = commands.add_parser("adapter", help="what the adapter adds to one block; loads no weights")
+    adapter = commands.add_parser("adapter", help="what the adapter adds to a block with random weights")
     for command in (loop, adapter):
         command.add_argument("--config", type=Path, required=True, metavar="FILE", help="a run's TOML")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key")

@@ -7,23 +7,21 @@ a few blocks will do: --blocks 1 --resolution 256 --variants none fp8
 """
 
 import json
-import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from trainer import adapter, flow, loop, qwen_image
 from trainer.adapter import AdapterConfig
-from trainer.files import size, stream_tensors, write_json
+from trainer.files import random_tensors, size, stream_tensors, write_json
 from trainer.hardware import machine, memory
 from trainer.loop import TrainConfig
 from trainer.qwen_image import ModelConfig
@@ -42,19 +40,13 @@ TRAIN = TrainConfig(gradient_checkpointing=True)
 
 
 def write_base(folder: Path, num_blocks: int, *, quiet: bool) -> None:
-    """`folder/transformer` with random weights in bf16; they are small, so that what comes out is finite."""
+    """`folder/transformer` with random weights in bf16."""
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(**SHAPE, num_layers=num_blocks)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    random = torch.Generator().manual_seed(0)
-    numbers = (torch.randn(max(tensor.numel() for tensor in model.parameters()), generator=random) * 0.02).bfloat16()
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in tqdm(shapes.items(), "write a random base", unit="tensor", disable=quiet):
-            yield name, numbers[: math.prod(shape)].view(shape)
-
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    stream_tensors(file, shapes, tensors(), torch.bfloat16)
+    tensors = random_tensors(shapes, torch.bfloat16)
+    shown = tqdm(tensors, "write a random base", total=len(shapes), unit="tensor", disable=quiet)
+    stream_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", shapes, shown, torch.bfloat16)
     write_json(folder / "transformer" / "config.json", json.loads(model.to_json_string()))
 
 

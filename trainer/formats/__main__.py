@@ -11,7 +11,7 @@ from trainer.adapter import AdapterWeights
 from trainer.files import DTYPES
 from trainer.flow import generator
 from trainer.formats.check import judge, verdict_text
-from trainer.formats.convert import hand_off
+from trainer.formats.convert import Target, hand_off
 from trainer.formats.layouts import LAYOUTS
 from trainer.formats.lora import ALPHA_KEY, PEFT_FILE, FormatError, interface_metadata, open_lora, write_lora
 from trainer.formats.read_config import Recipe, read_recipe
@@ -102,17 +102,14 @@ def _convert(options: argparse.Namespace) -> int:
     metadata = {key: value for key, value in metadata.items() if not key.startswith(STALE_METADATA)}
     if options.layout:
         return _convert_layout(options, weights, metadata)
-    done = hand_off(
-        weights,
-        options.trainer,
-        base_modules(options.base),
-        options.out,
-        name=options.out.name,
-        metadata=metadata,
+    target = Target(
+        trainer=options.trainer,
+        modules=base_modules(options.base),
         recipe=_recipe(options),
-        wanted_rank=options.rank,
+        rank=options.rank,
         dtype=options.dtype,
     )
+    done = hand_off(weights, target, options.out, metadata)
     print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), verdict_text(done.verdict)]))
     return 0
 

@@ -23,7 +23,7 @@ class Verdict:
     loaded: dict[str, LowRank] = field(default_factory=dict)
     """What is on the modules at step 0, effective."""
     scales: dict[str, float] = field(default_factory=dict)
-    """Of what the file means, how much arrives: 1 is all."""
+    """How much of the effect that the file means arrives in each module: 1 is all of it."""
     random: list[str] = field(default_factory=list)
     """Trained, and not started by the file: a random, b zero."""
     ignored: dict[str, str] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Verdict:
 
 def judge(path: Path, trainer: str, modules: Mapping[str, tuple[int, int]], recipe: Recipe | None = None) -> Verdict:
     """By the rules in `TRAINERS`, for a model with these Linear layers (in_features, out_features). Without a recipe:
-    at the file's rank, with that trainer's defaults otherwise. FormatError if the file is no LoRA of Qwen-Image."""
+    at the file's rank, with that trainer's defaults otherwise. FormatError if the file is not a LoRA of Qwen-Image."""
     file = open_lora(path)
     weights, _ = file.read()
     rules = TRAINERS[trainer].rules_for(recipe is not None)
@@ -81,7 +81,7 @@ def _check_sizes(weights: AdapterWeights, modules: Mapping[str, tuple[int, int]]
     sizes = {name: (a.shape[1], b.shape[0]) for name, (a, b) in weights.factors.items()}
     if strangers := [name for name in sizes if name not in modules]:
         verdict.errors.append(
-            f"the model has no {strangers[0]} ({len(strangers)} such): is it for another base? (--base)"
+            f"the model has no {strangers[0]} ({len(strangers)} such): is it for another base? (choose it by --base)"
         )
     if wrong := [name for name in sizes if name in modules and modules[name] != sizes[name]]:
         here, there = ("{} -> {}".format(*size[wrong[0]]) for size in (sizes, modules))

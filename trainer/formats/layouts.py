@@ -7,7 +7,7 @@ A key is prefix + module + half, and optionally there is an `.alpha` for each mo
     half       lora_A | lora_down | lora.down (rank, in_features);  lora_B | lora_up | lora.up (out_features, rank)
                then optionally ".default", then ".weight"
 
-To add a layout, add an entry to `LAYOUTS`, and its keys to the golden list in tests/test_formats.py.
+To add a layout, add an entry to `LAYOUTS`, and its keys to the golden list in tests/formats/test_layouts.py.
 """
 
 import re
@@ -34,14 +34,14 @@ KOHYA_PREFIX = "lora_unet_"
 class Layout:
     prefix: str
     halves: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
-    """Of a and of b."""
+    """The ends of the keys of a and of b."""
     flat: bool = False
     """Module names have underscores instead of dots."""
     alpha: bool = False
     """Each module has an `.alpha`: the file's dW is alpha / rank * b a. Without it, b a."""
 
     def keys(self, module: str) -> tuple[str, str, str]:
-        """Of a, b and alpha of a module, by its name in the transformer."""
+        """The keys of a, b and alpha of a module, by its name in the transformer."""
         stem = self.prefix + (module.replace(".", "_") if self.flat else module)
         return f"{stem}.{self.halves[0]}", f"{stem}.{self.halves[1]}", f"{stem}.alpha"
 
@@ -99,7 +99,7 @@ class Sorted:
     foreign: list[str]
     """Module names that Qwen-Image does not have."""
     unread: list[str]
-    """Keys that are no part of a LoRA."""
+    """Keys that are not part of a LoRA."""
     twice: list[tuple[str, str]]
     """A module, and the key that repeats a part of it."""
 

@@ -40,7 +40,7 @@ BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class FormatError(ValueError):
-    """A file is no LoRA for Qwen-Image, or a damaged one. The text names the file."""
+    """A file is not a LoRA for Qwen-Image, or it is damaged. The text names the file."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LoraFile:
     modules: dict[str, ModuleKeys]
     shapes: dict[str, tuple[int, ...]]
     alphas: dict[str, float | None]
-    """Of the modules that have one in the file."""
+    """The alphas that are in the file, by module."""
     config: dict[str, Any]
     """PEFT's, empty if there is none."""
     metadata: dict[str, str]
@@ -220,7 +220,9 @@ def open_lora(path: Path) -> LoraFile:
                     f"{file}: {none[0]} has alpha 0, which some programs read as no effect, others as rank"
                 )
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{file}: this is no whole safetensors file ({error}). Download or copy it again.") from error
+        raise FormatError(
+            f"{file}: this is not a whole safetensors file ({error}). Download or copy it again."
+        ) from error
     return LoraFile(file, modules, shapes, alphas, config, metadata)
 
 
@@ -232,7 +234,7 @@ def _sort(shapes: Mapping[str, Any]) -> dict[str, ModuleKeys]:
     if found.twice:
         raise FormatError("{} is in it twice, the second time as {}".format(*found.twice[0]))
     if not found.modules and not found.foreign:
-        raise FormatError(f"this is no LoRA: {first_few(found.unread) or 'it is empty'}")
+        raise FormatError(f"this is not a LoRA: {first_few(found.unread) or 'it is empty'}")
     if found.foreign:
         names = list(dict.fromkeys(found.foreign))
         raise FormatError(f"Qwen-Image has no such modules: {first_few(names)}. {_other_model(names)}")

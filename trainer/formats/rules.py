@@ -27,8 +27,8 @@ class Rules:
     scale: Literal["file", "one", "recipe"]
     """dW = scale * b a: alpha / rank of the file (1 without alpha), 1, or alpha / rank of the configuration."""
     rank: Literal["any", "equal", "resized"]
-    """Of the file: its own for each module; must be the configuration's, or it raises; is brought to the
-    configuration's, with zeros in both factors, or by its leading rows."""
+    """What becomes of the file's rank. any: each module may have its own. equal: it must be the configuration's, or the
+    trainer raises. resized: it is brought to the configuration's, by zeros in both factors or by the leading rows."""
     missing: Literal["random", "error", "none"] = "random"
     """Modules that are trained and not in the file; none: nothing is trained beside the file."""
     extra: Literal["ignored", "error", "none"] = "ignored"

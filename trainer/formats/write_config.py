@@ -15,7 +15,7 @@ from trainer.formats.rules import TRAINERS
 @dataclass(frozen=True)
 class Snippet:
     name: str
-    """Of the file."""
+    """The name of the file."""
     text: str
 
 

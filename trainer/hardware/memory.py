@@ -8,6 +8,7 @@ its inputs, its output and a number for each row.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -113,30 +114,32 @@ def activation_bytes(
     blocks: int | None = None,
 ) -> float:
     """What the backward pass needs, for square pictures of so many pixels; of all blocks, or of so many."""
-    one, two = (_kept(transformer, model, train, pixels, settings, count) for count in (1, 2))
+    dtype, sizes = DTYPES[model.dtype], (train.batch_size, pixels)
+    settings = settings and replace(settings, rank_pattern={})
+    one, two = (_kept(transformer, dtype, sizes, train.gradient_checkpointing, settings, number) for number in (1, 2))
     count = int(transformer.config["num_layers"]) if blocks is None else blocks
     total = one + (count - 1) * (two - one)
     if train.gradient_checkpointing:  # one block at a time is computed again, and keeps everything
-        plain = replace(train, gradient_checkpointing=False)
-        first, second = (_kept(transformer, model, plain, pixels, settings, number) for number in (1, 2))
+        first, second = (_kept(transformer, dtype, sizes, False, settings, number) for number in (1, 2))
         total += second - first
     return total
 
 
+@lru_cache(maxsize=64)  # settings that do not change the activations are asked for again and again
 def _kept(
     like: QwenImageTransformer2DModel,
-    model: ModelConfig,
-    train: TrainConfig,
-    pixels: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    gradient_checkpointing: bool,
     settings: AdapterConfig | None,
     blocks: int,
 ) -> float:
-    """Bytes that autograd keeps of one forward pass on the meta device."""
-    transformer = few_blocks(like, DTYPES[model.dtype], settings, blocks, torch.device("meta"))
-    if train.gradient_checkpointing:
+    """Bytes that autograd keeps of one forward pass on the meta device. sizes: the batch's, and pixels of a picture."""
+    transformer = few_blocks(like, dtype, settings, blocks, torch.device("meta"))
+    if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     with kept_by_autograd(transformer) as kept, _FusedAttention():
-        forward(transformer, train.batch_size, pixels, of_input=settings is None)
+        forward(transformer, *sizes, of_input=settings is None)
     return float(sum(kept.values()))
 
 

@@ -41,7 +41,7 @@ class HuggingFace:
         try:
             utils.validate_repo_id(self.name)
         except errors.HFValidationError as error:
-            return f'"{self.name}" is no Hugging Face id: {error}'
+            return f'"{self.name}" is not a Hugging Face id: {error}'
         return None
 
     def folder(self) -> Path | None:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants
 
-from trainer.config import ConfigError
+from trainer.config import ConfigError, first_few
 from trainer.files import LayoutError, read_header, size
 from trainer.hub.hubs import Hub, HubError, HuggingFace, ModelScope, Unreachable
 
@@ -56,7 +56,7 @@ class Need:
 
 
 def repository(source: str) -> Hub | None:
-    """What `source` names, if it is no folder; None too if it is no id."""
+    """The repository that `source` names; None if it is a folder, or not an id."""
     match = _ID.fullmatch(source)
     if match is None or Path(source).expanduser().is_dir():
         return None
@@ -116,7 +116,7 @@ def problem(source: str) -> str | None:
         return None
     if (hub := repository(source)) is None:
         return (
-            f'there is no folder {Path(source).expanduser().absolute()}, and "{source}" is no Hugging Face id '
+            f'there is no folder {Path(source).expanduser().absolute()}, and "{source}" is not a Hugging Face id '
             "(owner/name or owner/name@revision; of ModelScope, modelscope:owner/name)"
         )
     return hub.problem()
@@ -132,9 +132,10 @@ def missing(need: Need) -> list[str]:
         beside = [path.relative_to(where).as_posix() for file in gone for path in (where / file).parent.glob("*")]
         return _lacks(need.source, gone, beside)
     if gone and hub is not None and constants.HF_HUB_OFFLINE:
+        command = hub.command([*need.files, *need.extra])
         return [
-            f"{need.source}: {_some(gone)} not on this machine, and HF_HUB_OFFLINE is set. Fetch it where there is a "
-            f"network, into the same cache: {hub.command([*need.files, *need.extra])}"
+            f"{need.source}: not on this machine, and HF_HUB_OFFLINE is set: {first_few(gone)}. Fetch them where there "
+            f"is a network, into the same cache: {command}"
         ]
     return []
 
@@ -274,7 +275,7 @@ def _shards(index: Path) -> list[str]:
     try:
         return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"{index}: no index of weights in shards ({error}); fetch it again") from error
+        raise SourceError(f"{index}: not an index of weights in shards ({error}); fetch it again") from error
 
 
 def _lacks(source: str, gone: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -303,7 +304,3 @@ def _damaged(need: Need, where: Path) -> list[str]:
             again = hub.command([path.relative_to(where).as_posix()], again=True) if hub else "delete it first"
             problems.append(f"{error} ({again})")
     return problems
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"

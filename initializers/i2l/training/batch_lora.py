@@ -1,4 +1,4 @@
-"""A LoRA for each sample of a batch: what a hypernetwork predicts, applied to a frozen transformer."""
+"""A LoRA for each sample of a batch, as a hypernetwork predicts it, applied to a frozen transformer."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from initializers.i2l.expert import Factors
 
 
 class BatchLora:
-    """Hooks on linear layers that add (x a_i^T) b_i^T to the output of sample i; nothing outside `applied`."""
+    """Hooks on linear layers that add (x a_i^T) b_i^T to the output of sample i inside `applied`; else nothing."""
 
     def __init__(self, transformer: nn.Module, modules: Iterable[str]):
         self._factors: Mapping[str, Factors] = {}

@@ -1,4 +1,4 @@
-"""What is trained: an expert, or the static Bias, on top of frozen ones; pictures in, the LoRA of each sample out."""
+"""The network that is trained: an expert, or the static Bias, on top of frozen experts. Pictures in, a LoRA out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers.i2l import encoders, layout
-from initializers.i2l.expert import Expert, Factors, load_expert, read_geometry, save_expert
+from initializers.i2l.expert import Expert, Factors, load_expert, mean_over_pictures, read_geometry, save_expert
 from initializers.i2l.layout import Residual
 from trainer.adapter import AdapterWeights
 from trainer.files import LayoutError
@@ -27,20 +27,25 @@ class ExpertConfig:
     """`[expert]`"""
 
     kind: Literal["style", "coarse", "fine", "bias"] = "style"
-    """Style has no residual; Coarse reads Qwen-VL at 224 pixels; Fine, on top of a frozen Coarse, at 1024 pixels; Bias
-    is one static LoRA for all pictures, on top of frozen Coarse and Fine."""
+    """Which expert is trained. "style" predicts a LoRA from the image embeddings alone; "coarse" also from what Qwen-VL
+    reads in the picture at 224 pixels; "fine" the same at 1024 pixels, on top of a frozen Coarse; "bias" is one LoRA
+    for all pictures, on top of a frozen Coarse and Fine."""
     weights: str = "DiffSynth-Studio/Qwen-Image-i2L"
-    """Folder or id, as `[model] base`, of the frozen experts: Coarse for Fine, Coarse and Fine for Bias."""
+    """Folder or id, as `[model] base`, of the frozen experts. Set it to train Fine or Bias on experts of your own."""
     encoders: str = "DiffSynth-Studio/General-Image-Encoders"
-    """Folder or id, as `[model] base`, of SigLIP2 and DINOv3."""
+    """Folder or id, as `[model] base`, of the image encoders SigLIP2 and DINOv3. An expert works only with the encoders
+    that it was trained with."""
     train_encoders: bool = False
-    """Train SigLIP2 and DINOv3 along with the expert. Only for small square pictures, all of one size."""
+    """Whether SigLIP2 and DINOv3 are trained along with the expert. Only for encoders that nobody has pretrained, and
+    for small square pictures, all of one size."""
     compress: int = 64
-    """Width between an expert's two layers; 64 in the published Style, 128 in Coarse and Fine."""
+    """Width between the two linear layers that predict a factor; the expert's size grows with it. 64 in the published
+    Style, 128 in Coarse and Fine."""
     residual_compress: int = 64
-    """Numbers that each hidden state of Qwen-VL is compressed to; 1024 in the published Coarse, 64 in Fine."""
+    """Width to which each hidden state of Qwen-VL is compressed; the size of Coarse and Fine grows with it. 1024 in the
+    published Coarse, 64 in Fine."""
     rank: int = 4
-    """Rank of the LoRA predicted from one picture, 4 in the published experts; or of Bias."""
+    """Rank of the LoRA that is predicted from one picture; for "bias", the rank of Bias. 4 in the published experts."""
 
     def problems(self) -> list[str]:
         names = ("compress", "residual_compress", "rank")
@@ -55,26 +60,28 @@ class ExpertConfig:
                     found.append(f"weights: {error}")
                     continue
                 if geometry.kind.lower() != kind:
-                    found.append(f"weights: {path} is {layout.geometry_text(geometry)}; {kind} is expected here")
+                    found.append(f"weights: {path} has the {layout.geometry_text(geometry)}; {kind} is expected here")
         if self.train_encoders and self.kind not in ("style", "coarse"):
-            found.append(f'train_encoders: the frozen experts of kind = "{self.kind}" rely on the encoders as they are')
+            found.append(
+                f'train_encoders: not with kind = "{self.kind}", whose frozen experts need the encoders as they are'
+            )
         return found
 
     @property
     def frozen_files(self) -> tuple[str, ...]:
-        """Of the experts that are active and do not learn, in `weights`."""
+        """Names of the frozen experts' files in `weights`."""
         return tuple(layout.FILES[kind] for kind in _FROZEN[self.kind])
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        """Of the pictures that the residuals are made from."""
+        """Side of the squares, in pixels, that Qwen-VL reads for the residuals of all experts at work."""
         return tuple(
             encoders.RESOLUTIONS[kind] for kind in (*_FROZEN[self.kind], self.kind) if kind in encoders.RESOLUTIONS
         )
 
 
 def geometry(config: ExpertConfig, transformer: Any, embedding_size: int) -> layout.Geometry:
-    """Of the expert that learns; `transformer` is its configuration, whose text width is that of Qwen-VL."""
+    """The geometry of the expert that is trained. transformer: its configuration, whose text width is Qwen-VL's."""
     num_tokens = _NUM_TOKENS.get(config.kind)
     return layout.Geometry(
         num_blocks=transformer.num_layers,
@@ -111,7 +118,7 @@ class StaticLora(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """References to the LoRA of each sample: the mean over its references, experts concatenated on rank."""
+    """Predicts a LoRA for each sample: the mean over its references, the experts concatenated on rank."""
 
     def __init__(self, config: ExpertConfig, geometry: layout.Geometry):
         super().__init__()
@@ -123,20 +130,23 @@ class Hypernetwork(nn.Module):
         self.expert = Expert(geometry) if config.kind != "bias" else None
         self.bias = StaticLora(layout.module_shapes(geometry), config.rank) if config.kind == "bias" else None
         self._kinds = (*_FROZEN[config.kind], *([config.kind] if self.expert else []))
-        # a plain tuple: frozen experts are not part of what is trained, saved and resumed
+        # a plain tuple, not a ModuleList: frozen experts are not trained, saved or resumed
         files = [sources.locate(config.weights, file) for file in config.frozen_files]
         self.frozen = tuple(load_expert(file).requires_grad_(False) for file in files)
 
     def to_device(self, device: torch.device) -> None:
-        """The frozen experts; what learns is moved by accelerate."""
+        """Move the frozen experts; accelerate moves what is trained."""
         for expert in self.frozen:
             expert.to(device)
 
     def forward(
         self, references: Tensor, residuals: Mapping[int, Tensor], *, learning: bool = True
     ) -> dict[str, Factors]:
-        """references: B K 3 S S in uint8 if the encoders train, else embeddings B K D. residuals: by resolution,
-        B K T W. `learning=False` leaves out what is trained."""
+        """Module -> (a: B rank in, b: B out rank).
+
+        references: B K 3 S S in uint8 if the encoders are trained, else embeddings B K D. residuals: resolution ->
+        B K T W. learning=False: the frozen experts alone.
+        """
         batch_size, count = references.shape[:2]
         embeddings = self._embed(references.flatten(0, 1))
         parts = []
@@ -145,7 +155,8 @@ class Hypernetwork(nn.Module):
             residual = (
                 residuals[encoders.RESOLUTIONS[kind]].flatten(0, 1).float() if kind in encoders.RESOLUTIONS else None
             )
-            parts.append(averaged(expert(embeddings, residual), count))
+            predicted = expert(embeddings, residual)
+            parts.append({name: mean_over_pictures(_grouped(pair, count)) for name, pair in predicted.items()})
         if self.bias is not None and learning:
             parts.append(self.bias(batch_size))
         return concatenated(parts)
@@ -160,7 +171,7 @@ class Hypernetwork(nn.Module):
         )
 
     def save(self, output: Path) -> Path:
-        """What was trained, in the published layout; trained encoders beside it."""
+        """Write what was trained in the published layout, trained encoders beside it. Returns the expert's file."""
         if self.siglip is not None and self.dinov3 is not None:
             encoders.save_siglip(self.siglip, output / "encoders" / encoders.SIGLIP_FOLDER)
             encoders.save_dinov3(self.dinov3, output / "encoders" / encoders.DINOV3_FOLDER)
@@ -177,21 +188,13 @@ class Hypernetwork(nn.Module):
         return path
 
 
-def averaged(factors: Mapping[str, Factors], count: int) -> dict[str, Factors]:
-    """The mean dW of every `count` samples in a row: concatenated on rank, `a` divided by `count`."""
-    if count == 1:
-        return dict(factors)
-    return {
-        name: (
-            a.unflatten(0, (-1, count)).flatten(1, 2) / count,  # B K*rank in
-            b.unflatten(0, (-1, count)).permute(0, 2, 1, 3).flatten(2),  # B out K*rank
-        )
-        for name, (a, b) in factors.items()
-    }
+def _grouped(pair: Factors, count: int) -> Factors:
+    """Factors of B*K pictures, K = `count` of each sample in a row: a: B K rank in, b: B K out rank."""
+    return pair[0].unflatten(0, (-1, count)), pair[1].unflatten(0, (-1, count))
 
 
 def concatenated(parts: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
-    """The sum of dW: all factors of a module on one rank axis."""
+    """The LoRA whose dW is the sum of the parts' dW: for each module, all factors concatenated on rank."""
     found: dict[str, list[Factors]] = {}
     for part in parts:
         for name, pair in part.items():

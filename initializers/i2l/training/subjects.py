@@ -1,7 +1,7 @@
-"""What a hypernetwork learns from: pictures of subjects, references and targets drawn from them, all encoded once."""
+"""The data of hypernetwork training: pictures of many subjects, encoded once, and pairs of references and targets."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from initializers.i2l import encoders
 from trainer import flow, qwen_image
+from trainer.config import first_few
 from trainer.data.cache import Cache, key
 from trainer.data.dataset import DataConfig, Example, scan
 from trainer.data.encode import encode_pictures, encode_prompts
@@ -18,7 +19,7 @@ from trainer.data.pictures import DataError, open_picture
 from trainer.files import DTYPES
 from trainer.qwen_image import ModelConfig
 
-COLUMNS = ("subject", "style")  # of metadata.jsonl: pictures that agree in it belong together
+COLUMNS = ("subject", "style")  # columns of metadata.jsonl that name a picture's subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,25 +27,26 @@ class SubjectsConfig:
     """`[data]`"""
 
     images: str
-    """A folder of pictures with captions. In `metadata.jsonl` (`file_name`, `text`), `subject` (or `style`) tells which
-    pictures belong together: then reference and target are different pictures of one subject. Without it, the target
-    is its own reference, as in the published training."""
+    """Folder of pictures with captions. Name each picture's `subject` (or `style`) in `metadata.jsonl`, beside
+    `file_name` and `text`: then the expert sees one picture of a subject (the reference) and learns to draw another
+    (the target). Without subjects each picture is its own reference, as in the published training."""
     resolution: int = 1024
-    """Side of the square, in pixels, to which target pictures are brought."""
+    """Side of the square, in pixels, to which target pictures are resized. Lower it to save memory and time."""
     held_out_subjects: int = 64
-    """Subjects kept from training, chosen by seed: validation is on them alone."""
+    """Number of subjects that are kept out of training, chosen by `seed`; the validation losses are of them alone."""
     max_references: int = 1
-    """Each step draws a number of reference pictures from 1 to this, so that an expert learns to be averaged."""
+    """Largest number of reference pictures of a sample: each step draws a number from 1 to this. Raise it if the expert
+    will be given several pictures at once, whose predictions are averaged."""
     references_each: int = 0
-    """Only so many pictures of each subject, the first by name, are ever references; the others are targets alone, and
-    need not be looked at by image encoders and Qwen-VL, which take longest. 0: all."""
+    """How many pictures of each subject may be references, the first by name; 0 means all. The others are only targets,
+    which the image encoders and Qwen-VL need not encode: lower it where encoding takes too long."""
     cache: str | None = None
-    """Folder for latents, prompt embeddings and image embeddings; default: `cache` in the output."""
+    """Folder for encoded pictures and captions. Default: `cache` in the output folder. Set it to share them."""
 
     def problems(self) -> list[str]:
         found = []
         if self.held_out_subjects < 2:
-            found.append("held_out_subjects must be at least 2: one is the other's wrong picture")
+            found.append("held_out_subjects must be at least 2: each is compared with another one's pictures")
         if self.max_references < 1:
             found.append("max_references must be at least 1")
         if self.references_each and self.references_each < self.max_references:
@@ -53,9 +55,9 @@ class SubjectsConfig:
 
 
 def read_subjects(config: SubjectsConfig, *, square: bool, problems: list[str]) -> list[list[Example]]:
-    """The pictures of each subject, in order of the subjects' names. What is wrong is added to `problems`.
+    """The pictures of each subject, in the order of the subjects' names. What is wrong is added to `problems`.
 
-    `square`: all pictures must be squares of one size.
+    square: whether all pictures must be squares of one size.
     """
     folder = Path(config.images)
     try:
@@ -79,21 +81,25 @@ def read_subjects(config: SubjectsConfig, *, square: bool, problems: list[str]) 
         if len(group) < least
     ]
     if not names and config.max_references > 1:
-        problems.append("[data] max_references: without subjects a picture has no reference but itself")
+        problems.append(
+            "[data] max_references: without subjects each picture is its only reference; name them in metadata.jsonl, "
+            "or leave this at 1"
+        )
     if len(groups) < config.held_out_subjects + 2:
         problems.append(
-            f"[data] held_out_subjects: {config.held_out_subjects} of {len(groups)} leave too few to train on"
+            f"[data] held_out_subjects: {config.held_out_subjects} of {len(groups)} subjects leave too few for training"
         )
     sizes = {example.size for example in examples}
     if square and (len(sizes) > 1 or any(width != height for width, height in sizes)):
         problems.append(
-            "[expert] train_encoders: pictures must be squares of one size; these are " + str(sorted(sizes)[:3])
+            "[expert] train_encoders: all pictures must be squares of one size; "
+            f"their sizes are {first_few(sorted(sizes))}"
         )
     return [groups[name] for name in sorted(groups)]
 
 
 def _subject_names(path: Path) -> dict[str, str]:
-    """file_name -> subject, of the rows that name one; the file was checked by `scan`."""
+    """file_name -> subject, for the rows that name one. `scan` has checked the file."""
     if not path.is_file():
         return {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -102,30 +108,92 @@ def _subject_names(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A batch, as rows of the data."""
+    """A batch, as numbers of examples in the data."""
 
-    references: Tensor  # B K
-    targets: Tensor  # B
+    references: Tensor
+    """B K"""
+    targets: Tensor
+    """B"""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pictures and captions are encoded: by which models, on which device, into which cache."""
+
+    model: ModelConfig
+    encoders_from: str | None
+    """Folder or id of the frozen image encoders; None if they are trained, and then read the pictures themselves."""
+    resolutions: Sequence[int]
+    """Side of the squares, in pixels, that Qwen-VL reads for each residual."""
+    cache: Cache
+    device: torch.device
+    quiet: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.model.dtype]
+
+    def latents(self, examples: Sequence[Example]) -> Tensor:
+        """N C 1 h w"""
+        return torch.stack(encode_pictures(self.cache, self.model.base, examples, self.device, quiet=self.quiet))
+
+    def prompts(self, texts: Iterable[str]) -> dict[str, Tensor]:
+        """prompt_embeds of each text, L D."""
+        text_encoder = qwen_image.TextEncoder(self.model.base, self.device)
+        found = encode_prompts(self.cache, text_encoder, self.dtype, texts, batch_size=16, quiet=self.quiet)
+        text_encoder.unload()
+        return found
+
+    def references(self, examples: Sequence[Example]) -> Tensor:
+        """Image embeddings, N D; or the pictures, N 3 S S in uint8, if the encoders are trained."""
+        source, small = self.encoders_from, encoders.are_small_squares([example.size for example in examples])
+        if source is None:
+            return encoders.stacked([open_picture(example.path) for example in examples])
+
+        def embed(part: list[int]) -> list[Tensor]:
+            pictures = [open_picture(examples[i].path) for i in part]
+            if small:
+                return [*encoders.encode_squares(encoders.stacked(pictures), source, self.device, self.dtype)]
+            return [*encoders.encode_pictures(pictures, source, self.device, self.dtype)]
+
+        name = ("image embedding", encoders.identity(source), str(self.dtype), small)
+        return self._cached(examples, name, embed, "embed pictures")
+
+    def residual(self, examples: Sequence[Example], resolution: int) -> Tensor:
+        """Hidden states of Qwen-VL, N T W in half precision: they take more memory than anything else here."""
+
+        def read(part: list[int]) -> list[Tensor]:
+            pictures = [open_picture(examples[i].path) for i in part]
+            base = self.model.base
+            return [*encoders.qwen_vl_residual(pictures, base, resolution, self.device, self.dtype).half()]
+
+        name = ("residual", qwen_image.identity(self.model.base), str(self.dtype), resolution)
+        return self._cached(examples, name, read, f"read pictures with Qwen-VL, {resolution} pixels")
+
+    def _cached(
+        self,
+        examples: Sequence[Example],
+        name: tuple[object, ...],
+        compute: Callable[[list[int]], list[Tensor]],
+        what: str,
+    ) -> Tensor:
+        keys = [key(*name, example.digest) for example in examples]
+        return torch.stack(self.cache.get(keys, compute, what=what, batch_size=512, quiet=self.quiet)).cpu()
 
 
 class SubjectData:
-    """All pictures encoded, in memory: latents and prompt_embeds of targets, what the experts look at of references."""
+    """All pictures encoded, in memory: targets as latents with prompt_embeds, references as the experts read them."""
 
     def __init__(
         self,
         config: SubjectsConfig,
         subjects: Sequence[Sequence[Example]],
+        encoding: Encoding,
         *,
-        model: ModelConfig,
-        cache: Cache,
-        prompts: Sequence[str],
-        encoders_from: str | None,
-        resolutions: Sequence[int],
+        prompts: Sequence[str] = (),
         seed: int,
-        device: torch.device,
-        quiet: bool,
     ):
-        """`encoders_from`: folder or id of frozen encoders; None if they train. `resolutions`: of the residuals."""
+        """prompts: further texts to encode, for validation. seed: chooses the held-out subjects."""
         self.examples = [example for group in subjects for example in group]
         starts = np.cumsum([0, *[len(group) for group in subjects]])
         rows = [list(range(start, start + len(group))) for start, group in zip(starts, subjects, strict=False)]
@@ -134,51 +202,48 @@ class SubjectData:
         self.held_out, self.train = [rows[i] for i in order[:count]], [rows[i] for i in sorted(order[count:])]
         self._max_references = config.max_references
         limit = config.references_each or len(self.examples)
-        looked_at = [row for group in rows for row in group[:limit]]
-        self._place = {row: place for place, row in enumerate(looked_at)}  # of a reference among what is looked at
-        shown = [self.examples[row] for row in looked_at]
-        dtype = DTYPES[model.dtype]
-        self.latents = torch.stack(encode_pictures(cache, model.base, self.examples, device, quiet=quiet))  # N C 1 h w
-        texts = {e.caption for e in self.examples} | {*prompts, qwen_image.NEGATIVE_PROMPT}
-        text_encoder = qwen_image.TextEncoder(model.base, device)
-        self.prompts = encode_prompts(cache, text_encoder, dtype, texts, batch_size=16, quiet=quiet)
-        text_encoder.unload()
-        self._references = (
-            encoders.stacked([open_picture(example.path) for example in shown])  # N 3 S S in uint8
-            if encoders_from is None
-            else _embeddings(shown, cache, encoders_from, device, dtype, quiet)
+        allowed = [row for group in rows for row in group[:limit]]
+        self._reference_number = {row: number for number, row in enumerate(allowed)}
+        shown = [self.examples[row] for row in allowed]
+        self.latents = encoding.latents(self.examples)  # N C 1 h w
+        self.prompts = encoding.prompts(
+            {*prompts, qwen_image.NEGATIVE_PROMPT, *(example.caption for example in self.examples)}
         )
-        self._residuals = {
-            resolution: _residuals(shown, cache, model.base, resolution, device, dtype, quiet)
-            for resolution in resolutions
-        }
+        self._references = encoding.references(shown)
+        self._residuals = {size: encoding.residual(shown, size) for size in encoding.resolutions}
 
-    def look(self, rows: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """What experts see of references B K: pictures or embeddings B K ..., and residuals by resolution, B K T W."""
-        places = torch.tensor([[self._place[row] for row in group] for group in rows.tolist()])
-        return self._references[places], {size: values[places] for size, values in self._residuals.items()}
+    def references(self, rows: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """What the experts read for references B K: pictures or embeddings, B K ...; resolution -> residuals, B K T W.
+
+        KeyError if a picture may not be a reference.
+        """
+        numbers = torch.tensor([[self._reference_number[row] for row in group] for group in rows.tolist()])
+        return self._references[numbers], {size: values[numbers] for size, values in self._residuals.items()}
 
     def pairs(self, count: int, random: torch.Generator, *, other_subjects: float = 0.0) -> Pairs:
-        """`count` training subjects: a target of each, and references that are other pictures of it (or the target, if
-        it is all there is). A share of `other_subjects` gets another subject's pictures as references instead."""
+        """A target of each of `count` training subjects, and other pictures of the subject as its references; or the
+        target itself, if the subject has only one picture.
+
+        other_subjects: the share of targets whose references are pictures of another subject instead.
+        """
         num_references = int(torch.randint(1, self._max_references + 1, (), generator=random))
         chosen = torch.randint(len(self.train), (count,), generator=random).tolist()
         references, targets = [], []
         for subject in chosen:
             rows = _shuffled(self.train[subject], random)
-            allowed = {row for row in rows if row in self._place}
-            # the first that leaves enough references; one that is alone is its own
+            allowed = {row for row in rows if row in self._reference_number}
+            # the first that leaves enough references; the only picture of a subject is its own reference
             target = next((row for row in rows if len(allowed - {row}) >= num_references), rows[0])
             targets.append(target)
             if other_subjects and float(torch.rand((), generator=random)) < other_subjects:
                 shift = int(torch.randint(1, len(self.train), (), generator=random))
                 rows = _shuffled(self.train[(subject + shift) % len(self.train)], random)
-            others = [row for row in rows if row != target and row in self._place]
+            others = [row for row in rows if row != target and row in self._reference_number]
             references.append((others or rows)[:num_references])
         return Pairs(torch.tensor(references), torch.tensor(targets))
 
     def held_out_pairs(self) -> Pairs:
-        """One of each held-out subject."""
+        """One pair of each held-out subject: its first picture as reference, its last as target."""
         return Pairs(
             torch.tensor([rows[:1] for rows in self.held_out]), torch.tensor([rows[-1] for rows in self.held_out])
         )
@@ -187,53 +252,6 @@ class SubjectData:
         """latents B C 1 h w, prompt_embeds B L D, mask B L or None"""
         embeds, mask = qwen_image.stack_prompts([self.prompts[self.examples[row].caption] for row in rows.tolist()])
         return self.latents[rows], embeds, mask
-
-
-def _embeddings(
-    examples: Sequence[Example], cache: Cache, source: str, device: torch.device, dtype: torch.dtype, quiet: bool
-) -> Tensor:
-    """N D"""
-    small = encoders.are_small_squares([example.size for example in examples])
-
-    def embed(part: list[int]) -> list[Tensor]:
-        pictures = [open_picture(examples[i].path) for i in part]
-        if small:
-            return [*encoders.encode_squares(encoders.stacked(pictures), source, device, dtype)]
-        return [*encoders.encode_pictures(pictures, source, device, dtype)]
-
-    name = ("image embedding", encoders.identity(source), str(dtype), small)
-    return _cached(examples, cache, name, embed, "embed pictures", quiet)
-
-
-def _residuals(
-    examples: Sequence[Example],
-    cache: Cache,
-    base: str,
-    resolution: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    quiet: bool,
-) -> Tensor:
-    """N T W in half precision: the largest of all that is kept."""
-
-    def look(part: list[int]) -> list[Tensor]:
-        pictures = [open_picture(examples[i].path) for i in part]
-        return [*encoders.qwen_vl_residual(pictures, base, resolution, device, dtype).half()]
-
-    name = ("residual", qwen_image.identity(base), str(dtype), resolution)
-    return _cached(examples, cache, name, look, f"look at pictures, {resolution} pixels", quiet)
-
-
-def _cached(
-    examples: Sequence[Example],
-    cache: Cache,
-    name: tuple[object, ...],
-    compute: Callable[[list[int]], list[Tensor]],
-    what: str,
-    quiet: bool,
-) -> Tensor:
-    keys = [key(*name, example.digest) for example in examples]
-    return torch.stack(cache.get(keys, compute, what=what, batch_size=512, quiet=quiet)).cpu()
 
 
 def _shuffled(rows: Sequence[int], random: torch.Generator) -> list[int]:

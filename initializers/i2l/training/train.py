@@ -1,12 +1,14 @@
-"""Train an i2L expert end to end: no teacher LoRAs, only the flow-matching loss through the frozen transformer.
+"""Train an i2L expert end to end with the flow-matching loss of the frozen transformer; no LoRAs are needed as targets.
 
     reference pictures -> encoders -> experts -> a LoRA for each sample -> velocity loss on *another* picture of it
 
-The subject's other picture is what keeps an expert from copying: it must learn what stays the same. The log tells
-whether it does, on subjects never trained on: the loss with the right reference, with another subject's, with none.
+Because the target is another picture of the subject, copying the reference does not help: the expert must learn what
+stays the same. The validation losses show whether it does, on subjects that are never trained on: with the right
+reference, with another subject's, and without a LoRA.
 """
 
 import argparse
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from initializers.i2l.expert import Expert, Factors
 from initializers.i2l.training import hypernetwork
 from initializers.i2l.training.batch_lora import BatchLora
 from initializers.i2l.training.hypernetwork import ExpertConfig, Hypernetwork, StaticLora
-from initializers.i2l.training.subjects import SubjectData, SubjectsConfig, read_subjects
+from initializers.i2l.training.subjects import Encoding, SubjectData, SubjectsConfig, read_subjects
 from trainer import checkpoint, flow, loop, plan, qwen_image, validation
 from trainer import config as configuration
 from trainer.checkpoint import CheckpointConfig
@@ -43,17 +45,17 @@ from trainer.validation import ValidationConfig
 log = logging.getLogger("trainer")
 
 NUM_SHOWN = 4  # held-out subjects in the sample pictures
-BIAS_STRANGERS = 0.1  # share of Bias's references that are other pictures than the target
+BIAS_OTHER_SUBJECTS = 0.1  # share of targets that Bias is trained on with references of another subject
 
 
 @dataclass(frozen=True, kw_only=True)
 class HypernetworkConfig:
-    """A hypernetwork's training run."""
+    """Configuration of the training of an expert."""
 
     output: str
-    """The run's folder; everything it makes is written there."""
+    """Folder of the run: everything it makes is written there."""
     seed: int = 0
-    """Of the expert's start, the pairs, the noise and the sigmas."""
+    """Seed of all random choices: held-out subjects, pairs, noise, sigmas."""
     model: ModelConfig
     data: SubjectsConfig
     expert: ExpertConfig = ExpertConfig()
@@ -75,29 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(configuration.explain(HypernetworkConfig))
         return 0
     if options.config is None:
-        parser.error("--config is needed; configs/i2l_creatures_style.toml is the demo's")
-    overrides = options.set + ([f"output={options.output}"] if options.output else [])
+        parser.error("--config is needed; configs/i2l_creatures_style.toml trains the demo's Style expert")
+    # quoted, or --output 2026-01-01 would be a date
+    overrides = options.set + ([f"output={json.dumps(options.output)}"] if options.output else [])
 
     def program() -> None:
-        settings = load(options.config, overrides)
+        settings = configuration.load(HypernetworkConfig, options.config, overrides)
         if options.plan:
             print(plan_text(settings, prepare(settings, resume=options.resume)))
         else:
             execute(settings, resume=options.resume, quiet=options.quiet)
 
     return guarded(program)
-
-
-def load(path: Path, overrides: list[str]) -> HypernetworkConfig:
-    problems: list[str] = []
-    table = configuration.read_toml(path, problems)
-    if problems:  # nothing to look at: every key would be reported as missing
-        raise configuration.ConfigError(problems)
-    table = configuration.apply_overrides(table, overrides, problems)
-    parsed = configuration.parse(HypernetworkConfig, table, "", problems)
-    if parsed is None or problems:
-        raise configuration.ConfigError(problems)
-    return parsed
 
 
 def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]]:
@@ -110,7 +101,9 @@ def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]
     if resume and not used:
         problems.append(f"output: {output} holds no run to resume; start it without --resume")
     if settings.model.compile:
-        problems.append("[model] compile: each step puts other LoRAs into the blocks, which would be compiled anew")
+        problems.append(
+            "[model] compile: each step puts other LoRAs into the blocks: they would be compiled every time"
+        )
     problems += parallel.problems(settings.model.dtype, settings.model.quantization, settings.train.optimizer)
     subjects = read_subjects(settings.data, square=settings.expert.train_encoders, problems=problems)
     if problems:
@@ -119,7 +112,7 @@ def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]
 
 
 def plan_text(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]) -> str:
-    """What the run would do, from shapes alone: subjects, parameters, memory."""
+    """What the run would do and need: subjects, parameters, memory, downloads. No weights are loaded."""
     transformer = qwen_image.transformer_on_meta(settings.model.base)
     geometry = _geometry(settings, transformer)
     with torch.device("meta"):
@@ -167,44 +160,30 @@ def _geometry(settings: HypernetworkConfig, transformer: Any) -> layout.Geometry
 
 
 def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
-    """Train, then write the expert (and the encoders, if they were trained) in the published layout."""
+    """Train, then write the expert in the published layout, and the encoders, if they were trained. Returns the output.
+
+    ConfigError if anything is wrong with the settings; CheckpointError if `resume` meets checkpoints of another run.
+    """
     output = Path(settings.output)
     subjects = prepare(settings, resume=resume)
     accelerator = parallel.make_accelerator(settings.model.dtype)
     job = loop.Job(output, settings.train, settings.checkpoint, settings.validation.every, _course(settings, subjects))
-    if resume:  # refused before run.json is written, which tells the settings to resume with
+    if resume:  # before run.json is written, which holds the settings that a resumed run must have
         loop.latest(job, accelerator)
-    with accelerator.local_main_process_first():  # the others find it all on the disk
+    with accelerator.local_main_process_first():  # the other processes find the files on the disk
         sources.fetch(_needs(settings), quiet=quiet)
-    with accelerator.main_process_first():  # the others find everything in the cache
-        if resume and accelerator.is_main_process:  # else the folder may hold what is not ours
+    with accelerator.main_process_first():  # the other processes read from the cache what this one encoded
+        if resume and accelerator.is_main_process:  # without --resume the folder may hold files of other programs
             remove_leftovers(output)
-        data = SubjectData(
-            settings.data,
-            subjects,
-            model=settings.model,
-            cache=Cache(Path(settings.data.cache or output / "cache")),
-            prompts=settings.validation.prompts,
-            encoders_from=None if settings.expert.train_encoders else settings.expert.encoders,
-            resolutions=settings.expert.resolutions,
-            seed=settings.seed,
-            device=accelerator.device,
-            quiet=quiet,
-        )
+        encoding = _encoding(settings, accelerator.device, quiet)
+        prompts = settings.validation.prompts
+        data = SubjectData(settings.data, subjects, encoding, prompts=prompts, seed=settings.seed)
     objective = HypernetworkObjective(settings, data, accelerator)
-    report: dict[str, Any] = {
-        "config": configuration.to_dict(settings),
-        "versions": machine.versions(),
-        "hardware": machine.hardware(accelerator.device),
-        "subjects": {"train": len(data.train), "held_out": len(data.held_out)},
-        "parameters": sum(p.numel() for p in objective.module.parameters()),
-        "sources": sources.used(_needs(settings)),
-    }
+    report = _report(settings, data, objective, accelerator.device)
     if accelerator.is_main_process:
         write_json(output / "run.json", {"status": "running", **report})
-    log.info(
-        "%d subjects, %d held out; %s parameters", len(data.train), len(data.held_out), f"{report['parameters']:,}"
-    )
+    trained, held_out, parameters = len(data.train), len(data.held_out), report["parameters"]
+    log.info("%d subjects for training, %d held out; %s parameters are trained", trained, held_out, f"{parameters:,}")
     result = loop.train(objective, job, accelerator, resume=resume, quiet=quiet)
     parallel.unshard(objective.network)
     if accelerator.is_main_process:
@@ -217,6 +196,31 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     return output
 
 
+def _encoding(settings: HypernetworkConfig, device: torch.device, quiet: bool) -> Encoding:
+    return Encoding(
+        settings.model,
+        encoders_from=None if settings.expert.train_encoders else settings.expert.encoders,
+        resolutions=settings.expert.resolutions,
+        cache=Cache(Path(settings.data.cache or Path(settings.output) / "cache")),
+        device=device,
+        quiet=quiet,
+    )
+
+
+def _report(
+    settings: HypernetworkConfig, data: SubjectData, objective: "HypernetworkObjective", device: torch.device
+) -> dict[str, Any]:
+    """The part of run.json that is known before the training."""
+    return {
+        "config": configuration.to_dict(settings),
+        "versions": machine.versions(),
+        "hardware": machine.hardware(device),
+        "subjects": {"train": len(data.train), "held_out": len(data.held_out)},
+        "parameters": sum(p.numel() for p in objective.module.parameters()),
+        "sources": sources.used(_needs(settings)),
+    }
+
+
 def _course(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]) -> dict[str, Any]:
     """What must be the same when the training is resumed."""
     pictures = [(e.digest, e.caption) for group in subjects for e in group]
@@ -225,10 +229,10 @@ def _course(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]])
 
 
 class HypernetworkObjective:
-    """The velocity loss of the frozen transformer with each sample's own predicted LoRA.
+    """The velocity loss of the frozen transformer, with the LoRA that is predicted for each sample.
 
-    Pairs, sigmas and noise are drawn for all processes together, and each takes its part: two processes see what one
-    with twice the batch sees.
+    Pairs, sigmas and noise are drawn for all processes together and each process takes its part, so that two processes
+    train as one with twice the batch does.
     """
 
     def __init__(self, settings: HypernetworkConfig, data: SubjectData, accelerator: Accelerator):
@@ -241,7 +245,7 @@ class HypernetworkObjective:
         self.network.to_device(accelerator.device)
         self.module: nn.Module = self.network
         self._lora = BatchLora(self._transformer, layout.module_names(geometry))
-        self._other_subjects = BIAS_STRANGERS if settings.expert.kind == "bias" else 0.0
+        self._other_subjects = BIAS_OTHER_SUBJECTS if settings.expert.kind == "bias" else 0.0
 
     def loss(self, step: int, micro_step: int) -> Loss:
         settings, batch_size = self._settings, self._settings.train.batch_size
@@ -258,9 +262,9 @@ class HypernetworkObjective:
         return Loss(losses.mean(), ", ".join(names))
 
     def _predict(self, network: nn.Module, rows: Tensor, **options: bool) -> dict[str, Factors]:
-        """rows: B K"""
+        """rows: B K, the references of each sample"""
         device = self._accelerator.device
-        references, residuals = self._data.look(rows)
+        references, residuals = self._data.references(rows)
         return network(references.to(device), {size: x.to(device) for size, x in residuals.items()}, **options)
 
     def _losses(self, rows: Tensor, sigmas: Tensor, noise: Tensor, factors: dict[str, Factors]) -> Tensor:
@@ -283,8 +287,8 @@ class HypernetworkObjective:
         )
 
     def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
-        """On held-out subjects: the loss with the right reference, with the next subject's, with none, and, where
-        frozen experts are at work, with them alone."""
+        """Losses on held-out subjects: with the right reference, with the next subject's, and without a LoRA; where
+        there are frozen experts, also with these alone."""
         if not (self._accelerator.is_main_process or parallel.is_sharded(self.network)):
             return {}
         pairs = self._data.held_out_pairs()
@@ -310,7 +314,7 @@ class HypernetworkObjective:
         return values
 
     def _draw(self, step: int, tracker: Tracker, references: Tensor) -> None:
-        """A sheet for each prompt: the reference, then samples with its LoRA, with the wrong one, with none."""
+        """A sheet for each prompt: the reference, then samples with its LoRA, with another subject's, without one."""
         settings, data = self._settings.validation, self._data
         right, wrong = references[:NUM_SHOWN], references.roll(1, 0)[:NUM_SHOWN]
         sampler = qwen_image.Sampler(self._settings.model.base)
@@ -330,7 +334,7 @@ class HypernetworkObjective:
                             batch_size=len(right),
                         )
                     )
-            if not self._accelerator.is_main_process:  # it only helped to predict
+            if not self._accelerator.is_main_process:  # the first process writes; this one only computed its shards
                 continue
             vae = qwen_image.load_vae(self._settings.model.base, self._accelerator.device)
             columns = [qwen_image.decode_latents(vae, part) for part in latents]

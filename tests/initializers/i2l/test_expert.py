@@ -13,13 +13,15 @@ from initializers.i2l.expert import (
     Factors,
     factor_shapes,
     load_expert,
-    merge_pictures,
+    mean_over_pictures,
     predict,
     read_geometry,
     save_expert,
 )
 from initializers.i2l.layout import Geometry, Residual, expert_layout
+from initializers.i2l.predictions import Predictions
 from trainer.files import LayoutError, read_header
+from trainer.lowrank import LowRank
 
 WIDTH = 5632  # true embedding width: the longest sum in the forward pass
 STYLE = Geometry(num_blocks=2, hidden_size=8, embedding_size=WIDTH, compress=6)
@@ -56,6 +58,11 @@ def predict_all(path: Path, embeddings: Tensor, residual: Tensor | None = None) 
     assert list(found) == list(announced)
     assert all(tuple(tuple(x.shape) for x in pair) == announced[name] for name, pair in found.items())
     return found
+
+
+def merged(factors: dict[str, Factors]) -> dict[str, LowRank]:
+    """The mean over all pictures, of every module."""
+    return {name: LowRank(*mean_over_pictures(pair)) for name, pair in factors.items()}
 
 
 def random_expert(geometry: Geometry, seed: int = 0) -> Expert:
@@ -145,9 +152,9 @@ def test_streaming_is_the_module_and_the_reference(geometry: Geometry, tmp_path:
     save_expert(expert, tmp_path / "expert.safetensors")
     embeddings, residual = random_inputs(geometry, 3)
     predicted = predict_all(tmp_path / "expert.safetensors", embeddings, residual)
-    streamed = {name: merge_pictures(pair) for name, pair in predicted.items()}
+    streamed = merged(predicted)
     with torch.no_grad():
-        module = {name: merge_pictures(pair) for name, pair in expert(embeddings, residual).items()}
+        module = merged(expert(embeddings, residual))
     expected = reference_delta(
         [
             reference(dict(expert.state_dict()), 2, 8, embeddings[i], None if residual is None else residual[i])
@@ -167,7 +174,7 @@ def test_streaming_computes_in_fp32_from_half_precision(tmp_path: Path) -> None:
     save_expert(expert, tmp_path / "expert.safetensors", torch.bfloat16)
     embeddings, _ = random_inputs(STYLE, 2)
     predicted = predict_all(tmp_path / "expert.safetensors", embeddings.bfloat16())
-    streamed = {name: merge_pictures(pair) for name, pair in predicted.items()}
+    streamed = merged(predicted)
     rounded = {name: weight.bfloat16() for name, weight in expert.state_dict().items()}
     expected = reference_delta([reference(rounded, 2, 8, x.bfloat16().float(), None) for x in embeddings])
     for name, pair in streamed.items():
@@ -191,13 +198,25 @@ def test_pieces_of_a_weight_make_the_whole(
             assert float((piecewise - whole).norm()) <= 5e-6 * float(whole.norm())  # sums of 5632 in fp32
 
 
-def test_some_pictures_merged_are_as_if_the_others_were_not_there() -> None:
+def test_some_pictures_combined_are_as_if_the_others_were_not_there() -> None:
     expert = random_expert(STYLE)
     embeddings, _ = random_inputs(STYLE, 3)
-    for name, pair in expert(embeddings[[2, 0]]).items():
-        some, alone = merge_pictures(expert(embeddings)[name], [2, 0]), merge_pictures(pair)
-        torch.testing.assert_close(some.a, alone.a)
-        torch.testing.assert_close(some.b, alone.b)
+    alone = merged(expert(embeddings[[2, 0]]))
+    some = Predictions({"style": expert(embeddings)}, {}, None).combine({}, [2, 0])
+    assert list(some) == list(alone)
+    for name, pair in alone.items():
+        torch.testing.assert_close(some[name].a, pair.a)
+        torch.testing.assert_close(some[name].b, pair.b)
+
+
+def test_the_mean_of_each_sample_s_pictures() -> None:
+    """A batch of samples, each with its own pictures, as in training."""
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 4, 7, generator=random), torch.randn(2, 3, 5, 4, generator=random)
+    joined_a, joined_b = mean_over_pictures((a, b))
+    assert joined_a.shape == (2, 12, 7) and joined_b.shape == (2, 5, 12)
+    torch.testing.assert_close(joined_b @ joined_a, (b @ a).mean(1))
+    assert torch.equal(joined_b[1, :, 4:8], b[1, 1]) and torch.equal(joined_a[1, 4:8], a[1, 1] / 3)
 
 
 @GEOMETRIES

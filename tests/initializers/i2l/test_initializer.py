@@ -15,7 +15,6 @@ from diffusers import QwenImageTransformer2DModel
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
-from test_i2l_expert import random_expert, reference, reference_delta
 from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
@@ -25,12 +24,12 @@ from transformers import (
 )
 
 from demo import text_encoder
-from initializers.i2l import Config, check, encoders, initialize
-from initializers.i2l import initializer as predict
+from initializers.i2l import Config, check, encoders, initialize, initializer
 from initializers.i2l.__main__ import main
 from initializers.i2l.expert import save_expert
 from initializers.i2l.layout import Geometry, Residual, module_shapes
 from tests.helpers import FINISHED, run
+from tests.initializers.i2l.test_expert import random_expert, reference, reference_delta
 from trainer.adapter import AdapterWeights, InitContext
 from trainer.formats import read_lora
 from trainer.lowrank import truncate
@@ -66,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module, (in_features, out_features) in module_shapes(STYLE).items():
         bias[f"{module}.lora_A.default.weight"] = torch.randn(BIAS_RANK, in_features, generator=random)
         bias[f"{module}.lora_B.default.weight"] = torch.randn(out_features, BIAS_RANK, generator=random)
-    save_file(bias, root / "i2l" / predict.FILES["bias"])
+    save_file(bias, root / "i2l" / initializer.FILES["bias"])
     torch.manual_seed(0)
     size: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     siglip = SiglipVisionModel(SiglipVisionConfig(hidden_size=16, intermediate_size=24, **size))
@@ -89,6 +88,7 @@ def config(world: Path, *experts: str, strength: float = 1.0) -> Config:
 
 
 def context(world: Path, modules: dict[str, tuple[int, int]] | None = None) -> InitContext:
+    """With a cache that the tests share, so that pictures are encoded once; what it does has tests of its own."""
     return InitContext(
         images=tuple(sorted((world / "pictures").iterdir())),
         modules=module_shapes(STYLE) if modules is None else modules,
@@ -97,6 +97,7 @@ def context(world: Path, modules: dict[str, tuple[int, int]] | None = None) -> I
         device=torch.device("cpu"),
         base=str(world / "base"),
         log=lambda message: None,
+        cache=world / "cache",
     )
 
 
@@ -157,7 +158,7 @@ def test_the_seed_is_the_sum_of_the_experts(
         and report["incoming_rank"] == rank
         and report["modules"] == 24
     )
-    assert [entry["expert"] for entry in report["experts"]] == sorted(experts, key=list(predict.FILES).index)
+    assert [entry["expert"] for entry in report["experts"]] == sorted(experts, key=list(initializer.FILES).index)
     assert all(len(entry["md5"]) == len(entry["layout_md5"]) == 32 for entry in report["experts"])
     assert all(math.isfinite(value) for value in report["seconds"].values())
 
@@ -185,7 +186,7 @@ def test_ranks_come_in_the_published_order(world: Path) -> None:
 def test_experts_by_path(world: Path, tmp_path: Path) -> None:
     other = tmp_path / "mine.safetensors"
     save_expert(random_expert(STYLE, 0), other)
-    by_path = initialize(context(world), config(world, str(other), str(world / "i2l" / predict.FILES["bias"])))
+    by_path = initialize(context(world), config(world, str(other), str(world / "i2l" / initializer.FILES["bias"])))
     by_name = initialize(context(world), config(world, "style", "bias"))
     for module, pair in by_path.weights.factors.items():
         assert torch.equal(pair.a, by_name.weights.factors[module].a)
@@ -194,7 +195,7 @@ def test_experts_by_path(world: Path, tmp_path: Path) -> None:
 def test_the_recommended_experts_are_the_default_where_all_are_there(world: Path, tmp_path: Path) -> None:
     seed = initialize(context(world), config(world))
     assert [entry["expert"] for entry in seed.report["experts"]] == ["coarse", "fine", "bias"]
-    (tmp_path / predict.FILES["style"]).write_bytes((world / "i2l" / predict.FILES["style"]).read_bytes())
+    (tmp_path / initializer.FILES["style"]).write_bytes((world / "i2l" / initializer.FILES["style"]).read_bytes())
     seed = initialize(context(world), Config(weights=str(tmp_path), encoders=str(world / "encoders")))
     assert [entry["expert"] for entry in seed.report["experts"]] == ["style"]
 
@@ -339,7 +340,7 @@ def test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture(world: Pat
     seed = initialize(replace(context(world), try_seed=loss), options)
     assert sorted(set(tried)) == [0, 1, 2] and len(tried) == 18
     assert seed.report["strength"] == 0.5
-    expected_losses = [(s - 0.5) ** 2 for s in predict.STRENGTHS]
+    expected_losses = [(s - 0.5) ** 2 for s in initializer.STRENGTHS]
     assert seed.report["tried"]["losses"] == pytest.approx(expected_losses, abs=1e-3)
     whole = initialize(context(world), config(world, "style"))
     for name, pair in seed.weights.factors.items():
@@ -399,15 +400,15 @@ def test_problems_found_before_any_model_loads(world: Path, tmp_path: Path, monk
 
 
 def test_damaged_and_mistaken_files_are_found_first(world: Path, tmp_path: Path) -> None:
-    whole = (world / "i2l" / predict.FILES["style"]).read_bytes()
-    (tmp_path / predict.FILES["style"]).write_bytes(whole[:-10])
-    (tmp_path / predict.FILES["coarse"]).write_bytes(whole)
-    (tmp_path / predict.FILES["fine"]).write_bytes((world / "i2l" / predict.FILES["bias"]).read_bytes())
+    whole = (world / "i2l" / initializer.FILES["style"]).read_bytes()
+    (tmp_path / initializer.FILES["style"]).write_bytes(whole[:-10])
+    (tmp_path / initializer.FILES["coarse"]).write_bytes(whole)
+    (tmp_path / initializer.FILES["fine"]).write_bytes((world / "i2l" / initializer.FILES["bias"]).read_bytes())
     options = Config(experts=("style", "coarse", "fine"), weights=str(tmp_path), encoders=str(world / "encoders"))
     first, second, third = check(options)
     assert "not downloaded to its end" in first
     assert 'expected the expert "coarse", found the Style layout' in second
-    assert "no i2L expert" in third
+    assert "not an i2L expert" in third
 
 
 def test_encoders_of_another_size_are_found_first(world: Path, tmp_path: Path) -> None:
@@ -434,12 +435,12 @@ def test_an_expert_for_another_model_is_refused(world: Path) -> None:
 
 def test_what_is_needed_depends_on_the_experts(world: Path) -> None:
     def needed(*experts: str) -> list[str]:
-        needs = predict.needs(Config(experts=experts, weights="no/where", encoders="other/place"), "some/model")
+        needs = initializer.needs(Config(experts=experts, weights="no/where", encoders="other/place"), "some/model")
         return [need.source for need in needs]
 
     assert needed("style") == ["no/where", "other/place"] and needed("bias") == ["no/where"]
     assert needed("coarse", "bias") == ["no/where", "no/where", "other/place", "some/model"]
-    assert needed(str(world / "i2l" / predict.FILES["style"])) == [str(world / "i2l"), "other/place"]
+    assert needed(str(world / "i2l" / initializer.FILES["style"])) == [str(world / "i2l"), "other/place"]
 
 
 def small_base(world: Path) -> None:
@@ -458,7 +459,9 @@ def small_base(world: Path) -> None:
     (world / "base" / "vae").mkdir(exist_ok=True)
 
 
-def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_command(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """The file it writes is the best LoRA of its rank, and is read back as such."""
     small_base(world)
     text = f"""
@@ -483,7 +486,7 @@ def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     assert main([*arguments, "--images", str(world / "pictures")]) == 0
     shown = capsys.readouterr().out
-    assert "24 modules, rank 6 of 24, from 3 pictures" in shown and "energy kept" in shown
+    assert "24 modules, rank 6 of 24, from 3 pictures" in shown and "of the energy" in shown
     weights, _ = read_lora(tmp_path / "x.safetensors")
     whole = initialize(context(world), config(world, "style", "coarse")).weights.factors
     assert weights.factors.keys() == whole.keys()
@@ -496,14 +499,14 @@ def test_predict_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
     assert "modules      24" in capsys.readouterr().out
 
-    assert main([*arguments, "--images", str(tmp_path / "nowhere")]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
     (tmp_path / "run.toml").write_text(text.replace("encoders =", "encoder ="), encoding="utf-8")
-    assert main([*arguments, "--images", str(world / "pictures")]) == 2
-    assert "encoders" in capsys.readouterr().err
+    assert main([*arguments, "--images", str(tmp_path / "nowhere")]) == 2
+    assert "there is no such folder" in caplog.text and "did you mean encoders?" in caplog.text  # all at once
 
 
-def test_predict_for_a_trainer(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_for_a_trainer(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     small_base(world)
     text = f"""
         [model]
@@ -531,7 +534,7 @@ def test_predict_for_a_trainer(world: Path, tmp_path: Path, capsys: pytest.Captu
         delta = 0.5 * expected.b.double() @ expected.a.double()
         assert (pair.b.double() @ pair.a.double() - delta).norm() <= 1e-5 * delta.norm()
 
-    assert main(given) == 2 and "is there already" in capsys.readouterr().err
+    assert main(given) == 2 and "exists already" in caplog.text
     bad = [*base, "--output", str(tmp_path / "x")]
     for extra, said in (
         ([], "--rank is needed"),
@@ -540,5 +543,6 @@ def test_predict_for_a_trainer(world: Path, tmp_path: Path, capsys: pytest.Captu
         (["--for", "diffsynth", "--recipe", str(recipe)], "no configuration of DiffSynth-Studio"),
         (["--rank", "4", "--strength", "0"], "leaves nothing"),
     ):
+        caplog.clear()
         assert main([*bad, *extra]) == 2
-        assert said in capsys.readouterr().err
+        assert said in caplog.text

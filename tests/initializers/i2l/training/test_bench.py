@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_i2l_expert import COARSE, STYLE
 from transformers import DINOv3ViTConfig, SiglipVisionConfig
 
 from initializers.i2l import encoders, expert
 from initializers.i2l.__main__ import main
 from initializers.i2l.layout import Published, expert_layout
 from initializers.i2l.training import bench
+from tests.initializers.i2l.test_expert import COARSE, STYLE
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_it_writes_is_an_expert(tmp_path: Path) -> None:
-    bench.make_weights(tmp_path / "x.safetensors", expert_layout(STYLE), quiet=True)
+    bench.make_weights(tmp_path / "x.safetensors", expert_layout(STYLE))
     assert expert.read_geometry(tmp_path / "x.safetensors") == STYLE
     weights = expert.load_expert(tmp_path / "x.safetensors").state_dict()
     assert all(0.005 < float(weight.std()) < 0.05 for weight in weights.values())
@@ -52,9 +52,9 @@ def test_encoders_are_timed(
     monkeypatch.setattr(bench, "ENCODER_BYTES", 0)
     arguments = ["bench", "--experts", "style", "--pictures", "2", "--encoders"]
     assert main([*arguments, "--folder", str(tmp_path), "--output", str(tmp_path / "report.json")]) == 0
-    (look,) = json.loads((tmp_path / "report.json").read_text())["encoders"]
-    assert look["pictures"] == 2 and look["seconds"] > 0
-    assert "2 pictures: " in capsys.readouterr().out
+    (encoded,) = json.loads((tmp_path / "report.json").read_text())["encoders"]
+    assert encoded["pictures"] == 2 and encoded["seconds"] > 0
+    assert "encode 2 pictures" in capsys.readouterr().out
     assert main(["bench", "--device", "cuda", "--folder", str(tmp_path)]) == (0 if torch.cuda.is_available() else 2)
 
 
@@ -63,7 +63,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     assert main(["bench", "--folder", str(tmp_path)]) == 2
-    assert "choose --folder" in caplog.text and not [*tmp_path.iterdir()]
+    assert "choose another --folder" in caplog.text and not [*tmp_path.iterdir()]
     assert main(["bench", "--pictures", "0"]) == 2
 
 

@@ -19,7 +19,7 @@ from initializers.i2l.expert import Expert, read_geometry
 from initializers.i2l.training import train
 from initializers.i2l.training.batch_lora import BatchLora
 from initializers.i2l.training.hypernetwork import ExpertConfig, Hypernetwork
-from initializers.i2l.training.subjects import SubjectData
+from initializers.i2l.training.subjects import Encoding, SubjectData
 from trainer import adapter, config, flow, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, Seed
 from trainer.checkpoint import CheckpointError
@@ -53,10 +53,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def toml(tmp_path: Path, tiny_base: Path, subjects: Path, start: Path) -> Path:
-    path = tmp_path / "style.toml"
+    return write_toml(tmp_path, tiny_base, subjects, start)
+
+
+def write_toml(folder: Path, tiny_base: Path, subjects: Path, start: Path) -> Path:
+    """The configuration of a small training of Style, whose files lie in `folder`."""
+    path = folder / "style.toml"
     path.write_text(
         f"""
-output = "{tmp_path / "out"}"
+output = "{folder / "out"}"
 [model]
 base = "{tiny_base}"
 dtype = "fp32"
@@ -64,7 +69,7 @@ dtype = "fp32"
 images = "{subjects}"
 resolution = 64
 held_out_subjects = 3
-cache = "{tmp_path / "cache"}"
+cache = "{folder / "cache"}"
 [expert]
 encoders = "{start}"
 train_encoders = true
@@ -114,8 +119,12 @@ def test_each_sample_gets_its_own_lora_as_peft_would_apply_it(tiny_base: Path) -
             torch.testing.assert_close(together[i : i + 1], expected, rtol=1e-4, atol=1e-4)
 
 
+def load(toml: Path, overrides: list[str]) -> train.HypernetworkConfig:
+    return config.load(train.HypernetworkConfig, toml, overrides)
+
+
 def run(toml: Path, *overrides: str, resume: bool = False) -> Path:
-    return train.execute(train.load(toml, list(overrides)), resume=resume, quiet=True)
+    return train.execute(load(toml, list(overrides)), resume=resume, quiet=True)
 
 
 def test_training_moves_the_expert_and_writes_what_the_initializer_reads(
@@ -158,19 +167,10 @@ def test_resume_is_exact(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def subject_data(toml: Path, *overrides: str) -> SubjectData:
-    settings = train.load(toml, [*overrides])
-    return SubjectData(
-        settings.data,
-        train.prepare(settings, resume=False),
-        model=settings.model,
-        cache=Cache(Path(settings.data.cache or "")),
-        prompts=(),
-        encoders_from=None,
-        resolutions=(),
-        seed=0,
-        device=torch.device("cpu"),
-        quiet=True,
-    )
+    settings = load(toml, [*overrides])
+    cache, device = Cache(Path(settings.data.cache or "")), torch.device("cpu")
+    encoding = Encoding(settings.model, None, resolutions=(), cache=cache, device=device, quiet=True)
+    return SubjectData(settings.data, train.prepare(settings, resume=False), encoding, seed=0)
 
 
 @pytest.mark.parametrize("max_references", [1, 2])
@@ -199,12 +199,12 @@ def test_only_the_first_pictures_of_a_subject_are_references_where_that_is_asked
         for (reference,), target in zip(pairs.references.tolist(), pairs.targets.tolist(), strict=True):
             assert target in first[reference] and target != reference
             targets.add(target)
-        references, residuals = data.look(pairs.references)
+        references, residuals = data.references(pairs.references)
         expected = [np.asarray(Image.open(data.examples[row].path)) for (row,) in pairs.references.tolist()]
         assert np.array_equal(references[:, 0].permute(0, 2, 3, 1).numpy(), np.stack(expected)) and not residuals
     assert len(targets) == 2 * len(data.train)
     with pytest.raises(KeyError):
-        data.look(torch.tensor([[data.train[0][1]]]))
+        data.references(torch.tensor([[data.train[0][1]]]))
 
 
 def test_a_target_leaves_as_many_references_as_are_drawn(toml: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_target_leaves_as_many_references_as_are_drawn(toml: Path) -> None:
         counts.add(pairs.references.shape[1])
         for references, target in zip(pairs.references.tolist(), pairs.targets.tolist(), strict=True):
             assert target not in references
-            data.look(torch.tensor([references]))
+            data.references(torch.tensor([references]))
     assert counts == {1, 2}
 
 
@@ -278,6 +278,7 @@ def test_all_four_experts_one_after_another(
     for kind in ("style", "coarse", "fine", "bias"):
         options = [f"expert.kind={kind}", f"expert.weights={weights}", "expert.train_encoders=false"]
         options += ["expert.residual_compress=3", f"data.images={few}", "data.held_out_subjects=2", "train.steps=2"]
+        options += ["data.references_each=1", *(["validation.prompts=[]"] if kind in ("style", "coarse") else [])]
         output = run(toml, f"output={tmp_path / kind}", *options)
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         first, last = [line for line in lines if "val_loss" in line]
@@ -301,37 +302,52 @@ def test_all_four_experts_one_after_another(
     assert [entry["expert"] for entry in report["init"]["experts"]] == ["coarse", "fine", "bias"]
 
 
+TWO_PROCESSES = ("train.steps=3", "validation.prompts=[]", "expert.train_encoders=false")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, subjects: Path, start: Path) -> Path:
+    """The output of a run with twice the batch, beside its configuration."""
+    folder = tmp_path_factory.mktemp("one")
+    return run(write_toml(folder, tiny_base, subjects, start), *TWO_PROCESSES, "train.batch_size=4")
+
+
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_are_one_with_twice_the_batch(fsdp: bool, toml: Path, tmp_path: Path) -> None:
-    settings = ["train.steps=3", "validation.prompts=[]", "expert.train_encoders=false"]
-    one = run(toml, f"output={tmp_path / 'one'}", *settings, "train.batch_size=4")
-    # what `accelerate launch` runs on GPUs; on CPUs it would want MPI
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29507"]
-    command += ["-m", "initializers.i2l", "train", "--quiet", "--config", str(toml), "--output", str(tmp_path / "two")]
-    for setting in (*settings, "train.batch_size=2"):
-        command += ["--set", setting]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def test_two_processes_are_one_with_twice_the_batch(fsdp: bool, one_process: Path, tmp_path: Path) -> None:
+    words = [word for setting in (*TWO_PROCESSES, "train.batch_size=2") for word in ("--set", setting)]
+    command = [sys.executable, "-m", "initializers.i2l", "train", "--quiet", "--output", str(tmp_path / "two"), *words]
+    command += ["--config", str(one_process.parent / "style.toml")]
+    # what `accelerate launch` sets on GPUs; on CPUs it would want MPI
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000 + fsdp)}
     if fsdp:
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = [subprocess.Popen(command, env=environment | rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
+    try:
+        for process in processes:
+            _, said = process.communicate()
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
     curves = [
         [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
-        for folder in (one, tmp_path / "two")
+        for folder in (one_process, tmp_path / "two")
     ]
     assert len(curves[0]) == 3
     for single, shared in zip(*curves, strict=True):
         for name in ("loss", "grad_norm"):
             assert shared[name] == pytest.approx(single[name], rel=1e-4), name
     file = "Qwen-Image-i2L-Style.safetensors"
-    assert read_geometry(tmp_path / "two" / file) == read_geometry(one / file)
+    assert read_geometry(tmp_path / "two" / file) == read_geometry(one_process / file)
 
 
 @pytest.mark.parametrize(("kind", "parameters"), [("style", "2.406"), ("coarse", "7.927"), ("fine", "7.573")])
 def test_the_plan_of_the_published_sizes(kind: str, parameters: str, subjects: Path) -> None:
     """From shapes alone, without a byte of the real weights."""
     options = [f"data.images={subjects}", "data.held_out_subjects=2"]
-    settings = train.load(Path(f"configs/i2l_qwen_image_{kind}.toml"), options)
+    settings = load(Path(f"configs/i2l_qwen_image_{kind}.toml"), options)
     text = train.plan_text(settings, train.prepare(settings, resume=False))
     assert f"{kind}: {parameters} B parameters, 720 modules, rank 4" in text
     assert "8 with 24 pictures, 2 subjects held out" in text and "20,430.4 M parameters in bf16" in text
@@ -341,14 +357,15 @@ def test_the_plan_of_the_published_sizes(kind: str, parameters: str, subjects: P
 def test_a_frozen_expert_that_is_not_there_is_told_before_anything_loads(toml: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(config.ConfigError, match=r"weights: .* has no Qwen-Image-i2L-Coarse.safetensors"):
-        train.load(toml, ["expert.kind=fine", "expert.train_encoders=false", f"expert.weights={tmp_path / 'empty'}"])
+        load(toml, ["expert.kind=fine", "expert.train_encoders=false", f"expert.weights={tmp_path / 'empty'}"])
 
 
 def test_frozen_encoders_embed_each_picture_once(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = run(toml, "expert.train_encoders=false", "train.steps=2")
+    settings = ["expert.train_encoders=false", "train.steps=2", "validation.prompts=[]"]
+    output = run(toml, *settings)
     assert not (output / "encoders").exists()
     monkeypatch.setattr(train.encoders, "encode_squares", lambda *_: pytest.fail("embedded again"))
-    again = run(toml, "expert.train_encoders=false", "train.steps=2", f"output={tmp_path / 'again'}")
+    again = run(toml, *settings, f"output={tmp_path / 'again'}")
     name = "Qwen-Image-i2L-Style.safetensors"
     assert (output / name).read_bytes() == (again / name).read_bytes()
 
@@ -364,7 +381,7 @@ def test_all_problems_of_the_data_at_once(toml: Path, tmp_path: Path, subjects: 
     rows[4]["subject"] = "alone"
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     with pytest.raises(config.ConfigError) as caught:
-        train.prepare(train.load(toml, [f"data.images={folder}", "model.compile=true"]), resume=True)
+        train.prepare(load(toml, [f"data.images={folder}", "model.compile=true"]), resume=True)
     text = str(caught.value)
     for part in (
         "[model] compile",
@@ -380,7 +397,7 @@ def test_a_resume_that_is_refused_changes_nothing(toml: Path) -> None:
     """run.json tells the settings to resume with; other pictures in a step are another training."""
     output = run(toml, "train.steps=1", "validation.prompts=[]")
     before = (output / "run.json").read_bytes()
-    settings = train.load(toml, ["train.steps=1", "validation.prompts=[]"])
+    settings = load(toml, ["train.steps=1", "validation.prompts=[]"])
     saved = output / "checkpoints" / "step-00000001" / "state.json"
     saved.write_text(saved.read_text().replace('steps x processes": 1', 'steps x processes": 3'))
     with pytest.raises(CheckpointError, match="x processes is 1, the checkpoint has 3"):
