@@ -60,3 +60,10 @@ def test_no_docstring_begins_with_of() -> None:
                 found += 1
                 assert not node.value.value.startswith("Of "), f"{path}, line {node.lineno}"
     assert found > 300
+
+
+def test_help_config_knows_a_section_s_own_defaults() -> None:
+    text = config.explain(HypernetworkConfig)
+    train = text[text.index("[train]") : text.index("[flow]")]
+    assert f"steps = {HypernetworkConfig.train.steps}  #" in train and HypernetworkConfig.train.steps == 10_000
+    assert "steps = 1000  #" in config.explain(RunConfig)

@@ -143,17 +143,21 @@ def to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
-def explain(cls: type, where: str = "") -> str:
-    """Every key with type, default and meaning, section by section, for `--help-config`."""
+def explain(cls: type, where: str = "", defaults: Any = None) -> str:
+    """Every key with type, default and meaning, section by section, for `--help-config`.
+
+    defaults: an instance of `cls` whose values are the defaults, where they are not the fields' own.
+    """
     hints, docs = get_type_hints(cls), _field_docs(cls)
     lines = [f"[{where}]"] if where else []
     sections = []
     for field in fields(cls):
         nested = _section(hints[field.name])
+        default = _default(field) if defaults is None else getattr(defaults, field.name)
         if nested is not None:
-            sections.append(explain(nested, _join(where, field.name)))
+            own_defaults = default if isinstance(default, nested) else None
+            sections.append(explain(nested, _join(where, field.name), own_defaults))
             continue
-        default = _default(field)
         value = "(required)" if default is MISSING else "(not set)" if default is None else _show(default, limit=None)
         lines.append(f"{field.name} = {value}  # {_type_name(hints[field.name])}")
         lines += _wrapped(docs.get(field.name, ""))
