@@ -7,9 +7,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.cli import add_run_arguments, guarded
+
+COMPARE_ONLY = ("seeds", "learning_rates", "controls", "subjects", "part")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,12 +34,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--compare", nargs="+", default=[], metavar="NAME_OR_FILE", help="the starts, such as random i2l"
     )
-    group.add_argument("--seeds", type=int, default=3, help="runs of each start with other noise (default: 3)")
+    group.add_argument("--seeds", type=int, metavar="N", help="runs of each start with other noise (default: 3)")
     group.add_argument(
         "--learning-rates",
         type=float,
         nargs="+",
-        default=[3e-4, 1e-3, 3e-3],
         metavar="RATE",
         help="each start is taken at its own best of them (default: 3e-4 1e-3 3e-3)",
     )
@@ -62,13 +64,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.config is None and not options.help_config:
         parser.error("--config is needed; configs/creatures.toml is a good first one")
+    if not options.compare:
+        without = [name for name in COMPARE_ONLY if getattr(options, name) is not None]
+        if without:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in without)
+            parser.error(f"{names}: only with --compare, which names the starts: --compare random i2l")
+    elif options.init:
+        parser.error("--compare names the starts: leave --init out")
     if options.vram is not None and not (options.plan and options.vram > 0):
         parser.error("--vram GB is a number above 0, and goes with --plan")
     return options
 
 
 def _part(text: str) -> tuple[int, int]:
-    number, count = text.split("/")
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N, such as 1/4 for the first of four parts")
     return int(number), int(count)
 
 
@@ -107,12 +118,14 @@ def compare(options: argparse.Namespace, overrides: list[str]) -> None:
     controls = tuple(comparison.CONTROLS) if options.controls == [] else tuple(options.controls or ())
     request = comparison.Request(
         initializers=tuple(options.compare),
-        seeds=options.seeds,
-        learning_rates=tuple(options.learning_rates),
         controls=controls,
         subjects=options.subjects,
         part=options.part or compare.own_part(),
     )
+    if options.seeds is not None:
+        request = replace(request, seeds=options.seeds)
+    if options.learning_rates is not None:
+        request = replace(request, learning_rates=tuple(options.learning_rates))
     prepared = comparison.prepare(options.config, overrides, request, initializers)
     if options.plan:
         print(comparison.plan_text(prepared))

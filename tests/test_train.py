@@ -191,3 +191,22 @@ def test_a_wrong_initializer_is_reported_beside_all_other_problems(
     assert train.main([*arguments, "--set", "nonsense"]) == 2
     for part in ('did you mean "i2l"', '"many"', "did you mean rank", "nonsense"):
         assert part in caplog.text, part
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "2"], "--seeds: only with --compare"),
+        (["--controls"], "--controls: only with --compare"),
+        (["--part", "1/2", "--learning-rates", "1e-3"], "--learning-rates, --part: only with --compare"),
+        (["--subjects", "demo"], "--subjects: only with --compare"),
+        (["--compare", "random", "--part", "3"], "3 is not I/N, such as 1/4"),
+        (["--compare", "random", "--init", "i2l"], "leave --init out"),
+    ],
+)
+def test_arguments_without_effect_are_refused(
+    words: list[str], said: str, run_toml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(run_toml), *words])
+    assert stop.value.code == BAD_INPUT and said in capsys.readouterr().err
