@@ -30,6 +30,14 @@ def loss(transformer: torch.nn.Module, *items: Item) -> float:
     return float(validation.stable_errors(transformer, items, CPU, torch.float32).mean())
 
 
+def test_samples_come_in_the_order_of_their_prompts(tmp_path: Path) -> None:
+    validation.save_samples(tmp_path, 20, [swatch(20, row) for row in range(12)])
+    validation.save_samples(tmp_path, 100, [swatch(100, row) for row in range(3)])
+    found = validation.sample_files(tmp_path)
+    assert [*found] == [20, 100]
+    assert [path.name for path in found[20]] == [f"step-000020-{row}.png" for row in range(12)]
+
+
 def test_the_stable_loss_is_the_mean_over_eight_sigmas(transformer: torch.nn.Module) -> None:
     items = [item(1), item(2, height=6)]
     expected = []

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from trainer import adapter
+from trainer import adapter, validation
 from trainer.adapter import AdapterConfig, AdapterWeights
 from trainer.files import DTYPES, new_folder, write_json, write_tensors, write_text
 from trainer.flow import generator
@@ -168,8 +168,8 @@ def origin(
 
 def _last_samples(output: Path, folder: Path) -> list[str]:
     """Copy the last samples of a run into `folder`; their names."""
-    files = sorted(output.glob("samples/step-*.png"))
-    last = [file for file in files if file.name[:11] == files[-1].name[:11]]
+    steps = validation.sample_files(output / "samples")
+    last = steps[max(steps)] if steps else []
     for file in last:
         (folder / "samples").mkdir(exist_ok=True)
         shutil.copyfile(file, folder / "samples" / file.name)

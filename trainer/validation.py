@@ -97,9 +97,22 @@ def save_samples(folder: Path, step: int, pictures: Sequence[Image.Image]) -> No
         write_png(folder / f"step-{step:06d}-{row}.png", picture)
 
 
+def sample_files(folder: Path) -> dict[int, list[Path]]:
+    """The samples in a folder by step, those of a step in the order of their prompts (and of the noise of each)."""
+    found: dict[int, list[Path]] = {}
+    for path in folder.glob("step-*-*.png"):
+        found.setdefault(int(path.stem.split("-")[1]), []).append(path)
+    return {step: sorted(found[step], key=_numbers) for step in sorted(found)}
+
+
+def _numbers(path: Path) -> list[int]:
+    """Those of the name: as text, 10 would come before 2."""
+    return [int(number) for number in path.stem.split("-")[1:]]
+
+
 def contact_sheet(folder: Path, prompts: Sequence[str]) -> Image.Image | None:
     """All samples in `folder`: a row for each prompt, a column for each step that has them all."""
-    steps = sorted({int(path.name.split("-")[1]) for path in folder.glob("step-*-*.png")})
+    steps = list(sample_files(folder))
     files = {step: [folder / f"step-{step:06d}-{row}.png" for row in range(len(prompts))] for step in steps}
     steps = [step for step in steps if all(file.exists() for file in files[step])]
     if not steps:

@@ -16,6 +16,7 @@ from trainer.data.cache import key
 from trainer.data.dataset import load_picture
 from trainer.files import write_json
 from trainer.hub.sources import local
+from trainer.validation import sample_files
 
 NUM_SAMPLES = 2  # noise seeds of each prompt
 CHUNK = 16  # pictures embedded together
@@ -84,8 +85,8 @@ def _samples(comparison: Comparison, subject: Subject) -> dict[tuple[str, int], 
     files: dict[tuple[str, int], list[Path]] = {}
     for cell in comparison.cells():
         if cell.subject is subject and cell.seed == comparison.seeds[0]:
-            for path in sorted((cell.folder / "samples").glob("step-*.png")):
-                files.setdefault((f"{cell.arm.name}/{cell.folder.name}", int(path.name.split("-")[1])), []).append(path)
+            for step, paths in sample_files(cell.folder / "samples").items():
+                files[f"{cell.arm.name}/{cell.folder.name}", step] = paths
     return files
 
 
