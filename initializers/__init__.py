@@ -1,8 +1,9 @@
 """What a LoRA can start from: one module for each method, with a `Config` and `initialize(context, config) -> Seed`.
 
 To add an initializer, write its module and add a line to `_MODULES`; CONTRIBUTING.md has an example. A module may also
-have `check(config)`, `needs(config, base)`, `identity(config)` and `embed(pictures, config, device)`: the functions
-below say what each returns. A module is imported when it is asked for, so that importing this package costs nothing.
+have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `identity(config)` and
+`embed(pictures, config, device)`: the functions below say what each returns. A module is imported when it is asked for,
+so that importing this package costs nothing.
 """
 
 import difflib
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from trainer.adapter import Initializer
+    from trainer.adapter import Initializer, RunFacts
     from trainer.hub.sources import Need
 
 __all__ = [
     "UnknownInitializer",
     "check",
+    "check_run",
     "config_class",
     "embed",
     "get",
@@ -77,6 +79,12 @@ def check(method: str, config: Any) -> list[str]:
     if hasattr(module, "check"):
         return list(module.check(config))
     return list(config.problems()) if hasattr(config, "problems") else []
+
+
+def check_run(method: str, config: Any, facts: "RunFacts") -> list[str]:
+    """Problems of `config` in a run of which the pictures and the adapter are known. Empty if there are none."""
+    module = _module(method)
+    return list(module.check_run(config, facts)) if hasattr(module, "check_run") else []
 
 
 def needs(method: str, config: Any, base: str) -> "list[Need]":

@@ -117,6 +117,17 @@ class Seed:
     rank_pattern: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run before any model loads, for an initializer to say what cannot be."""
+
+    images: tuple[Path, ...]
+    """The training pictures."""
+    adapter: AdapterConfig
+    can_try: bool
+    """Whether `InitContext.try_seed` will be there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class InitContext:
     """What an initializer may know."""

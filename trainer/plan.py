@@ -1,7 +1,8 @@
 """A run before it starts: its configuration, read and checked, what it would do, what it would need."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer import adapter, config, qwen_image
-from trainer.adapter import AdapterConfig, Initializer
+from trainer.adapter import AdapterConfig, Initializer, RunFacts
 from trainer.checkpoint import CheckpointConfig, course
 from trainer.data.dataset import DataConfig, Dataset, scan
 from trainer.data.pictures import DataError
@@ -64,6 +65,8 @@ class Initializers(Protocol):
 
     def check(self, method: str, config: Any) -> list[str]: ...
 
+    def check_run(self, method: str, config: Any, facts: RunFacts) -> list[str]: ...
+
     def needs(self, method: str, config: Any, base: str) -> list[Need]: ...
 
     def identity(self, method: str, config: Any) -> list[str]: ...
@@ -84,6 +87,8 @@ class Start:
     options: Any
     problems: list[str]
     needs: list[Need]
+    check_run: Callable[[RunFacts], list[str]] = lambda facts: []
+    """What is wrong with the options in the run that is planned."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,8 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
     options = parsed[method]
     found = initializers.check(method, options)
     needs = [] if found else initializers.needs(method, options, run.model.base)
-    return run, Start(method, initializers.get(method), options, found, needs)
+    check_run = partial(initializers.check_run, method, options)
+    return run, Start(method, initializers.get(method), options, found, needs, check_run)
 
 
 def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
@@ -202,6 +208,10 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         dataset = scan(run.data, multiple=multiple, seed=run.seed)
     except DataError as error:
         problems += [f"[data] {problem}" for problem in error.problems]
+    if dataset is not None:
+        images = tuple(example.path for example in dataset.train)
+        facts = RunFacts(images, run.adapter, can_try=not parallel.uses_fsdp())
+        problems += [f"[init.{start.method}] {problem}" for problem in start.check_run(facts)]
     if problems:
         raise config.ConfigError(problems)
     assert dataset is not None and transformer is not None

@@ -25,7 +25,7 @@ from initializers.i2l.recognise import (
     recognise,
 )
 from trainer import qwen_image
-from trainer.adapter import AdapterWeights, InitContext, Seed
+from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed
 from trainer.config import first_few
 from trainer.files import sample
 from trainer.hub import sources
@@ -33,6 +33,7 @@ from trainer.hub.sources import Need
 from trainer.lowrank import LowRank, ranks_for_energy, scale
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+AUTO_NEEDS_TWO = 'strength = "auto" needs at least two pictures: each is tried with the seed of the others'
 MAX_TRIALS = 8  # pictures on which strengths are compared
 
 
@@ -83,6 +84,8 @@ class Config:
                 found.append(f"expert_weights: {name} must be a finite number")
         if isinstance(self.pictures, int) and self.pictures < 0:
             found.append("pictures must not be negative")
+        elif not isinstance(self.pictures, int) and len(set(self.pictures)) < len(self.pictures):
+            found.append("pictures must not name a picture twice")
         if self.energy is not None and not 0 < self.energy <= 1:
             found.append("energy must be above 0 and at most 1")
         if self.energy is not None and self.mode == "merge":
@@ -117,6 +120,22 @@ def check(config: Config) -> list[str]:
     if any(kind != "bias" for kind in kinds):
         wrong = [f"encoders: {problem}" for problem in sources.check(encoders.need(config.encoders))]
         found += wrong or encoder_problems(config.encoders, geometries)
+    return found
+
+
+def check_run(config: Config, facts: RunFacts) -> list[str]:
+    """What is wrong with the settings in a run of which the pictures and the adapter are known."""
+    found = []
+    if config.mode == "merge" and facts.adapter.use_dora:
+        found.append('mode = "merge" with [adapter] use_dora: what is saved could hold only one of them; choose one')
+    try:
+        chosen = _choose_pictures(facts.images, config.pictures)
+    except ValueError as error:
+        return [*found, str(error)]
+    if config.strength == "auto" and not facts.can_try:
+        found.append('strength = "auto" cannot be tried under FSDP, where no process has the whole base; give a number')
+    elif config.strength == "auto" and len(chosen) < 2:
+        found.append(f"{AUTO_NEEDS_TWO}; give a number")
     return found
 
 
@@ -237,7 +256,7 @@ def _choose_pictures(images: Sequence[Path], wanted: int | tuple[str, ...]) -> l
         return _spread(len(images), wanted or len(images))
     names = [path.name for path in images]
     if missing := [name for name in wanted if name not in names]:
-        raise ValueError(f"[init.i2l] pictures: {first_few(missing)}: not among the training pictures")
+        raise ValueError(f"pictures: {first_few(missing)}: not among the training pictures")
     return [names.index(name) for name in wanted]
 
 
@@ -258,9 +277,7 @@ def _choose_strength(
     if context.try_seed is None:
         raise ValueError('strength = "auto" needs the base and captions, as in train.py; here give a number')
     if len(indices) < 2:
-        raise ValueError(
-            'strength = "auto" needs at least two pictures: the loss on each is computed with the seed of the others'
-        )
+        raise ValueError(AUTO_NEEDS_TWO)
     tried = _spread(len(indices), MAX_TRIALS)
     losses = torch.zeros(len(tried), len(STRENGTHS))
     for row, index in enumerate(tqdm(tried, "i2L strength", unit="picture", leave=False, disable=None)):
