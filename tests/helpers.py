@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def killed(work: Callable[[], object]) -> bool:
     if child == 0:
         try:
             work()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(99)
     status = os.waitpid(child, 0)[1]
