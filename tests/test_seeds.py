@@ -44,7 +44,7 @@ def start_from(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
 
 
 def holding(context: InitContext) -> Seed:
-    """Of a module that is not trained, too."""
+    """A module that is not trained is in it, too."""
     modules = {**context.modules, "transformer_blocks.0.img_mlp.net.0.proj": (64, 256)}
     return Seed(AdapterWeights({}), {}, frozen=some_weights(modules))
 

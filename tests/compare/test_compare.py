@@ -40,7 +40,7 @@ def report_of(output: Path) -> dict[str, Any]:
 
 
 def curves(output: Path) -> dict[tuple[str, str, float, int], list[dict[str, float]]]:
-    """Of each run, without what a clock says."""
+    """The curve of each run, without what a clock says."""
     found = {
         (run["subject"], run["arm"], run["learning_rate"], run["seed"]): [
             {name: value for name, value in point.items() if name != "seconds"} for point in run["curve"]

@@ -41,7 +41,7 @@ def modules() -> dict[str, tuple[int, int]]:
 
 
 def weights(rank: int = 6, targets: str = "i2l", decay: float = 0.5) -> AdapterWeights:
-    """Of rank `rank`, with clearly different singular values."""
+    """LoRA weights of rank `rank`, with clearly different singular values."""
     factors = {}
     for number, (name, size) in enumerate(
         adapter.target_modules(tiny(), AdapterConfig(target_modules=targets)).items()

@@ -35,7 +35,7 @@ def on_meta(**options: Any) -> QwenImageTransformer2DModel:
 
 
 def really_kept(train_config: TrainConfig, pixels: int, settings: AdapterConfig) -> int:
-    """Of a forward pass on the CPU, by the storages of its saved tensors, with the estimate's attention."""
+    """Bytes kept by a forward pass on the CPU, by the storages of its saved tensors, with the estimate's attention."""
     torch.manual_seed(0)
     transformer: Any = QwenImageTransformer2DModel(**SMALL)
     adapter.inject(transformer, settings)

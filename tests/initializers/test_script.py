@@ -163,7 +163,7 @@ def test_a_loha_is_the_lora_exactly(lora: str) -> None:
 
 @pytest.mark.parametrize("both", [False, True])
 def test_a_lokr_is_the_nearest_kronecker_product(both: bool, tmp_path: Path) -> None:
-    """Of a dW that is one, exactly; of others at the error that it states, which an SVD in other order confirms."""
+    """A dW that is one is taken exactly; others at the error that it states, which an SVD in other order confirms."""
     model = tiny()
     inject_adapter_in_model(LoKrConfig(r=64, alpha=32, target_modules=["attn.to_q"], decompose_both=both), model)
     write_lora(tmp_path / "x.safetensors", weights(), {})

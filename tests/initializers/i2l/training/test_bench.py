@@ -1,6 +1,7 @@
 """The benchmark's files are experts, and its numbers are of what it ran."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,16 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert main(["bench", "--pictures", "0"]) == 2
 
 
-def test_memory_is_what_a_block_takes() -> None:
+def test_memory_is_what_a_block_takes_and_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that /proc said while the block ran, above what it said before."""
+    told = iter([5e9, 6e9, 9e9, 7e9, *[5e9] * 10_000])
+    monkeypatch.setattr(bench, "_anonymous", lambda: next(told))
     with bench.Peak() as peak:
-        held = torch.ones(64 << 20, dtype=torch.uint8)
-        for _ in range(20):
-            held.add_(1)
-    assert 60e6 < peak.bytes < 200e6
+        time.sleep(0.5)
+    assert peak.bytes == 4e9
+
+
+def test_proc_tells_what_is_not_backed_by_a_file() -> None:
+    before = bench._anonymous()
+    block = torch.ones(1 << 30, dtype=torch.uint8)  # 1 GB: whatever else the process does is small beside it
+    assert before + 0.9e9 < bench._anonymous() and len(block)
