@@ -317,6 +317,16 @@ def test_a_seed_that_does_not_fit_is_an_error(factors: LowRank, said: str) -> No
         adapter.apply_seed(model, seed, random_seed=0)
 
 
+def test_dora_on_a_row_of_zeros_is_refused() -> None:
+    """Its gradient would be NaN: 0 / 0."""
+    model = tiny()
+    with torch.no_grad():
+        model.transformer_blocks[1].attn.to_q.weight[3] = 0
+    with pytest.raises(AdapterError, match=r"some are zero in transformer_blocks\.1\.attn\.to_q; choose"):
+        adapter.inject(model, AdapterConfig(rank=4, use_dora=True))
+    adapter.inject(model, AdapterConfig(rank=4))
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_tensors_go_back_exactly(use_dora: bool) -> None:
     config = AdapterConfig(rank=4, alpha=2.0, use_dora=use_dora)

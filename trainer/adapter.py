@@ -192,9 +192,15 @@ def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) ->
 
     `transformer` is a diffusers model. The global random state is as it was. Where the base computes in half precision,
     PEFT would raise each layer's whole input to fp32 and keep it for the backward pass; here the adapter's small
-    weights are lowered instead. With DoRA it stays as PEFT does it: the norms of the weights need fp32.
+    weights are lowered instead. With DoRA it stays as PEFT does it: the norms of the weights need fp32. AdapterError
+    if DoRA would divide by the norm of a row that is zero.
     """
-    target_modules(transformer, config)
+    modules = target_modules(transformer, config)
+    if config.use_dora and (zero := [name for name in modules if _has_zero_row(transformer.get_submodule(name))]):
+        raise AdapterError(
+            f"[adapter] use_dora: DoRA divides by the norms of the weights' rows, and some are zero in "
+            f"{first_few(zero)}; choose [adapter] target_modules without these layers, or train without DoRA"
+        )
     transformer.requires_grad_(False)
     devices = {p.device for p in transformer.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
@@ -206,6 +212,11 @@ def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) ->
             layer.cast_input_dtype_enabled = False
             for factors in (layer.lora_A, layer.lora_B):
                 factors[adapter_name] = _Factor(factors[adapter_name])
+
+
+def _has_zero_row(layer: Any) -> bool:
+    weight: Tensor = layer.weight.detach()
+    return weight.device.type != "meta" and not bool(weight.any(dim=1).all())
 
 
 class _Factor(nn.Linear):
