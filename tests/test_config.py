@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from trainer.config import ConfigError, apply_overrides, explain, parse, read_toml, to_dict
+from trainer.config import ConfigError, apply_overrides, explain, load, parse, read_toml, to_dict
 from trainer.data.pictures import DataError
 
 
@@ -441,3 +441,14 @@ def test_a_windows_path_in_double_quotes_is_recognised(value: str, said: str) ->
 def test_other_texts_may_have_line_breaks_and_tabs() -> None:
     problems: list[str] = []
     assert parse(Places, {"images": r"C:\temp", "prompts": ["a\ncat", "a\tdog"]}, "data", problems) and not problems
+
+
+def test_a_bad_override_and_a_bad_key_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("image = 1")
+    with pytest.raises(ConfigError) as caught:
+        load(Places, tmp_path / "run.toml", ["nonsense"])
+    text = "\n".join(caught.value.problems)
+    assert "expected key=value" in text and "did you mean images?" in text
+    with pytest.raises(ConfigError) as caught:
+        load(Places, tmp_path / "nothing.toml", ["nonsense"])
+    assert len(caught.value.problems) == 1  # without a file there is nothing to look at

@@ -72,22 +72,23 @@ def _toml_advice(line: str) -> str:
     return ""
 
 
-def load_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The file's table with the overrides in it, for `parse`. ConfigError if the file or an override cannot be read."""
-    problems: list[str] = []
-    table = read_toml(path, problems)
-    if not problems:  # without a table every key would be reported as missing
-        table = apply_overrides(table, overrides, problems)
-    if problems:
-        raise ConfigError(problems)
-    return table
+def load_table(path: Path, overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """The file's table with the overrides in it, for `parse`; what is wrong with an override is added to `problems`.
+
+    ConfigError if the file cannot be read: without a table every key would be reported as missing.
+    """
+    unreadable: list[str] = []
+    table = read_toml(path, unreadable)
+    if unreadable:
+        raise ConfigError(unreadable)
+    return apply_overrides(table, overrides, problems)
 
 
 def load(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """The file as a `cls`. ConfigError lists every problem."""
     problems: list[str] = []
-    made = parse(cls, load_table(path, overrides), "", problems)
-    if made is None:
+    made = parse(cls, load_table(path, overrides, problems), "", problems)
+    if made is None or problems:
         raise ConfigError(problems)
     return made
 

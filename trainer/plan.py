@@ -132,10 +132,7 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
     Tables of initializers that are not chosen are checked too, but need not have an effect: `--init` chooses anew.
     """
     problems: list[str] = []
-    table = config.read_toml(path, problems)
-    if problems:  # nothing to look at: every key would be reported as missing
-        raise config.ConfigError(problems)
-    table = config.apply_overrides(table, overrides, problems)
+    table = config.load_table(path, overrides, problems)
     init = table.get("init")
     tables = (
         {name: init.pop(name) for name, value in [*init.items()] if isinstance(value, dict)}

@@ -69,9 +69,8 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     result = loop.train(objective, job, accelerator, resume=resume, quiet=quiet)
     parallel.unshard(objective.transformer)
     if accelerator.is_main_process:
-        seconds |= {"train": result.seconds, "total": time.monotonic() - began}
         report |= {"seconds": seconds, "peak_memory_bytes": machine.peak_memory(accelerator.device)}
-        _finish(plan, started, result, report)
+        _finish(plan, started, result, report, began)
     accelerator.end_training()
     return plan.output / "adapter"
 
@@ -191,12 +190,14 @@ def _data_report(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, Any]) -> None:
-    """Export the adapter, complete run.json, upload if that was asked for."""
+def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, Any], began: float) -> None:
+    """Export the adapter, complete run.json, upload if that was asked for. began: by `time.monotonic`."""
     folder, settings = plan.output / "adapter", plan.config.export
     report = {**report, "status": "finished", "steps": result.step, "validations": result.validations}
     export.export(started.transformer, folder, settings, started.settings, started.frozen, report)
+    total = time.monotonic() - began
+    report["seconds"] = {**report["seconds"], "train": result.seconds, "total": total}
     write_json(plan.output / "run.json", report)
-    log.info("done in %s: %s", duration(report["seconds"]["total"]), folder)
+    log.info("done in %s: %s", duration(total), folder)
     if settings.push_to_hub:
         log.info("uploaded to %s", export.push(folder, settings.push_to_hub))

@@ -19,7 +19,7 @@ from trainer.files import DTYPES
 from trainer.formats import write_lora
 from trainer.formats.check import verdict_text
 from trainer.formats.convert import Target, hand_off
-from trainer.formats.read_config import Recipe, RecipeError, read_recipe
+from trainer.formats.read_config import Recipe, RecipeError, rank_problem, read_recipe
 from trainer.hardware.threads import parallel_map
 from trainer.hub import sources
 from trainer.lowrank import LowRank, energy, energy_kept, truncate
@@ -74,8 +74,8 @@ def check_arguments(options: argparse.Namespace) -> Request:
         problems.append("--rank is needed; or --for TRAINER --recipe FILE, to take it from there")
     elif options.rank is not None and options.rank < 1:
         problems.append("--rank must be at least 1")
-    elif options.rank not in (None, rank):
-        problems.append(f"--rank {options.rank} contradicts the recipe, which has rank {rank}: leave one out")
+    elif problem := rank_problem(recipe, options.rank):
+        problems.append(problem)
     if options.trainer and options.output.exists():
         problems.append(f"--output: {options.output} exists already; choose another name")
     if problems or own is None or base is None:
@@ -86,7 +86,7 @@ def check_arguments(options: argparse.Namespace) -> Request:
 def _read_config(path: Path, problems: list[str]) -> tuple[Config | None, str | None]:
     """`[init.i2l]`, and `[model] base`, of a run's TOML; its other tables do not matter here."""
     try:
-        table = config.load_table(path)
+        table = config.load_table(path, (), problems)
     except config.ConfigError as error:
         problems += error.problems
         return None, None

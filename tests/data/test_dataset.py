@@ -630,6 +630,14 @@ def test_folders_below_on_request(folder):
     assert "10_zorp" in note_on(dataset, "means repeats in other trainers; here it does not")
 
 
+def test_a_folder_that_holds_nothing_but_the_held_out_one_is_no_problem(folder):
+    put(folder, "a.png")
+    (folder / "more" / "val").mkdir(parents=True)
+    put(folder / "more" / "val", "b.png")
+    dataset = scanned(folder, recursive=True, held_out=str(folder / "more" / "val"))
+    assert names(dataset.train) == {"a.png"} and names(dataset.held_out) == {"b.png"}
+
+
 @pytest.mark.parametrize("key", ["text", "caption", "prompt"])
 @pytest.mark.parametrize("whole", [False, True], ids=["lines", "list"])
 def test_metadata_as_others_write_it(folder, key, whole):
@@ -857,7 +865,7 @@ def test_good_settings_have_no_problems(folder):
 def made_up(**counts: int) -> tuple[Example, ...]:
     sizes = {"tall": (48, 80), "square": (64, 64), "wide": (80, 48)}
     return tuple(
-        Example(Path(f"{kind}{i}.png"), "", f"{kind}{i}", sizes[kind], sizes[kind])
+        Example(Path(f"{kind}{i}.png"), "", f"{kind}{i}", sizes[kind], sizes[kind], f"{kind}{i}")
         for kind, count in counts.items()
         for i in range(count)
     )

@@ -56,12 +56,16 @@ def run(options: argparse.Namespace) -> None:
 
 def _full_size(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from trainer.bench import full_size
+    from trainer.qwen_image import PICTURE_MULTIPLE
 
     names = options.variants or [*full_size.VARIANTS]
     if unknown := [name for name in names if name not in full_size.VARIANTS]:
         raise ValueError(f"--variants: {unknown[0]} is not one of {', '.join(full_size.VARIANTS)}")
-    if min(options.blocks, options.rank, options.steps) < 1 or options.resolution % 16 or options.resolution < 16:
-        raise ValueError("--blocks, --rank and --steps must be at least 1, --resolution a multiple of 16")
+    if (
+        min(options.blocks, options.rank, options.steps, options.resolution) < 1
+        or options.resolution % PICTURE_MULTIPLE
+    ):
+        raise ValueError(f"--blocks, --rank, --steps must be at least 1, --resolution a multiple of {PICTURE_MULTIPLE}")
     sizes = {"num_blocks": options.blocks, "resolution": options.resolution, "rank": options.rank}
     report = full_size.measure_variants(names, **sizes, steps=options.steps, folder=options.folder)
     return full_size.report_text(report), report
@@ -77,9 +81,8 @@ def _step(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"--steps must be more than {loop.WARMUP}, which do not count")
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        table = config.read_toml(options.config, problems)
-        table = config.apply_overrides(table, [*options.set, f"output={folder}"], problems)
-        settings = None if problems else config.parse(plan.RunConfig, {**table, "init": {}}, "", problems)
+        table = config.load_table(options.config, [*options.set, f"output={folder}"], problems)
+        settings = config.parse(plan.RunConfig, {**table, "init": {}}, "", problems)
         if settings is None or problems:
             raise config.ConfigError(problems)
         prepared = plan.prepare(settings, plan.Start("random", _random, None, [], []), resume=False)

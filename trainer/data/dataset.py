@@ -93,7 +93,7 @@ class Example:
     """Width and height after EXIF orientation."""
     bucket: _Size
     """What it is trained at."""
-    pixels: str = ""
+    pixels: str
     """sha256 of size and pixels, in hex: the same for copies that differ in their bytes only."""
 
 
@@ -156,9 +156,15 @@ def _folder(name: str) -> Path:
 
 
 def _scan_folder(
-    folder: Path, config: DataConfig, options: Sequence[_Size], problems: list[str], notes: Notes
+    folder: Path,
+    config: DataConfig,
+    options: Sequence[_Size],
+    problems: list[str],
+    notes: Notes,
+    *,
+    top: bool = True,
 ) -> list[Example]:
-    """The examples of a folder, and of those below it with `recursive`."""
+    """The examples of a folder, and of those below it with `recursive`; `top` is the one that was asked for."""
     try:
         entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
     except OSError as error:
@@ -171,7 +177,7 @@ def _scan_folder(
     below = [p for p in entries if p.is_dir() and _has_pictures(p, config.recursive)]
     if isinstance(config.held_out, str):
         below = [p for p in below if p.resolve() != _folder(config.held_out).resolve()]
-    if not pictures and not (below and config.recursive):
+    if top and not pictures and not (below and config.recursive):
         names = first_few((p.name for p in below), count=5)
         more = f"; there are pictures in folders below it ({names}): set recursive = true to use them" if below else ""
         problems.append(f"{folder}: there is no picture in it ({', '.join(SUFFIXES)}){more}")
@@ -190,7 +196,7 @@ def _scan_folder(
     texts = captions.of(pictures, trigger=config.trigger, default=config.default_caption)
     found = _examples(folder, pictures, texts, options, problems, notes)
     for path in below if config.recursive else ():
-        found += _scan_folder(path, config, options, problems, notes)
+        found += _scan_folder(path, config, options, problems, notes, top=False)
     return found
 
 

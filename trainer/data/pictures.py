@@ -150,11 +150,6 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     return image.convert("RGB"), done
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture as training sees it: in 8-bit sRGB, upright, transparency over white."""
-    return _to_rgb(image)[0]
-
-
 def _orientation(image: Image.Image) -> int:
     """What the EXIF data say; 1, upright, if there are none or they are damaged."""
     with _warnings, warnings.catch_warnings():

@@ -12,7 +12,7 @@ from trainer.files import DTYPES, new_folder, write_text
 from trainer.flow import generator
 from trainer.formats.check import Verdict, judge
 from trainer.formats.lora import FormatError, interface_metadata, write_lora
-from trainer.formats.read_config import Recipe, read_recipe
+from trainer.formats.read_config import Recipe, rank_problem, read_recipe
 from trainer.formats.rules import TRAINERS, by_suffix
 from trainer.formats.write_config import SNIPPETS, readme
 from trainer.lowrank import LowRank, energy, energy_kept, ordered, pad, rank, relative_difference, zeros
@@ -41,10 +41,8 @@ class Target:
         if self.recipe is None:
             wanted = self.rank or max(rank(x) for x in weights.factors.values())
             return Recipe(rank=wanted, alpha=float(wanted), trains=by_suffix(_types(weights.factors)))
-        if self.rank not in (None, self.recipe.rank):
-            raise FormatError(
-                f"--rank {self.rank} contradicts the recipe, which has rank {self.recipe.rank}: leave one out"
-            )
+        if problem := rank_problem(self.recipe, self.rank):
+            raise FormatError(problem)
         return self.recipe
 
 

@@ -35,6 +35,13 @@ class Recipe:
         return [name for name in modules if self.trains(name)]
 
 
+def rank_problem(recipe: Recipe | None, rank: int | None) -> str | None:
+    """Why `--rank` and a recipe cannot both be heeded."""
+    if recipe is None or rank in (None, recipe.rank):
+        return None
+    return f"--rank {rank} contradicts the recipe, which has rank {recipe.rank}: leave one out"
+
+
 def default_recipe(trainer: str, rank: int) -> Recipe:
     """At this rank, and with that trainer's defaults otherwise."""
     found = TRAINERS[trainer]
