@@ -17,8 +17,7 @@ COMPARE_ONLY = ("seeds", "learning_rates", "controls", "subjects", "part")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    again = "give the same command again" if options.compare else "continue with --resume"
-    return guarded(lambda: run(options), again=again)
+    return guarded(lambda: run(options))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

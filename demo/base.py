@@ -66,7 +66,7 @@ def _captions(index: int) -> tuple[str, str]:
     rng = np.random.default_rng([11, index])
     where = painter.scene(FIRST_SCENE + index)
     name = str(rng.choice(painter.NAMES)) if rng.uniform() < 0.4 else None
-    short = qwen_image.NO_CAPTION if rng.uniform() < EMPTY_CAPTIONS else painter.caption(where, name=name)
+    short = qwen_image.EMPTY_PROMPT if rng.uniform() < EMPTY_CAPTIONS else painter.caption(where, name=name)
     return painter.caption(where, painter.identity("pretrain", index), name), short
 
 

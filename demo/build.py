@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"== {name}", flush=True)
             steps[name](options.work)
 
-    return guarded(build, again="give the same command again")
+    return guarded(build)
 
 
 def pretrain(objective: Objective, config: TrainConfig, output: Path, validate_every: int) -> None:

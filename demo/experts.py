@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path("outputs/experts"), help="folder of the report (default: outputs/experts)"
     )
     options = parser.parse_args(arguments)
-    return guarded(lambda: measure_all(options.output, options.creatures), again="give the same command again")
+    return guarded(lambda: measure_all(options.output, options.creatures))
 
 
 def measure_all(output: Path, count: int) -> None:

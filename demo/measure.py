@@ -119,7 +119,7 @@ def measure_prompts(model_folder: Path, sheet: Path) -> dict[str, dict[str, floa
     decoded = [p for i in range(0, NUM_PROMPTS, 50) for p in _through(vae, painted[i : i + 50])]
     encode = qwen_image.PromptEncoder(qwen_image.TextEncoder(base, device), torch.float32)
     prompts = encode([painter.caption(where, who) for who, where in pairs])
-    negative = encode([qwen_image.NO_CAPTION])[0]  # the base was pretrained with it
+    negative = encode([qwen_image.EMPTY_PROMPT])[0]  # the base was pretrained with it
     transformer = qwen_image.load_transformer(qwen_image.ModelConfig(base=base, dtype="fp32"), device)
     sampler = qwen_image.Sampler(base)
     drawn = []

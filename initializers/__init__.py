@@ -1,8 +1,8 @@
 """What a LoRA can start from: one module for each method, with a `Config` and `initialize(context, config) -> Seed`.
 
 To add an initializer, write its module and add a line to `_MODULES`; CONTRIBUTING.md has an example. A module may also
-have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `identity(config)` and
-`embed(pictures, config, device)`: the functions below say what each returns. A module is imported when it is asked for,
+have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `identity(config)`, `FILE_KEYS` and
+`embed(pictures, config, device)`: the functions below say what each is. A module is imported when it is asked for,
 so that importing this package costs nothing.
 """
 
@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,7 @@ __all__ = [
     "check_run",
     "config_class",
     "embed",
+    "file_keys",
     "get",
     "identity",
     "names",
@@ -43,7 +46,7 @@ _MODULES = {
 }
 
 
-class UnknownInitializer(ValueError):
+class UnknownInitializer(UserError):
     """Neither the name of an initializer nor the path of a LoRA."""
 
 
@@ -54,12 +57,13 @@ def names() -> tuple[str, ...]:
 def resolve(method: str) -> tuple[str, dict[str, Any]]:
     """The initializer's name, and keys to set in its table `[init.<name>]`.
 
-    The path of an existing LoRA, in place of a name, means the initializer "file" with that `path`. UnknownInitializer
-    if `method` is neither.
+    The path of a LoRA, in place of a name, means the initializer "file" with that `path`, whose check tells if it is
+    not there. UnknownInitializer if `method` is neither.
     """
     if method in _MODULES:
         return method, {}
-    if Path(method).expanduser().exists():
+    path = Path(method).expanduser()
+    if path.exists() or path.suffix == ".safetensors":
         return "file", {"path": method}
     near = difflib.get_close_matches(method, _MODULES, n=1)
     raise UnknownInitializer(
@@ -94,9 +98,14 @@ def needs(method: str, config: Any, base: str) -> "list[Need]":
 
 
 def identity(method: str, config: Any) -> list[str]:
-    """Hashes of the files that the initializer reads, as far as they are on this machine; only samples are read."""
+    """Hashes of the files that the initializer reads, as far as they are on this machine."""
     module = _module(method)
     return list(module.identity(config)) if hasattr(module, "identity") else []
+
+
+def file_keys(method: str) -> tuple[str, ...]:
+    """The keys of its table that only say where the files of `identity` are."""
+    return tuple(getattr(_module(method), "FILE_KEYS", ()))
 
 
 def embed(method: str, config: Any, pictures: "Sequence[Image]", device: "torch.device") -> dict[str, "Tensor"]:

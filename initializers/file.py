@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.adapter import AdapterWeights, InitContext, Seed
-from trainer.files import sample
+from trainer.files import content_hash
 from trainer.formats import FormatError, check_lora, read_lora
 from trainer.lowrank import rank, scale
 
@@ -25,6 +25,9 @@ class Config:
         return ['strength must be a finite number other than 0; to start without the file, choose method = "random"']
 
 
+FILE_KEYS = ("path",)
+
+
 def check(config: Config) -> list[str]:
     """Problems of the configuration and of the file, from its header. Empty if there are none."""
     if not config.path:
@@ -39,7 +42,7 @@ def check(config: Config) -> list[str]:
 
 def identity(config: Config) -> list[str]:
     path = Path(config.path).expanduser()
-    return [sample(file) for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
+    return [content_hash(file) for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
 
 
 def initialize(context: InitContext, config: Config) -> Seed:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
 
 from demo import base, build, painter, text_encoder
+from trainer import files
 
 torch.set_num_threads(1)
 
@@ -20,6 +22,15 @@ def pytest_collection_finish() -> None:
     """Runs collect garbage: what the imports have made need not be looked through each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_hashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept of files' hashes does not go into the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("hashes")
+        patch.setattr(files, "_hashes", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -201,18 +201,19 @@ ONE, TWO = ("digest 1", "a cat"), ("digest 2", "a dog")
 
 
 def test_a_course_is_what_may_not_change() -> None:
-    found = checkpoint.course(settings(), [ONE], {"train.steps", "data", "train.shap"})
-    assert found == {"seed": 0, "train.learning_rate": 3e-4, "train.shape.a": 1, "pictures": [["digest 1", "a cat"]]}
+    found = checkpoint.course(settings(), [ONE], {}, {"train.steps", "data", "train.shap"})
+    assert found == {"seed": 0, "train.learning_rate": 3e-4, "train.shape.a": 1, "pictures": [["digest 1", "a cat"]],
+                     "models": {}}  # fmt: skip
     assert json.loads(json.dumps(found)) == found
 
 
 def test_a_checkpoint_of_another_course_is_refused(tmp_path: Path) -> None:
-    root, own = tmp_path / "checkpoints", checkpoint.course(settings(), [ONE, TWO])
+    root, own = tmp_path / "checkpoints", checkpoint.course(settings(), [ONE, TWO], {})
     path = save(root, 1, state={"course": own})
     for course in (own, None):
         saved = checkpoint.latest(root, course)
         assert saved is not None and saved.step == 1
-    other = checkpoint.course({**settings(learning_rate=1e-4, steps=None), "more": [1, 2]}, [ONE, TWO])
+    other = checkpoint.course({**settings(learning_rate=1e-4, steps=None), "more": [1, 2]}, [ONE, TWO], {})
     with pytest.raises(CheckpointError) as caught:
         checkpoint.latest(root, other)
     assert str(caught.value) == (
@@ -220,6 +221,16 @@ def test_a_checkpoint_of_another_course_is_refused(tmp_path: Path) -> None:
         "checkpoint has 0.0003; train.steps is not set, the checkpoint has 9. Set it back (the run's own settings are "
         f"in {tmp_path / 'run.json'}), or choose another --output."
     )
+
+
+def test_other_content_of_a_model_is_another_course_and_missing_files_are_not(tmp_path: Path) -> None:
+    then = {"model.base": ["a.safetensors 1", "b.safetensors 2"], "init.i2l": ["x 5"], "init.more": None}
+    save(tmp_path, 1, state={"course": checkpoint.course(settings(), [ONE], then)})
+    for same in (then, {**then, "init.i2l": None}, {**then, "init.more": ["y 1"]}, {"model.base": then["model.base"]}):
+        assert checkpoint.latest(tmp_path, checkpoint.course(settings(), [ONE], same))
+    other = {**then, "model.base": ["a.safetensors 1", "b.safetensors 3"]}
+    with pytest.raises(CheckpointError, match=r"model\.base is another model .* other content in b\.safetensors\. Set"):
+        checkpoint.latest(tmp_path, checkpoint.course(settings(), [ONE], other))
 
 
 @pytest.mark.parametrize(
@@ -231,9 +242,9 @@ def test_a_checkpoint_of_another_course_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_other_pictures_are_another_course(pictures: list[tuple[str, str]], said: str, tmp_path: Path) -> None:
-    save(tmp_path, 1, state={"course": checkpoint.course(settings(), [ONE, TWO])})
+    save(tmp_path, 1, state={"course": checkpoint.course(settings(), [ONE, TWO], {})})
     with pytest.raises(CheckpointError, match=said):
-        checkpoint.latest(tmp_path, checkpoint.course(settings(), pictures))
+        checkpoint.latest(tmp_path, checkpoint.course(settings(), pictures, {}))
 
 
 def test_a_checkpoint_without_a_course_is_of_an_older_version(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: (
+    0: ("trainer.errors",),
+    1: (
         "trainer.compare.statistics",
         "trainer.config",
         "trainer.data.pictures",
@@ -17,7 +18,7 @@ FLOORS = {
         "trainer.hub.hubs",
         "trainer.lowrank",
     ),
-    1: (
+    2: (
         "trainer.adapter",
         "trainer.checkpoint",
         "trainer.data.cache",
@@ -25,22 +26,22 @@ FLOORS = {
         "trainer.hub.sources",
         "trainer.tracking",
     ),
-    2: ("trainer.data.captions", "trainer.lycoris", "trainer.qwen_image"),
-    3: ("trainer.data.dataset", "trainer.formats", "trainer.validation"),
-    4: ("trainer.compare.report", "trainer.data.encode", "trainer.export", "trainer.loop"),
-    5: ("trainer.cli", "trainer.hardware.memory"),
-    6: ("trainer.plan",),
-    7: ("trainer.hardware.machine",),
-    8: ("trainer.objective",),
-    9: ("trainer.run",),
-    10: ("trainer.bench", "trainer.compare.plan"),
-    11: ("trainer.compare.measures",),
-    12: ("trainer.compare.runs",),
-    13: ("trainer.compare.execute",),
-    14: ("trainer.compare.__main__",),
-    15: ("initializers",),
-    16: ("demo",),
-    17: ("train",),
+    3: ("trainer.data.captions", "trainer.lycoris", "trainer.qwen_image"),
+    4: ("trainer.data.dataset", "trainer.folder", "trainer.formats", "trainer.validation"),
+    5: ("trainer.compare.report", "trainer.data.encode", "trainer.export", "trainer.loop"),
+    6: ("trainer.cli", "trainer.hardware.memory"),
+    7: ("trainer.plan",),
+    8: ("trainer.hardware.machine",),
+    9: ("trainer.objective",),
+    10: ("trainer.run",),
+    11: ("trainer.bench", "trainer.compare.plan"),
+    12: ("trainer.compare.measures",),
+    13: ("trainer.compare.runs",),
+    14: ("trainer.compare.execute",),
+    15: ("trainer.compare.__main__",),
+    16: ("initializers",),
+    17: ("demo",),
+    18: ("train",),
 }
 """Modules one by one. A package that is in the table itself counts as a whole: its files may import one another. The
 other packages of `trainer` are rooms for what belongs together, on whatever floors."""

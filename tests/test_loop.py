@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from trainer import checkpoint, loop
 from trainer.checkpoint import CheckpointConfig, CheckpointError
+from trainer.errors import Interrupted, TrainingError
 from trainer.flow import generator
-from trainer.loop import Interrupted, Loss, TrainConfig, TrainingError, learning_rate
+from trainer.loop import Loss, TrainConfig, learning_rate
 from trainer.tracking import Tracker
 
 
@@ -212,12 +214,15 @@ def test_a_bad_gradient_under_a_good_loss_stops_before_the_update(tmp_path: Path
 
 
 @pytest.mark.parametrize("at", [0, 4])
-def test_nan_in_validation_stops_and_is_not_saved(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_in_validation_stops_and_names_the_checkpoint(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Fit, "validate", lambda _self, step, _: {"val_loss": math.nan if step == at else 1.0})
-    with pytest.raises(TrainingError, match=f"validation after step {at}: val_loss = nan"):
+    with pytest.raises(TrainingError, match=f"validation after step {at}: val_loss = nan") as error:
         train(tmp_path, config=TrainConfig(steps=6), every=2, validate_every=2)
     saved = checkpoint.latest(tmp_path / "checkpoints")
-    assert (saved.step if saved else 0) == max(0, at - 2)
+    assert (saved.step if saved else 0) == at
+    assert (f"Delete {saved.path} to resume before it" in str(error.value)) if saved else at == 0
 
 
 def with_scale(init_scale: float) -> Accelerator:
@@ -277,11 +282,51 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_signal_in_the_last_step_is_a_finished_run(tmp_path: Path) -> None:
-    train(tmp_path, Fit(lambda step, _: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None),
-          config=TrainConfig(steps=4))  # fmt: skip
+def test_a_signal_in_the_last_step_leaves_the_last_validation_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(tmp_path, Fit(lambda step, _: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None),
+              config=TrainConfig(steps=4))  # fmt: skip
     saved = checkpoint.latest(tmp_path / "checkpoints")
     assert saved is not None and saved.step == 4
+    assert train(tmp_path, config=TrainConfig(steps=4), resume=True).validated == [4]
+    assert train(tmp_path, config=TrainConfig(steps=4), resume=True).validated == []  # it is known now
+
+
+def test_a_signal_during_a_validation_stops_between_two_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is there before the pictures are drawn; what was not drawn is drawn when the run goes on."""
+    drawn, signals = [], [signal.SIGTERM]
+
+    def validate(_: Fit, step: int, tracker: Tracker) -> dict[str, float]:
+        for number in tracker.each(range(5), "pictures"):
+            drawn.append((step, number))
+            if (step, number) == (2, 1) and signals:
+                saved = checkpoint.latest(tmp_path / "checkpoints")
+                assert saved is not None and saved.step == 2 and len(saved.state["validations"]) == 1
+                os.kill(os.getpid(), signals.pop())
+        return {"val_loss": 0.5}
+
+    monkeypatch.setattr(Fit, "validate", validate)
+    with pytest.raises(Interrupted, match="during a validation"):
+        train(tmp_path, config=TrainConfig(steps=4), validate_every=2)
+    assert drawn == [*((0, i) for i in range(5)), (2, 0), (2, 1)]
+    drawn.clear()
+    train(tmp_path, config=TrainConfig(steps=4), validate_every=2, resume=True)
+    assert drawn == [(step, i) for step in (2, 4) for i in range(5)]
+    assert lines(tmp_path, "val_loss") == {0: 0.5, 2: 0.5, 4: 0.5}
+
+
+def test_a_validation_is_in_the_curves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after its line was written, before the checkpoint knew."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "add_to_state", Mock(side_effect=OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            train(tmp_path, config=TrainConfig(steps=4), validate_every=2)
+    assert lines(tmp_path, "val_loss") == {0: 0.0, 2: 2.0}
+    assert train(tmp_path, config=TrainConfig(steps=4), validate_every=2, resume=True).validated == [2, 4]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -1,6 +1,6 @@
 """Short fixed runs whose curves are committed: a change that was not meant to touch the arithmetic does not move them.
 
-One that was meant to writes them anew, `python tests/test_losses.py`, and says why in its commit message.
+One that was meant to writes them anew, `python -m tests.test_losses`, and says why in its commit message.
 """
 
 import json

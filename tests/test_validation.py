@@ -1,5 +1,7 @@
 """The stable loss against its definition; samples and their sheet."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 from trainer import qwen_image, validation
 from trainer.flow import generator
 from trainer.qwen_image import ModelConfig
-from trainer.validation import Item, ValidationConfig
+from trainer.validation import Item, Sample, ValidationConfig
 
 CPU = torch.device("cpu")
 
@@ -31,8 +33,8 @@ def loss(transformer: torch.nn.Module, *items: Item) -> float:
 
 
 def test_samples_come_in_the_order_of_their_prompts(tmp_path: Path) -> None:
-    validation.save_samples(tmp_path, 20, [swatch(20, row) for row in range(12)])
-    validation.save_samples(tmp_path, 100, [swatch(100, row) for row in range(3)])
+    validation.save_samples(tmp_path, 20, samples(20, list("abcdefghijkl")))
+    validation.save_samples(tmp_path, 100, samples(100, list("abc")))
     found = validation.sample_files(tmp_path)
     assert [*found] == [20, 100]
     assert [path.name for path in found[20]] == [f"step-000020-{row}.png" for row in range(12)]
@@ -110,11 +112,15 @@ def colours(sheet: Image.Image) -> set[tuple[int, ...]]:
     return {tuple(value.tolist()) for value, count in zip(values, counts, strict=True) if count > 5000}
 
 
+def samples(step: int, prompts: Sequence[str]) -> list[Sample]:
+    return [Sample(text, row, swatch(step, row)) for row, text in enumerate(prompts)]
+
+
 def test_the_sheet_has_a_row_for_each_prompt_and_a_column_for_each_step(tmp_path: Path) -> None:
     for step in (0, 20, 100):
-        validation.save_samples(tmp_path, step, [swatch(step, row) for row in range(2)])
+        validation.save_samples(tmp_path, step, samples(step, ["a", "b"]))
     assert len([*tmp_path.iterdir()]) == 6
-    sheet = validation.contact_sheet(tmp_path, ["a", "b"])
+    sheet = validation.contact_sheet(tmp_path)
     assert sheet is not None
     expected = {(step, 40 * row, 200) for step in (0, 20, 100) for row in range(2)}
     assert colours(sheet) >= expected
@@ -126,22 +132,32 @@ def test_the_sheet_has_a_row_for_each_prompt_and_a_column_for_each_step(tmp_path
 
 def test_a_long_run_s_sheet_shows_the_first_and_the_last(tmp_path: Path) -> None:
     for step in range(0, 250, 10):
-        validation.save_samples(tmp_path, step, [swatch(step, 0)])
-    sheet = validation.contact_sheet(tmp_path, ["a"])
+        validation.save_samples(tmp_path, step, samples(step, ["a"]))
+    sheet = validation.contact_sheet(tmp_path)
     assert sheet is not None
     shown = {colour for colour in colours(sheet) if colour[1:] == (0, 200)}
     assert len(shown) == 10 and {(0, 0, 200), (240, 0, 200)} <= shown
 
 
-def test_steps_without_all_prompts_are_left_out(tmp_path: Path) -> None:
-    """Prompts may be added when a run is continued."""
-    validation.save_samples(tmp_path, 0, [swatch(0, 0)])
-    validation.save_samples(tmp_path, 10, [swatch(10, 0), swatch(10, 1)])
-    sheet = validation.contact_sheet(tmp_path, ["a", "b"])
+def test_samples_carry_their_prompt_and_a_changed_one_begins_a_new_row(tmp_path: Path) -> None:
+    """When a run goes on with other prompts, what was drawn before is not relabelled."""
+    (before, kept), after = samples(0, ["gone", '小明, "kept"']), swatch(10, 4)
+    validation.save_samples(tmp_path, 0, [before, kept])
+    validation.save_samples(tmp_path, 10, [Sample("new", 0, after), replace(kept, picture=swatch(10, 1))])
+    assert validation.sample_rows(tmp_path) == {0: ("gone", "0"), 1: ('小明, "kept"', "1"), 2: ("new", "0")}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"step-000000-0.png", "step-000000-1.png", "step-000010-1.png", "step-000010-2.png"}
+    sheet = validation.contact_sheet(tmp_path)
     assert sheet is not None
-    assert {colour for colour in colours(sheet) if colour[2] == 200} == {(10, 0, 200), (10, 40, 200)}
-    assert validation.contact_sheet(tmp_path, ["a", "b", "c"]) is None
-    assert validation.contact_sheet(tmp_path / "empty", ["a"]) is None
+    found = {colour for colour in colours(sheet) if colour[2] == 200}
+    assert found == {(0, 0, 200), (0, 40, 200), (10, 40, 200), (10, 160, 200)}
+    assert validation.contact_sheet(tmp_path / "empty") is None
+
+
+def test_the_same_prompt_from_other_noise_is_another_row(tmp_path: Path) -> None:
+    validation.save_samples(tmp_path, 0, [Sample("a", 0, swatch(0, 0)), Sample("a", 1, swatch(0, 1))])
+    validation.save_samples(tmp_path, 5, [Sample("a", 1, swatch(5, 1)), Sample("a", 2, swatch(5, 2))])
+    assert validation.sample_rows(tmp_path) == {0: ("a", "0"), 1: ("a", "1"), 2: ("a", "2")}
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 48), (1024, 512)])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.config import first_few
+from trainer.errors import UserError
 from trainer.flow import generator
 from trainer.hardware.parallel import sharded_like
 from trainer.hardware.threads import parallel_map
@@ -39,7 +40,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 """Sets of module types by name: the 12 that i2L predicts, all 14 of a block, both attentions, diffusers' default."""
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError):
     """An adapter cannot be made, seeded or restored as asked."""
 
 

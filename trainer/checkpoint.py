@@ -11,13 +11,15 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trainer.config import first_few
+from trainer.errors import UserError
 from trainer.files import new_folder, write_json, write_tensors
 
-PICTURES = "pictures"  # the key of a course that is not a setting
+PICTURES, MODELS = "pictures", "models"  # the keys of a course that are not settings
 _NAME = re.compile(r"step-(\d{8})")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged or belongs to another run."""
 
 
@@ -26,7 +28,8 @@ class CheckpointConfig:
     """`[checkpoint]`"""
 
     every: int = 100
-    """The number of steps between checkpoints. One more is written at the end, and when the run is interrupted."""
+    """The number of steps between checkpoints. One more is written before each validation, at the end, and when the run
+    is interrupted."""
     keep: int = 2
     """How many checkpoints are kept: at least 2, so that there is always an older one."""
 
@@ -70,17 +73,29 @@ def save(
     return path
 
 
+def add_to_state(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace some of what the checkpoint at `path` keeps in its state."""
+    file = path / "state.json"
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **values})
+
+
 def course(
-    settings: Mapping[str, Any], pictures: Iterable[tuple[str, str]], free: Collection[str] = ()
+    settings: Mapping[str, Any],
+    pictures: Iterable[tuple[str, str]],
+    models: Mapping[str, Sequence[str] | None],
+    free: Collection[str] = (),
 ) -> dict[str, Any]:
     """All that decides the course of a training: a checkpoint belongs to one, and `latest` compares it key by key.
 
     settings: a configuration as nested tables, without the keys and tables that `free` names by their dotted names,
     which may change when a run is resumed. pictures: hash and caption of each training picture, in their order.
+    models: hashes of the files of each, by the key that names it; None if the files are not on this machine: then they
+    are not compared.
     """
     found = dict(_dotted(settings))
     kept = {name: value for name, value in found.items() if not any(f"{name}.".startswith(f"{key}.") for key in free)}
-    return json.loads(json.dumps({**kept, PICTURES: list(pictures)}))
+    hashes = {name: None if files is None else sorted(files) for name, files in models.items()}
+    return json.loads(json.dumps({**kept, PICTURES: list(pictures), MODELS: hashes}))
 
 
 def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -89,6 +104,12 @@ def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _dotted(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def newest_step(root: Path) -> int | None:
+    """The step of the newest checkpoint under `root`, without reading it."""
+    folders = _folders(root)
+    return int(folders[-1].name.removeprefix("step-")) if folders else None
 
 
 def latest(root: Path, course: Mapping[str, Any] | None = None) -> Checkpoint | None:
@@ -116,11 +137,24 @@ def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     found = []
     for name in sorted({*now, *then}):
         here, there = (json.dumps(values.get(name), ensure_ascii=False) for values in (now, then))
-        if here != there and name == PICTURES:
+        if name == MODELS:
+            found += _different_models(now.get(MODELS, {}), then.get(MODELS, {}))
+        elif here != there and name == PICTURES:
             found.append(_different_pictures(now[PICTURES], then[PICTURES]))
         elif here != there:
             here, there = (text if text != "null" else "not set" for text in (here, there))
             found.append(f"{name} is {here}, the checkpoint has {there}")
+    return found
+
+
+def _different_models(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, here in now.items():
+        there = then.get(name)
+        if here and there and here != there:
+            files = {text for text in (*here, *there) if text not in here or text not in there}
+            changed = first_few(sorted({text.split()[0] for text in files}))
+            found.append(f"{name} is another model than that of the checkpoint: other content in {changed}")
     return found
 
 

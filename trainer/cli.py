@@ -1,10 +1,14 @@
 """What the command lines share: arguments, logging, exit codes."""
 
 import argparse
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from trainer.errors import Interrupted, TrainingError, UserError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 3
 EXIT_CODES = (
@@ -12,6 +16,7 @@ EXIT_CODES = (
     "3 stopped by a signal after saving a checkpoint."
 )
 
+CPU_MEMORY = "DefaultCPUAllocator"  # in the message of torch, which has no class for it
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "ncclRemoteError")
 
 
@@ -27,45 +32,68 @@ def add_run_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     parser.epilog = EXIT_CODES
 
 
-def guarded(program: Callable[[], object], *, again: str = "continue with --resume") -> int:
-    """Run a program; errors meant for users become a message and an exit code, all others a traceback. `again` says how
-    to go on."""
+def guarded(program: Callable[[], object], *, again: str = "give the same command again") -> int:
+    """Run a program; errors meant for users become a message and an exit code, all others a traceback.
+
+    How to go on is said by a note on the error, as `folder.ending_told` adds it, else by `again`.
+    """
     import torch
 
     from trainer.hub.sources import DownloadError
-    from trainer.loop import Interrupted, TrainingError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console without UTF-8 shows what it can
     try:
         program()
+        sys.stdout.flush()
     except Interrupted as stop:
-        logging.warning("%s; %s", stop, again)
+        logging.warning("%s; %s", stop, _how_to_go_on(stop, again))
         return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        logging.error("stopped at once; %s", _how_to_go_on(stop, again))
     except TrainingError as error:
-        logging.error("training stopped: %s", error)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        logging.error("stopped at once; what was trained since the last checkpoint is lost; %s", again)
-        return EXIT_FAILED
-    except DownloadError as error:
-        logging.error("%s", error)
-        return EXIT_FAILED
-    except torch.OutOfMemoryError as error:
-        logging.error("the GPU's memory is full: %s\n--plan --vram GB lists settings that fit; then %s", error, again)
-        return EXIT_FAILED
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in LOST_PEER):
-            raise
-        logging.error("another process of this run has ended; its own message is above. Then %s", again)
-        return EXIT_FAILED
-    except OSError as error:
-        logging.error("%s\nThe last checkpoint is whole. When this is solved, %s", error, again)
-        return EXIT_FAILED
-    except ValueError as error:  # ConfigError, DataError, CheckpointError and their like
+        logging.error("training stopped: %s\n%s", error, _how_to_go_on(error, again))
+    except UserError as error:
         logging.error("%s", error)
         return EXIT_BAD_INPUT
-    return 0
+    except DownloadError as error:
+        logging.error("%s", error)
+    except OSError as error:
+        if _reader_is_gone(error):
+            return 0
+        logging.error("%s\nwhen this is solved: %s", error, _how_to_go_on(error, again))
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in LOST_PEER):
+            what = "another process of this run has ended; its own message is above"
+        elif isinstance(error, torch.OutOfMemoryError):
+            what = f"the GPU's memory is full: {error}\n--plan --vram GB lists settings that fit"
+        elif CPU_MEMORY in str(error):
+            what = f"the CPU's memory is full: {error}\nclose other programs, or choose settings that need less"
+        else:
+            raise
+        logging.error("%s\nthen: %s", what, _how_to_go_on(error, again))
+    else:
+        return 0
+    return EXIT_FAILED
+
+
+def _how_to_go_on(error: BaseException, again: str) -> str:
+    return "; ".join(getattr(error, "__notes__", [again]))
+
+
+def _reader_is_gone(error: OSError) -> bool:
+    """Whether what reads the output has seen enough of it, as `head` has."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python itself flushes once more at its end
+        return True
+    return False
 
 
 def _quiet_libraries() -> None:

@@ -22,12 +22,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tomli
 
+from trainer.errors import UserError
+
 T = TypeVar("T")
 _BAD: Any = object()  # what a value becomes when it cannot be used; the reason is then in `problems`
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """All that is wrong with a configuration, one problem a line."""
 
     def __init__(self, problems: Sequence[str]):

@@ -166,17 +166,18 @@ def origin(
     return {"warm_start": json.dumps(found)}
 
 
-def _last_samples(output: Path, folder: Path) -> list[str]:
-    """Copy the last samples of a run into `folder`; their names."""
-    steps = validation.sample_files(output / "samples")
-    last = steps[max(steps)] if steps else []
-    for file in last:
+def _last_samples(output: Path, folder: Path) -> list[tuple[str, str]]:
+    """Copy the last samples of a run into `folder`; prompt and name of each."""
+    steps, rows = validation.sample_files(output / "samples"), validation.sample_rows(output / "samples")
+    found = []
+    for file in steps[max(steps)] if steps else []:
         (folder / "samples").mkdir(exist_ok=True)
         shutil.copyfile(file, folder / "samples" / file.name)
-    return [f"samples/{file.name}" for file in last]
+        found.append((rows[int(file.stem.split("-")[2])][0], f"samples/{file.name}"))
+    return found
 
 
-def model_card(report: Mapping[str, Any], samples: list[str], layouts: tuple[str, ...], name: str) -> str:
+def model_card(report: Mapping[str, Any], samples: list[tuple[str, str]], layouts: tuple[str, ...], name: str) -> str:
     """README.md for Hugging Face: YAML with what the Hub reads, then how the LoRA was made and how to load it."""
     config = report["config"]
     base, trigger = config["model"]["base"], config["data"]["trigger"]
@@ -188,7 +189,6 @@ def model_card(report: Mapping[str, Any], samples: list[str], layouts: tuple[str
         tags=["lora", "qwen-image", "text-to-image", "diffusers"],
         instance_prompt=trigger or None,
     )
-    prompts = config["validation"]["prompts"]
     card = ModelCard.from_template(
         data,
         template_str=CARD.read_text(encoding="utf-8"),
@@ -199,7 +199,7 @@ def model_card(report: Mapping[str, Any], samples: list[str], layouts: tuple[str
         init=report["init"],
         pictures=len(report["data"]["train"]),
         validations=report.get("validations", []),
-        samples=list(zip(prompts, samples, strict=False)),
+        samples=samples,
         files=[f"{name}-{layout}.safetensors" for layout in layouts],
     )
     return str(card)

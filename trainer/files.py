@@ -6,8 +6,9 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
+
+from trainer.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Precisions by their name in configurations."""
@@ -176,7 +180,7 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """A file of weights is damaged, or its tensors are not those that are expected under its name."""
 
 
@@ -221,12 +225,45 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def sample(path: Path, chunk: int = 1 << 20) -> str:
-    """A hash of a file's name, size, beginning, middle and end: enough to tell two models apart, quick at 16 GB."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{path.name} {size}".encode())
-    with path.open("rb") as file:
-        for offset in (0, max(0, size // 2 - chunk // 2), max(0, size - chunk)):
-            file.seek(offset)
-            digest.update(file.read(chunk))
+def content_hash(path: Path) -> str:
+    """The SHA-256 of a file, in hex. Large files are read once: it is kept by path, size and time of change in the
+    user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+
+    Trusted is that a file of the same size and time, to the nanosecond, has not been changed. A file that was changed
+    within the last seconds is read again.
+    """
+    path = path.resolve()
+    state = path.stat()
+    if state.st_size < KEPT_FROM:
+        return _sha256(path)
+    known = {"path": str(path), "size": state.st_size, "time": state.st_mtime_ns}
+    kept = _hashes() / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
+    with suppress(OSError, ValueError, KeyError):
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if {name: found[name] for name in known} == known:
+            return str(found["sha256"])
+    digest = _sha256(path)
+    if time.time_ns() - state.st_mtime_ns > 2e9:  # later changes will show in the time
+        with suppress(OSError):  # without a folder to write to, it is read again next time
+            write_json(kept, {**known, "sha256": digest})
+    return digest
+
+
+KEPT_FROM = 1 << 22  # bytes; smaller files are read as quickly as what is kept
+
+
+def _hashes() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen-image-warm-start" / "hashes"
+
+
+def _sha256(path: Path) -> str:
+    digest, total = hashlib.sha256(), path.stat().st_size
+    title, quick = f"reading {path.name}, once", total < 1 << 30
+    with (
+        path.open("rb") as file,
+        tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False, disable=quick or None) as bar,
+    ):
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            bar.update(len(chunk))
     return digest.hexdigest()

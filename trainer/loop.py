@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, CheckpointConfig
+from trainer.errors import Interrupted, TrainingError
 from trainer.hardware import parallel
 from trainer.tracking import Tracker
 
@@ -67,14 +68,6 @@ class TrainConfig:
         return found
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; nothing was updated with bad values."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its checkpoint is safe."""
-
-
 @dataclass(frozen=True)
 class Loss:
     value: Tensor
@@ -95,7 +88,8 @@ class Objective(Protocol):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None: ...
 
     def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
-        """Numbers to log; called at step 0, every `validate_every` steps and at the end."""
+        """Numbers to log; called at step 0, every `validate_every` steps and at the end. What takes long goes through
+        `tracker.each`, so that the run can stop in between."""
 
 
 @dataclass
@@ -129,6 +123,7 @@ def train(
 ) -> Result:
     """Train to the last step; with `resume`, from the newest checkpoint on. nested: one run of many, see `Tracker`.
 
+    A checkpoint is saved before each validation, so that one which is stopped is done again when the run is resumed.
     The loop divides the loss by the accumulation steps: `accelerator` must not be told of them, or it would, too.
     Raises TrainingError on NaN or infinity, Interrupted after a signal, CheckpointError if the checkpoint was
     written by a run of another course.
@@ -137,24 +132,34 @@ def train(
     if resume:
         training.resume()
     start, steps, main = training.result.step, job.train.steps, accelerator.is_main_process
+    alone = accelerator.num_processes == 1  # several stop together, after a step
     with (
-        Tracker(job.output, start_step=start, steps=steps, quiet=quiet, main=main, nested=nested) as tracker,
         _stop_signals() as stop,
+        Tracker(
+            job.output,
+            start_step=start,
+            steps=steps,
+            quiet=quiet,
+            main=main,
+            nested=nested,
+            validate_again=training.lacks_validation(start),
+            stopping=lambda: alone and bool(stop),
+        ) as tracker,
     ):
-        if start == 0:
-            training.validate(0, tracker)
+        if training.lacks_validation(start):
+            training.validate(start, tracker)
         for step in range(start, steps):
             values = training.update(step)
             done = step + 1
             tracker.scalars(done, values)
             tracker.progress(done, values["loss"])
-            if done % job.validate_every == 0 or done == steps:
-                training.validate(done, tracker)
-            stopping = _any_process(accelerator, bool(stop))
-            if done % job.checkpoint.every == 0 or done == steps or stopping:
+            stopping, validating = _any_process(accelerator, bool(stop)), training.lacks_validation(done)
+            if done % job.checkpoint.every == 0 or validating or stopping:
                 training.save(done)
-            if stopping and done < steps:
+            if stopping:
                 raise Interrupted(f"stopped after step {done}")
+            if validating:
+                training.validate(done, tracker)
     return training.result
 
 
@@ -183,6 +188,7 @@ class _Training:
         if accelerator.scaler is not None:  # accelerate's own optimizer looks for packages at each step
             self._optimizer = accelerator.prepare(self._optimizer)
         self.result, self._begin = Result(0, 0.0), time.monotonic()
+        self._course, self._saved = _course(job, accelerator), Path()
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
@@ -192,12 +198,18 @@ class _Training:
         self._objective.load_tensors(saved.tensors)
         parallel.load_optimizer(self._optimizer, saved.optimizer)
         self.result = Result(saved.step, saved.state["seconds"], saved.state["validations"])
+        self._course, self._saved = saved.state["course"], saved.path  # it may know of models that are not here now
         self._begin = time.monotonic() - self.result.seconds
 
     def update(self, step: int) -> dict[str, float]:
         return _update(self._objective, self._optimizer, self._parameters, self._job.train, self._accelerator, step)
 
+    def lacks_validation(self, step: int) -> bool:
+        due = step % self._job.validate_every == 0 or step == self._job.train.steps
+        return due and all(values["step"] != step for values in self.result.validations)
+
     def validate(self, step: int, tracker: Tracker) -> None:
+        """Only after `save`, but for step 0."""
         paused = time.monotonic()
         with torch.no_grad():
             values = self._objective.validate(step, tracker)
@@ -206,9 +218,15 @@ class _Training:
             return
         values["seconds"] = round(time.monotonic() - self._begin, 3)
         if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-            raise TrainingError(f"validation after step {step}: {', '.join(bad)}. No checkpoint was saved since.")
+            raise TrainingError(
+                f"validation after step {step}: {', '.join(bad)}. "
+                + (f"Delete {self._saved} to resume before it. " if step else "")
+                + 'A lower learning rate, or [model] dtype = "bf16" instead of fp16, may help.'
+            )
         self.result.validations.append({"step": step, **values})
         tracker.scalars(step, values)
+        if step and self._accelerator.is_main_process:
+            checkpoint.add_to_state(self._saved, {"validations": self.result.validations})
 
     def save(self, step: int) -> None:
         result, settings = self.result, self._job.checkpoint
@@ -216,9 +234,9 @@ class _Training:
         tensors = parallel.unsharded(self._objective.tensors())
         optimizer = parallel.unsharded(self._optimizer.state_dict())
         if self._accelerator.is_main_process:
-            state = {"course": _course(self._job, self._accelerator), "seconds": result.seconds}
-            state |= {"validations": result.validations}
-            checkpoint.save(self._job.output / "checkpoints", step, tensors, optimizer, state, settings.keep)
+            state = {"course": self._course, "seconds": result.seconds, "validations": result.validations}
+            root = self._job.output / "checkpoints"
+            self._saved = checkpoint.save(root, step, tensors, optimizer, state, settings.keep)
         self._accelerator.wait_for_everyone()
 
 

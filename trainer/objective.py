@@ -17,6 +17,7 @@ from trainer.adapter import AdapterWeights
 from trainer.data.cache import Cache
 from trainer.data.dataset import Example, batch, drops_caption
 from trainer.data.encode import encode_pictures, encode_prompts
+from trainer.errors import TrainingError
 from trainer.files import DTYPES
 from trainer.hardware import parallel
 from trainer.loop import Loss
@@ -51,8 +52,8 @@ def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet
     run, cache = plan.config, Cache(plan.cache)
     examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out)}.values())
     latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
-    texts = {e.caption for e in examples} | {*run.validation.prompts, *run.validation.unrelated_prompts}
-    texts |= {qwen_image.NO_CAPTION, qwen_image.NEGATIVE_PROMPT}
+    texts = {*(e.caption for e in examples), *run.validation.prompts, *run.validation.unrelated_prompts}
+    texts.add(qwen_image.EMPTY_PROMPT)
     prompts = encode_prompts(cache, text_encoder, DTYPES[run.model.dtype], texts, quiet=quiet)
     qwen_image.free_memory()
     return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
@@ -104,7 +105,7 @@ class LoraObjective:
         examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
         share = run.data.caption_dropout
         dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
-        texts = [qwen_image.NO_CAPTION if drop else e.caption for e, drop in zip(examples, dropped, strict=True)]
+        texts = [qwen_image.EMPTY_PROMPT if drop else e.caption for e, drop in zip(examples, dropped, strict=True)]
         random = flow.generator(run.seed, "noise", step, part, 0)
         latents = torch.stack([self._encoded.latents_of(e) for e in examples])  # B C 1 h w
         noise = torch.randn(latents.shape, generator=random)
@@ -133,41 +134,72 @@ class LoraObjective:
     def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
         """Stable losses and sample pictures, divided among the processes; the first one writes."""
         self.transformer.eval()
-        values = stable_losses(self._plan, self.transformer, self._encoded, self._accelerator)
+        values = stable_losses(self._plan, self.transformer, self._encoded, self._accelerator, tracker)
         values.update(self._sample(step, tracker))
         self.transformer.train()
         return values
 
     def _draw_samples(self, step: int, tracker: Tracker) -> Mapping[str, float]:
-        """A picture for each prompt into samples/, TensorBoard and the contact sheet."""
-        settings, prompts = self._run.validation, self._encoded.prompts
-        if not settings.prompts:
+        """A picture for each prompt into samples/, TensorBoard and the contact sheet.
+
+        Samples that fail are no reason to lose a training: then there is a warning. Several processes have to stop
+        together.
+        """
+        if not self._run.validation.prompts:
             return {}
-        count, base = len(settings.prompts), self._run.model.base
-        rows = parallel.rows_of_process(self._accelerator, count)
-        latents = qwen_image.Sampler(base).latents(
-            self.transformer,
-            [prompts[settings.prompts[row]] for row in rows],
-            size=self._plan.dataset.train[0].bucket,
-            seeds=[settings.seed + row for row in rows],
-            num_inference_steps=settings.num_inference_steps,
-            true_cfg_scale=settings.true_cfg_scale,
-            negative_prompt=prompts[qwen_image.NEGATIVE_PROMPT],
-            batch_size=self._run.train.batch_size,
-            device=self._device,
-        )
-        latents = parallel.collect_rows(self._accelerator, count, rows, latents)
-        if self._accelerator.is_main_process:
-            vae = qwen_image.load_vae(base, self._device)  # loaded to decode, and freed again
-            pictures = [picture for one in latents for picture in qwen_image.decode_latents(vae, one[None])]
-            validation.write_samples(self._plan.output, step, settings.prompts, pictures)
-            for text, picture in zip(settings.prompts, pictures, strict=True):
-                tracker.image(step, f"samples/{text}", picture)
+        try:
+            latents = self._sample_latents(tracker)
+            if self._accelerator.is_main_process:
+                self._write_samples(step, latents, tracker)
+        except RuntimeError as error:  # of memory, too
+            if self._accelerator.num_processes > 1 or isinstance(error, TrainingError):
+                raise
+            qwen_image.free_memory()
+            tracker.say("no sample pictures of step %d: %s; the training goes on without them", step, error)
         return {}
+
+    def _sample_latents(self, tracker: Tracker) -> Tensor:
+        """N C 1 h w: a sample for each prompt, divided among the processes."""
+        settings, prompts = self._run.validation, self._encoded.prompts
+        count, size = len(settings.prompts), self._run.train.batch_size
+        rows = parallel.rows_of_process(self._accelerator, count)
+        sampler = qwen_image.Sampler(self._run.model.base)
+        parts = [
+            sampler.latents(
+                self.transformer,
+                [prompts[settings.prompts[row]] for row in some],
+                size=self._plan.dataset.train[0].bucket,
+                seeds=[settings.seed + row for row in some],
+                num_inference_steps=settings.num_inference_steps,
+                true_cfg_scale=settings.true_cfg_scale,
+                negative_prompt=prompts[qwen_image.EMPTY_PROMPT],
+                batch_size=size,
+                device=self._device,
+            )
+            for some in tracker.each([rows[i : i + size] for i in range(0, len(rows), size)], "samples")
+        ]
+        return parallel.collect_rows(self._accelerator, count, rows, torch.cat(parts))
+
+    def _write_samples(self, step: int, latents: Tensor, tracker: Tracker) -> None:
+        settings = self._run.validation
+        vae = qwen_image.load_vae(self._run.model.base, self._device)  # loaded to decode, and freed again
+        samples = []
+        for row, (text, one) in enumerate(zip(settings.prompts, latents, strict=True)):
+            if not bool(one.isfinite().all()):
+                tracker.say('the sample of "%s" at step %d is NaN, and left out', text, step)
+                continue
+            picture = qwen_image.decode_latents(vae, one[None])[0]
+            samples.append(validation.Sample(text, settings.seed + row, picture))
+            tracker.image(step, f"samples/{text}", picture)
+        validation.write_samples(self._plan.output, step, samples)
 
 
 def stable_losses(
-    plan: Plan, transformer: torch.nn.Module, encoded: Encoded, accelerator: Accelerator
+    plan: Plan,
+    transformer: torch.nn.Module,
+    encoded: Encoded,
+    accelerator: Accelerator,
+    tracker: Tracker | None = None,
 ) -> dict[str, float]:
     """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`. Divided among the processes."""
     run, values = plan.config, dict[str, float]()
@@ -178,8 +210,11 @@ def stable_losses(
             size = 2 * run.train.batch_size  # without gradients there is room for it
             rows = parallel.rows_of_process(accelerator, len(items))
             own = [items[row] for row in rows]
-            errors = validation.stable_errors(transformer, own, device, dtype, batch_size=size)
-            values[name] = float(parallel.collect_rows(accelerator, len(items), rows, errors).mean())
+            errors = [
+                validation.stable_errors(transformer, [item], device, dtype, batch_size=size)
+                for item in (tracker.each(own, name) if tracker else own)
+            ]
+            values[name] = float(parallel.collect_rows(accelerator, len(items), rows, torch.cat(errors)).mean())
     return values
 
 

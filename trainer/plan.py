@@ -1,7 +1,7 @@
 """A run before it starts: its configuration, read and checked, what it would do, what it would need."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from trainer import adapter, config, qwen_image
+from trainer import adapter, config, folder, qwen_image
 from trainer.adapter import AdapterConfig, Initializer, RunFacts
 from trainer.checkpoint import CheckpointConfig, course
 from trainer.data.dataset import DataConfig, Dataset, scan
@@ -71,6 +71,8 @@ class Initializers(Protocol):
 
     def identity(self, method: str, config: Any) -> list[str]: ...
 
+    def file_keys(self, method: str) -> tuple[str, ...]: ...
+
     def embed(
         self, method: str, config: Any, pictures: Sequence[Image.Image], device: torch.device
     ) -> dict[str, Tensor]: ...
@@ -89,6 +91,10 @@ class Start:
     needs: list[Need]
     check_run: Callable[[RunFacts], list[str]] = lambda facts: []
     """What is wrong with the options in the run that is planned."""
+    identity: Callable[[], list[str] | None] = list
+    """Hashes of the files that it reads; None if they are not all on this machine."""
+    file_keys: tuple[str, ...] = ()
+    """The options that only say where these files are."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +123,29 @@ class Plan:
         return Path(self.config.data.cache or self.output / "cache")
 
     def course(self) -> dict[str, Any]:
-        """What must be the same when the run is resumed. Not its length, unless the learning rate depends on it."""
+        """What must be the same when the run is resumed: not where its models and pictures lie, but what is in them;
+        not what only saves memory or time; not its length, unless the learning rate depends on it."""
+        method = self.start.method
         values = config.to_dict(self.config)
-        values["init"][self.start.method] = config.to_dict(self.start.options)
-        free = {"output", "validation", "checkpoint", "export", "data.cache", "train.gradient_accumulation_steps"}
+        values["init"] = {"method": method, method: config.to_dict(self.start.options)}
+        values["train"]["optimizer"] = self.config.train.optimizer.removeprefix("paged_")
+        free = {*FREE, *(f"init.{method}.{name}" for name in self.start.file_keys)}
         if self.config.train.lr_schedule == "constant":
             free.add("train.steps")
-        return course(values, [(e.digest, e.caption) for e in self.dataset.train], free)
+        models = {
+            "model.base": qwen_image.identity(self.config.model.base, qwen_image.PARTS),
+            f"init.{method}": self.start.identity(),
+        }
+        return course(values, [(e.digest, e.caption) for e in self.dataset.train], models, free)
+
+
+FREE = (
+    "output", "validation", "checkpoint", "export",
+    "model.base", "model.attention", "model.compile",
+    "data.images", "data.recursive", "data.held_out", "data.trigger", "data.default_caption", "data.cache",
+    "train.gradient_accumulation_steps", "train.gradient_checkpointing",
+)  # fmt: skip
+"""Keys that do not change what a run computes, or do so only by the pictures, captions and models of its course."""
 
 
 def load_config(path: Path, overrides: list[str], initializers: Initializers) -> tuple[RunConfig, Start]:
@@ -163,18 +185,22 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
     found = initializers.check(method, options)
     needs = [] if found else initializers.needs(method, options, run.model.base)
     check_run = partial(initializers.check_run, method, options)
-    return run, Start(method, initializers.get(method), options, found, needs, check_run)
+
+    def identity() -> list[str] | None:
+        whole = not found and all(sources.is_here(need) for need in needs)
+        return initializers.identity(method, options) if whole else None
+
+    keys = initializers.file_keys(method)
+    return run, Start(method, initializers.get(method), options, found, needs, check_run, identity, keys)
 
 
 def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
     """Check models, data, output, targets and initializer; ConfigError lists every problem at once."""
-    problems = [f"[init.{start.method}] {problem}" for problem in start.problems]
     output = Path(run.output)
-    used = (output / "run.json").exists() or (output / "checkpoints").exists()
-    if used and not resume:
-        problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
-    if resume and not used:
-        problems.append(f"output: {output} holds no run to resume; start it without --resume")
+    if resume and folder.is_begun(output):  # the seed is in the checkpoint: the initializer is not asked again
+        start = replace(start, problems=[], needs=[], check_run=lambda facts: [])
+    problems = [f"[init.{start.method}] {problem}" for problem in start.problems]
+    problems += folder.problems(output, resume=resume, steps=run.train.steps)
     if run.model.quantization == "fp8" and not run.train.gradient_checkpointing:
         problems.append(
             '[model] quantization: "fp8" saves nothing without [train] gradient_checkpointing = true, since what is '

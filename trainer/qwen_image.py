@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from trainer.files import DTYPES, read_header, sample
+from trainer.errors import UserError
+from trainer.files import DTYPES, content_hash, read_header
 from trainer.flow import generator
 from trainer.hub import sources
 from trainer.hub.sources import Need
@@ -47,10 +48,9 @@ Attention = Literal[
     "xformers",
 ]
 GPU_ATTENTION = ("_native_cudnn", "flash_varlen", "_flash_varlen_3", "flex", "xformers")
-NO_CAPTION = ""
-"""What a picture whose caption is dropped is trained with."""
-NEGATIVE_PROMPT = " "
-"""What guidance leads away from; not the empty text, as in the published examples."""
+EMPTY_PROMPT = " "
+"""What guidance leads away from, as in the published examples, and what a picture whose caption is dropped is trained
+with: guidance then meets what was trained."""
 PICTURE_MULTIPLE = 16
 """Sides of pictures are multiples of this many pixels in the published model: the VAE's step of 8, 2 x 2 in a patch."""
 
@@ -81,7 +81,7 @@ class ModelConfig:
         return found
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model folder or id that cannot be used."""
 
 
@@ -147,14 +147,18 @@ def _misshapen(base: str) -> list[str]:
     ]
 
 
-def identity(base: str) -> list[str]:
-    """What the cache takes for `base`: its commit on Hugging Face, or sizes and samples of the encoders' files."""
+ENCODERS = ("vae", "text_encoder", "tokenizer")
+
+
+def identity(base: str, parts: Sequence[str] = ENCODERS) -> list[str]:
+    """What tells a base from others: its commit on Hugging Face, or hashes of the files of these parts. What is encoded
+    depends on the encoders only."""
     hub = sources.repository(base)
     if hub is not None and (commit := sources.commit(base)) is not None:
         return [hub.name, commit]
     folder = sources.local(base)
-    files = sorted(path for part in ("vae", "text_encoder", "tokenizer") for path in (folder / part).glob("*.*"))
-    return [sample(path) for path in files]
+    files = sorted(path for part in parts for path in (folder / part).glob("*.*") if path.is_file())
+    return [f"{path.name} {content_hash(path)}" for path in files]
 
 
 def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTransformer2DModel:

@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 
-from trainer import adapter, config, export, loop, qwen_image
+from trainer import adapter, config, export, folder, loop, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointError
 from trainer.data.dataset import Dataset
-from trainer.files import remove_leftovers, write_json
+from trainer.files import content_hash, remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.hardware import machine, parallel
 from trainer.hub import sources
@@ -35,10 +35,18 @@ FROZEN_FILE = "frozen.safetensors"  # in the output: a LoRA beside the one that 
 
 
 def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
-    """Run the plan; returns the adapter's folder. See `loop.train` for what it raises."""
-    began, settings = time.monotonic(), plan.config
-    accelerator = parallel.make_accelerator(settings.model.dtype)
+    """Run the plan; returns the adapter's folder. See `loop.train` for what it raises.
+
+    UserError if another process is in the output folder.
+    """
+    accelerator = parallel.make_accelerator(plan.config.model.dtype)
     machine.check(plan, accelerator.device)
+    with folder.occupied(plan.output, main=accelerator.is_main_process):
+        return _execute(plan, accelerator, resume=resume, quiet=quiet)
+
+
+def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool) -> Path:
+    began, settings = time.monotonic(), plan.config
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(plan.needs, quiet=quiet)
     for note in plan.dataset.notes:
@@ -58,11 +66,14 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     else:
         if resume:
             log.info("no checkpoint yet: starting from the beginning")
+            if accelerator.is_main_process:  # of a start that was given up
+                (plan.output / FROZEN_FILE).unlink(missing_ok=True)
         started = _initialize(plan, accelerator, encoded, text_encoder)
         seconds["init"] = started.report["seconds"]
     report = {**_report(plan, accelerator), "init": started.report}
+    report["sources"] |= started.report["sources"]
     if accelerator.is_main_process:
-        write_json(plan.output / "run.json", {"status": "running", **report})
+        write_json(plan.output / folder.RUN_FILE, {"status": "running", **report})
     checkpointing = settings.train.gradient_checkpointing
     qwen_image.set_up(started.transformer, settings.model, gradient_checkpointing=checkpointing)
     objective = LoraObjective(plan, started.transformer, encoded, accelerator)
@@ -96,11 +107,14 @@ def _initialize(plan: Plan, accelerator: Accelerator, encoded: Encoded, text_enc
     with accelerator.main_process_first():  # the others find what it predicted in the cache
         seed = plan.start.initialize(context, plan.start.options)
     settings, applied = install(trials.transformer, seed, plan.config.adapter, random_seed=plan.config.seed)
+    frozen_hash = None
     if seed.frozen is not None:
         adapter.attach_frozen(trials.transformer, seed.frozen)
         if accelerator.is_main_process:
             write_lora(plan.output / FROZEN_FILE, seed.frozen, {})
+            frozen_hash = content_hash(plan.output / FROZEN_FILE)
     report = {"method": method, **seed.report, "applied": applied, "seconds": time.monotonic() - began}
+    report |= {"frozen": frozen_hash, "sources": sources.used(plan.start.needs)}
     report["adapter"] = {"rank": settings.rank, "rank_pattern": settings.rank_pattern}
     log.info("%s; %.1f s", start_line(method, applied, seed.frozen), report["seconds"])
     return _Started(trials.transformer, settings, seed.frozen, report)
@@ -108,17 +122,32 @@ def _initialize(plan: Plan, accelerator: Accelerator, encoded: Encoded, text_enc
 
 def _restore(plan: Plan, accelerator: Accelerator) -> _Started:
     """The adapter as it was injected before the run was stopped; the loop loads its tensors from the checkpoint."""
-    report = json.loads((plan.output / "run.json").read_text(encoding="utf-8"))["init"]
+    report = _saved_report(plan.output / folder.RUN_FILE)
     settings = replace(plan.config.adapter, **report["adapter"])
     transformer = qwen_image.load_transformer(plan.config.model, parallel.loading_device(accelerator.device))
     adapter.inject(transformer, settings)
     frozen, file = None, plan.output / FROZEN_FILE
-    if file.exists():
+    if report["frozen"] is not None:
+        if not file.exists() or content_hash(file) != report["frozen"]:
+            what = "has other content than it had" if file.exists() else "is missing"
+            raise CheckpointError(f"{file} {what}: the run was trained on top of the LoRA in it. Put it back.")
         frozen = read_lora(file)[0]
         adapter.attach_frozen(transformer, frozen)
-    elif report.get("mode") == "merge" and report.get("strength"):
-        raise CheckpointError(f"{file} is missing: the run was trained on top of the LoRA in it. Put it back.")
     return _Started(transformer, settings, frozen, report)
+
+
+def _saved_report(file: Path) -> dict[str, Any]:
+    """The part `init` of a run.json."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))["init"]
+        if not {"adapter", "frozen", "sources"} <= report.keys():
+            raise KeyError("init")
+        return dict(report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error!r}), and with it what the adapter was started from. Put it back, or "
+            "choose another --output."
+        ) from error
 
 
 def install(
@@ -192,12 +221,12 @@ def _data_report(dataset: Dataset) -> dict[str, Any]:
 
 def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, Any], began: float) -> None:
     """Export the adapter, complete run.json, upload if that was asked for. began: by `time.monotonic`."""
-    folder, settings = plan.output / "adapter", plan.config.export
+    result_folder, settings = plan.output / "adapter", plan.config.export
     report = {**report, "status": "finished", "steps": result.step, "validations": result.validations}
-    export.export(started.transformer, folder, settings, started.settings, started.frozen, report)
+    export.export(started.transformer, result_folder, settings, started.settings, started.frozen, report)
     total = time.monotonic() - began
     report["seconds"] = {**report["seconds"], "train": result.seconds, "total": total}
-    write_json(plan.output / "run.json", report)
-    log.info("done in %s: %s", duration(total), folder)
+    write_json(plan.output / folder.RUN_FILE, report)
+    log.info("done in %s: %s", duration(total), result_folder)
     if settings.push_to_hub:
-        log.info("uploaded to %s", export.push(folder, settings.push_to_hub))
+        log.info("uploaded to %s", export.push(result_folder, settings.push_to_hub))

@@ -3,9 +3,10 @@
 import json
 import logging
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -13,15 +14,19 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from trainer.errors import Interrupted
 from trainer.files import write_text
 
 log = logging.getLogger("trainer")
+T = TypeVar("T")
 QUIET_SECONDS = 30  # between two lines of a quiet run
 
 
 class Tracker:
     """One writer of one run's curves. `main` is False on all processes but the first: they write nothing. `nested`:
-    the run is one of many, whose bar stands above; a short one says nothing when quiet."""
+    the run is one of many, whose bar stands above; a short one says nothing when quiet. `stopping` says whether a
+    signal has asked the run to stop. `validate_again`: the validation of `start_step` is still to be done, or was not
+    known to be done, and what is left of it is dropped."""
 
     def __init__(
         self,
@@ -32,14 +37,17 @@ class Tracker:
         quiet: bool = False,
         main: bool = True,
         nested: bool = False,
+        validate_again: bool = False,
+        stopping: Callable[[], bool] = lambda: False,
     ):
+        self._stopping = stopping
         self._main, self._quiet, self._steps, self._nested = main, quiet, steps, nested
         self._metrics = output / "metrics.jsonl"
         self._start, self._start_step = time.monotonic(), start_step
         self._last_line = self._start if nested else 0.0
         if main:
             output.mkdir(parents=True, exist_ok=True)
-            self._forget_after(start_step)
+            self._forget_after(start_step, validate_again)
             self._file = self._metrics.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
         self._bar = tqdm(
@@ -63,14 +71,15 @@ class Tracker:
             self._file.close()
             self._board.close()
 
-    def _forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int, validate_again: bool) -> None:
         """Drop what a killed run wrote after the checkpoint it resumes from (its last line may be half a line)."""
         if not self._metrics.exists():
             return
         kept = []
         for line in self._metrics.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                found = json.loads(line)
+                if found["step"] < step or (found["step"] == step and ("loss" in found or not validate_again)):
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 break
@@ -99,6 +108,15 @@ class Tracker:
             self._last_line = now
             rate = (now - self._start) / max(step - self._start_step, 1)
             log.info("step %d/%d  loss %.4f  ETA %s", step, self._steps, loss, duration((self._steps - step) * rate))
+
+    def each(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """Go through the items of a validation, with a bar. Interrupted between two if the run is to stop."""
+        hidden = self._quiet or self._nested or not self._main or len(items) < 2
+        with tqdm(items, what, unit="", leave=False, position=1, dynamic_ncols=True, disable=hidden or None) as bar:
+            for item in bar:
+                if self._stopping():
+                    raise Interrupted("stopped during a validation")
+                yield item
 
     def say(self, message: str, *values: Any) -> None:
         """A line above the progress bar."""

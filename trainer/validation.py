@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from trainer import flow, qwen_image
@@ -83,18 +84,49 @@ def stable_errors(
     return torch.cat(losses).view(len(items), NUM_SIGMAS)
 
 
-def write_samples(output: Path, step: int, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> None:
-    """The pictures of a step, one for each prompt, and the contact sheet with those of all steps."""
-    save_samples(output / "samples", step, pictures)
-    sheet = contact_sheet(output / "samples", prompts)
+@dataclass(frozen=True)
+class Sample:
+    """A picture with what it was drawn from."""
+
+    prompt: str
+    seed: int
+    picture: Image.Image
+
+
+def write_samples(output: Path, step: int, samples: Sequence[Sample]) -> None:
+    """The samples of a step, and the contact sheet with those of all steps."""
+    save_samples(output / "samples", step, samples)
+    sheet = contact_sheet(output / "samples")
     if sheet is not None:
         write_png(output / "contact_sheet.png", sheet)
 
 
-def save_samples(folder: Path, step: int, pictures: Sequence[Image.Image]) -> None:
-    """`folder/step-<step>-<row>.png`"""
-    for row, picture in enumerate(pictures):
-        write_png(folder / f"step-{step:06d}-{row}.png", picture)
+def save_samples(folder: Path, step: int, samples: Sequence[Sample]) -> None:
+    """`folder/step-<step>-<row>.png`, with prompt and seed in the file. Each prompt and seed has a row of its own: a
+    changed prompt gets a new one below those that are there."""
+    rows = {told: number for number, told in sample_rows(folder).items()}
+    for sample in samples:
+        told = sample.prompt, str(sample.seed)
+        row = rows.setdefault(told, max(rows.values(), default=-1) + 1)
+        write_sample(folder / f"step-{step:06d}-{row}.png", sample)
+
+
+def write_sample(path: Path, sample: Sample) -> None:
+    """As PNG, with `prompt` and `seed` as text in it."""
+    told = PngInfo()
+    told.add_itxt("prompt", sample.prompt)
+    told.add_itxt("seed", str(sample.seed))
+    write_file(path, lambda partial: sample.picture.save(partial, "PNG", pnginfo=told))
+
+
+def sample_rows(folder: Path) -> dict[int, tuple[str, str]]:
+    """Row -> prompt and seed of the samples in a folder, as their files tell; empty texts where they do not."""
+    files = {_numbers(path)[1]: path for paths in sample_files(folder).values() for path in paths}
+    found = {}
+    for row in sorted(files):
+        with Image.open(files[row]) as picture:
+            found[row] = str(picture.info.get("prompt", "")), str(picture.info.get("seed", ""))
+    return found
 
 
 def sample_files(folder: Path) -> dict[int, list[Path]]:
@@ -110,22 +142,25 @@ def _numbers(path: Path) -> list[int]:
     return [int(number) for number in path.stem.split("-")[1:]]
 
 
-def contact_sheet(folder: Path, prompts: Sequence[str]) -> Image.Image | None:
-    """All samples in `folder`: a row for each prompt, a column for each step that has them all."""
-    steps = list(sample_files(folder))
-    files = {step: [folder / f"step-{step:06d}-{row}.png" for row in range(len(prompts))] for step in steps}
-    steps = [step for step in steps if all(file.exists() for file in files[step])]
-    if not steps:
-        return None
+def contact_sheet(folder: Path) -> Image.Image | None:
+    """All samples in `folder`: a row for each prompt, a column for each step; None if there are none."""
+    rows, steps = sample_rows(folder), list(sample_files(folder))
     if len(steps) > 10:  # the first, the last, and eight between
         steps = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
-    rows = [[Image.open(files[step][row]) for step in steps] for row in range(len(prompts))]
-    return grid(rows, [f"step {step}" for step in steps], list(prompts))
+    cells = [[_opened(folder / f"step-{step:06d}-{row}.png") for step in steps] for row in rows]
+    titled = [(row, prompt) for row, (prompt, _) in zip(cells, rows.values(), strict=True) if any(row)]
+    if not titled:
+        return None
+    return grid([row for row, _ in titled], [f"step {step}" for step in steps], [prompt for _, prompt in titled])
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], titles: Sequence[str]) -> Image.Image:
-    """Pictures in rows with a title above each row and a label above each column; small ones are enlarged."""
-    side = max(max(picture.size) for row in rows for picture in row)
+def _opened(file: Path) -> Image.Image | None:
+    return Image.open(file) if file.exists() else None
+
+
+def grid(rows: Sequence[Sequence[Image.Image | None]], columns: Sequence[str], titles: Sequence[str]) -> Image.Image:
+    """Pictures in rows, or gaps, with a title above each row and a label above each column; small ones are enlarged."""
+    side = max(max(picture.size) for row in rows for picture in row if picture)
     side = side * max(1, round(160 / side)) if side < 160 else min(side, 320)
     gap, line, font = 6, 20, ImageFont.load_default(13)
     width = gap + max(len(row) for row in rows) * (side + gap)
@@ -137,6 +172,8 @@ def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], titles: 
         top = line + gap + index * (side + line + gap)
         draw.text((gap, top), _shortened(title, width - 2 * gap, font), "#555555", font)
         for column, picture in enumerate(row):
+            if picture is None:
+                continue
             scale = side / max(picture.size)
             fitted = picture.resize(
                 (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "inspect":
         return inspect_file(options.file)
     command = predict_file if options.command == "predict" else draw_prompts
-    return guarded(lambda: command(options), again="give the same command again")
+    return guarded(lambda: command(options))
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

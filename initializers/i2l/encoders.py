@@ -26,7 +26,7 @@ from transformers import (
 
 from initializers.i2l.layout import layout_md5
 from trainer import qwen_image
-from trainer.files import LayoutError, read_header, sample, write_json, write_tensors
+from trainer.files import LayoutError, content_hash, read_header, write_json, write_tensors
 from trainer.hub import sources
 from trainer.hub.sources import Need
 
@@ -280,8 +280,8 @@ def _encode(
 
 
 def identity(encoders: str) -> list[str]:
-    """What caches know these encoders by: hashes of samples of their files; names of files that are not here yet."""
-    return [sample(path) if (path := sources.cached(encoders, file)) else file for file in ENCODER_FILES]
+    """What caches know these encoders by: hashes of their files; names of files that are not here yet."""
+    return [content_hash(path) if (path := sources.cached(encoders, file)) else file for file in ENCODER_FILES]
 
 
 def need(encoders: str) -> Need:

@@ -23,6 +23,7 @@ from initializers.i2l.layout import (
     header_rank,
     infer_geometry,
 )
+from trainer.errors import UserError
 from trainer.files import HEADER_DTYPES, read_header, write_tensors
 from trainer.hardware.threads import parallel_map
 
@@ -133,14 +134,14 @@ def _factors(
 
 def _check_inputs(geometry: Geometry, embeddings: Tensor, residual: Tensor | None) -> None:
     if embeddings.ndim != 2 or embeddings.shape[1] != geometry.embedding_size:
-        raise ValueError(
+        raise UserError(
             f"the expert takes image embeddings of {geometry.embedding_size} numbers, not {tuple(embeddings.shape)}: "
             "the encoders and the expert do not belong together"
         )
     expected = (len(embeddings), geometry.residual.num_tokens, geometry.residual.width) if geometry.residual else None
     given = tuple(residual.shape) if residual is not None else None
     if expected != given:
-        raise ValueError(f"the expert takes a residual of shape {expected}, not {given}")
+        raise UserError(f"the expert takes a residual of shape {expected}, not {given}")
 
 
 def read_geometry(path: Path) -> Geometry:
@@ -193,7 +194,7 @@ def predict(
             predicted = _factors(geometry, index, embeddings, residual, times)
         for module, pair in predicted.items():
             if not all(bool(factor.isfinite().all()) for factor in pair):
-                raise ValueError(f"{path}: NaN or infinity in what it predicts for {module}")
+                raise UserError(f"{path}: NaN or infinity in what it predicts for {module}")
         return predicted
 
     for predicted in parallel_map(block, progress(range(len(GROUPS) * geometry.num_blocks))):

@@ -27,11 +27,13 @@ from initializers.i2l.recognise import (
 from trainer import qwen_image
 from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed
 from trainer.config import first_few
-from trainer.files import sample
+from trainer.errors import UserError
+from trainer.files import content_hash
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.lowrank import LowRank, ranks_for_energy, scale
 
+FILE_KEYS = ("experts", "weights", "encoders")
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 AUTO_NEEDS_TWO = 'strength = "auto" needs at least two pictures: each is tried with the seed of the others'
 MAX_TRIALS = 8  # pictures on which strengths are compared
@@ -153,9 +155,9 @@ def needs(config: Config, base: str) -> list[Need]:
 
 
 def identity(config: Config) -> list[str]:
-    """Hashes of samples of the experts' and encoders' files, as far as they are on this machine."""
+    """Hashes of the experts' and encoders' files, as far as they are on this machine."""
     paths = [sources.cached(*expert_location(config.weights, name)) for name in _expert_names(config)]
-    return [*(sample(path) for path in paths if path), *encoders.identity(config.encoders)]
+    return [*(content_hash(path) for path in paths if path), *encoders.identity(config.encoders)]
 
 
 def embed(pictures: Sequence[Image.Image], config: Config, device: torch.device) -> dict[str, Tensor]:
@@ -212,7 +214,7 @@ def _locate(context: InitContext, config: Config) -> list[ExpertFile]:
     found = [recognise(name, sources.locate(*expert_location(config.weights, name))) for name in names]
     kinds = [one.kind for one in found]
     if problems := [*config.problems(), *combination_problems(kinds)]:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
     found.sort(key=lambda one: ORDER.index(one.kind))
     check_fit(found, context)
     if "coarse" in kinds and "fine" not in kinds:
@@ -251,12 +253,12 @@ def _expert_names(config: Config) -> tuple[str, ...]:
 def _choose_pictures(images: Sequence[Path], wanted: int | tuple[str, ...]) -> list[int]:
     """Positions in `images` of the pictures that the experts read. ValueError if a named one is not among them."""
     if not images:
-        raise ValueError("i2L needs at least one picture")
+        raise UserError("i2L needs at least one picture")
     if isinstance(wanted, int):
         return _spread(len(images), wanted or len(images))
     names = [path.name for path in images]
     if missing := [name for name in wanted if name not in names]:
-        raise ValueError(f"pictures: {first_few(missing)}: not among the training pictures")
+        raise UserError(f"pictures: {first_few(missing)}: not among the training pictures")
     return [names.index(name) for name in wanted]
 
 
@@ -275,9 +277,9 @@ def _choose_strength(
     would gain by copying it. Seeds are not truncated.
     """
     if context.try_seed is None:
-        raise ValueError('strength = "auto" needs the base and captions, as in train.py; here give a number')
+        raise UserError('strength = "auto" needs the base and captions, as in train.py; here give a number')
     if len(indices) < 2:
-        raise ValueError(AUTO_NEEDS_TWO)
+        raise UserError(AUTO_NEEDS_TWO)
     tried = _spread(len(indices), MAX_TRIALS)
     losses = torch.zeros(len(tried), len(STRENGTHS))
     for row, index in enumerate(tqdm(tried, "i2L strength", unit="picture", leave=False, disable=None)):

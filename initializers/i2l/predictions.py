@@ -23,7 +23,8 @@ from trainer import qwen_image
 from trainer.adapter import InitContext
 from trainer.data.cache import Cache, key
 from trainer.data.pictures import open_picture
-from trainer.files import sample, stream_tensors
+from trainer.errors import UserError
+from trainer.files import content_hash, stream_tensors
 from trainer.formats import read_lora
 from trainer.lowrank import LowRank, concatenate, rank, scale
 
@@ -168,7 +169,7 @@ def _cache_file(
     read_by = encoders.identity(encoders_from)
     if expert_file.resolution is not None:
         read_by += qwen_image.identity(context.base)
-    name = key("i2l", sample(expert_file.path), read_by, context.device.type, list(digests))
+    name = key("i2l", content_hash(expert_file.path), read_by, context.device.type, list(digests))
     return folder / f"{expert_file.kind}-{name[:32]}.safetensors"
 
 
@@ -239,7 +240,7 @@ def _finite(rows: Iterable[Tensor], paths: Sequence[Path], what: str) -> list[Te
     found = [row.cpu() for row in rows]
     for path, row in zip(paths, found, strict=True):
         if not bool(row.isfinite().all()):
-            raise ValueError(f"{path}: NaN or infinity in its {what}")
+            raise UserError(f"{path}: NaN or infinity in its {what}")
     return found
 
 

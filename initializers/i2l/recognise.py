@@ -24,6 +24,7 @@ from initializers.i2l.layout import (
 )
 from trainer.adapter import InitContext
 from trainer.config import first_few
+from trainer.errors import UserError
 from trainer.files import Header, LayoutError, read_header
 from trainer.formats import check_lora
 
@@ -64,7 +65,7 @@ def expert_location(weights: str, name: str) -> tuple[str, str]:
     path = Path(name).expanduser()
     if path.is_file():
         return str(path.parent), path.name
-    raise ValueError(f'"{name}" is neither an expert ({", ".join(ORDER)}) nor a file')
+    raise UserError(f'"{name}" is neither an expert ({", ".join(ORDER)}) nor a file')
 
 
 def recognise(name: str, path: Path) -> ExpertFile:
@@ -121,19 +122,19 @@ def check_fit(experts: Sequence[ExpertFile], context: InitContext) -> None:
         path, made_for = expert_file.path, expert_file.modules
         common = made_for.keys() & context.modules.keys()
         if not common:
-            raise ValueError(
+            raise UserError(
                 f"{path}: predicts none of the modules that are to be trained. It covers {first_few(made_for)}; "
                 f"to be trained are {first_few(context.modules) or 'none'}"
             )
         for module in sorted(common):
             if made_for[module] != tuple(context.modules[module]):
-                raise ValueError(
+                raise UserError(
                     f"{path}: made for another model: {module} is {_shape(made_for[module])} in the expert and "
                     f"{_shape(context.modules[module])} in {context.base}"
                 )
         blocks = max((int(match[1]) + 1 for name in context.modules if (match := _BLOCK.match(name))), default=0)
         if expert_file.geometry is not None and blocks > (num_blocks := expert_file.geometry.num_blocks):
-            raise ValueError(f"{path}: made for a model of {num_blocks} blocks, but {context.base} has {blocks}")
+            raise UserError(f"{path}: made for a model of {num_blocks} blocks, but {context.base} has {blocks}")
 
 
 def file_hashes(expert_file: ExpertFile) -> dict[str, Any]:

@@ -112,7 +112,11 @@ def test_names_are_known_and_near_ones_are_suggested() -> None:
     with pytest.raises(initializers.UnknownInitializer, match='did you mean "gaussian"'):
         initializers.get("gausian")
     with pytest.raises(initializers.UnknownInitializer, match="nor an existing LoRA file"):
-        initializers.resolve("nowhere/lora.safetensors")
+        initializers.resolve("nowhere/lora")
+    resolved = initializers.resolve("nowhere/lora.safetensors")
+    assert resolved == ("file", {"path": "nowhere/lora.safetensors"})
+    (problem,) = initializers.check("file", initializers.config_class("file")(path="nowhere/lora.safetensors"))
+    assert problem == "path: nowhere/lora.safetensors: there is no such file or folder"
 
 
 def test_importing_the_package_imports_no_initializer_and_no_torch() -> None:

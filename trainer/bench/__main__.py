@@ -9,11 +9,12 @@ from typing import Any
 
 from trainer.adapter import AdapterWeights, InitContext, Seed
 from trainer.cli import guarded
+from trainer.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    return guarded(lambda: run(options), again="give the same command again")
+    return guarded(lambda: run(options))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -60,12 +61,12 @@ def _full_size(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     names = options.variants or [*full_size.VARIANTS]
     if unknown := [name for name in names if name not in full_size.VARIANTS]:
-        raise ValueError(f"--variants: {unknown[0]} is not one of {', '.join(full_size.VARIANTS)}")
+        raise UserError(f"--variants: {unknown[0]} is not one of {', '.join(full_size.VARIANTS)}")
     if (
         min(options.blocks, options.rank, options.steps, options.resolution) < 1
         or options.resolution % PICTURE_MULTIPLE
     ):
-        raise ValueError(f"--blocks, --rank, --steps must be at least 1, --resolution a multiple of {PICTURE_MULTIPLE}")
+        raise UserError(f"--blocks, --rank, --steps must be at least 1, --resolution a multiple of {PICTURE_MULTIPLE}")
     sizes = {"num_blocks": options.blocks, "resolution": options.resolution, "rank": options.rank}
     report = full_size.measure_variants(names, **sizes, steps=options.steps, folder=options.folder)
     return full_size.report_text(report), report
@@ -78,7 +79,7 @@ def _step(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from trainer.hardware import machine, parallel
 
     if options.command == "loop" and options.steps <= loop.WARMUP:
-        raise ValueError(f"--steps must be more than {loop.WARMUP}, which do not count")
+        raise UserError(f"--steps must be more than {loop.WARMUP}, which do not count")
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         table = config.load_table(options.config, [*options.set, f"output={folder}"], problems)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trainer.cli import guarded
 from trainer.compare.report import write_report
+from trainer.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,11 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def program() -> None:
         file = options.folder / "report.json"
         if not file.exists():
-            raise ValueError(f"{file} is missing: run the comparison to its end first")
+            raise UserError(f"{file} is missing: run the comparison to its end first")
         write_report(options.folder, json.loads(file.read_text(encoding="utf-8")))
         print(options.folder / "report.html")
 
-    return guarded(program, again="give the same command again")
+    return guarded(program)
 
 
 if __name__ == "__main__":

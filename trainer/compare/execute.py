@@ -21,6 +21,7 @@ from trainer.compare.plan import CONTROLS, Comparison, read_result
 from trainer.compare.report import write_report
 from trainer.compare.runs import Workbench
 from trainer.data.dataset import Example
+from trainer.errors import UserError
 from trainer.files import remove_leftovers, write_json
 from trainer.hardware import machine, parallel
 from trainer.hub import sources
@@ -31,7 +32,7 @@ log = logging.getLogger("trainer")
 def own_part() -> tuple[int, int]:
     """Under `accelerate launch`: each process does a part of the runs, and does it alone, on its own GPU."""
     if parallel.uses_fsdp():
-        raise ValueError("--compare does each run on one GPU: launch it with configs/accelerate/ddp.yaml")
+        raise UserError("--compare does each run on one GPU: launch it with configs/accelerate/ddp.yaml")
     count = int(os.environ.get("WORLD_SIZE", "1"))
     number, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

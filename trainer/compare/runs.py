@@ -15,6 +15,7 @@ from trainer import adapter, loop, objective, qwen_image, run, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, Seed
 from trainer.compare.measures import NUM_SAMPLES
 from trainer.compare.plan import Arm, Cell, Comparison, Subject
+from trainer.errors import TrainingError
 from trainer.files import write_json
 from trainer.flow import generator
 from trainer.hardware import machine, parallel
@@ -132,7 +133,7 @@ class Workbench:
         }
         try:
             return {**result, "status": "finished", **self._train(cell)}
-        except (loop.TrainingError, ValueError, torch.OutOfMemoryError) as error:
+        except (TrainingError, ValueError, torch.OutOfMemoryError) as error:
             return {**result, "status": "failed", "error": str(error), "curve": []}
 
     def _base_loss(self, subject: Subject) -> float:
@@ -211,6 +212,6 @@ class Workbench:
             seeds=[settings.seed + number for _ in texts for number in range(count)],
             num_inference_steps=settings.num_inference_steps,
             true_cfg_scale=settings.true_cfg_scale,
-            negative_prompt=prompts[qwen_image.NEGATIVE_PROMPT],
+            negative_prompt=prompts[qwen_image.EMPTY_PROMPT],
             batch_size=prepared.config.train.batch_size,
         )

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from trainer.errors import UserError
 from trainer.files import write_tensors
 
 log = logging.getLogger("trainer")
@@ -61,7 +62,7 @@ class Cache:
                     positions = missing[start : start + batch_size]
                     for position, tensor in zip(positions, compute(positions), strict=True):
                         if not torch.isfinite(tensor).all():
-                            raise ValueError(f"{what}: NaN or infinity in number {position}; it was not cached")
+                            raise UserError(f"{what}: NaN or infinity in number {position}; it was not cached")
                         shard[keys[position]] = tensor.contiguous()
                     bar.update(len(positions))
                     if len(shard) >= SHARD_SIZE or time.monotonic() - written > SECONDS_BETWEEN_SHARDS:

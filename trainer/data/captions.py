@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.data.notes import Notes
 from trainer.data.pictures import SUFFIXES
+from trainer.errors import UserError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 TEXT_KEYS = ("text", "caption", "prompt")  # of metadata.jsonl: the first is the standard name
@@ -29,7 +30,7 @@ _ENCODINGS = {
 }
 
 
-class CaptionError(ValueError):
+class CaptionError(UserError):
     """Why a text cannot be a caption, and what to do."""
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from trainer.errors import UserError
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".heic", ".heif")
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "HEIF")
 """By content: a picture may carry another one's suffix. HEIF needs an optional package."""
@@ -27,7 +29,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 _warnings = threading.Lock()  # what is done with warnings holds for the whole process, whatever the thread
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """All that is wrong with the pictures and captions, one problem a line."""
 
     def __init__(self, problems: Sequence[str]):
@@ -123,9 +125,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     profile = image.info.get("icc_profile")
     image.load()
     if image.mode == "F":
-        raise ValueError(
-            "pixels are floating-point numbers, of which the range is not known; save it with 8 or 16 bits"
-        )
+        raise UserError("pixels are floating-point numbers, of which the range is not known; save it with 8 or 16 bits")
     if _orientation(image) in range(2, 9):
         done.append("turned upright, as their EXIF data say")
         image = ImageOps.exif_transpose(image)

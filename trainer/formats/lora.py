@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer.adapter import AdapterWeights
 from trainer.config import first_few
+from trainer.errors import UserError
 from trainer.files import write_json, write_tensors
 from trainer.formats.layouts import LAYOUTS, PEFT_PREFIX, ModuleKeys, sort_keys
 from trainer.lowrank import LowRank, rank
@@ -39,7 +40,7 @@ _OTHER_METHODS = {
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A file is not a LoRA for Qwen-Image, or it is damaged. The text names the file."""
 
 

@@ -13,10 +13,11 @@ import tomli
 import yaml
 
 from trainer.adapter import TARGETS
+from trainer.errors import UserError
 from trainer.formats.rules import TRAINERS, by_suffix, in_blocks
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A configuration that cannot be read, or that is not of a LoRA on Qwen-Image. The text names the file."""
 
 

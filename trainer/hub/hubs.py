@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import huggingface_hub
 from huggingface_hub import constants, errors, utils
 
+from trainer.errors import UserError
 
-class HubError(ValueError):
+
+class HubError(UserError):
     """A repository, or a revision of it, that cannot be had."""
 
 

@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import constants
 
 from trainer.config import ConfigError, first_few
+from trainer.errors import UserError
 from trainer.files import LayoutError, read_header, size
 from trainer.hub.hubs import Hub, HubError, HuggingFace, ModelScope, Unreachable
 
@@ -34,7 +35,7 @@ _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _VARIANT = re.compile(r"\.\w+(-\d+-of-\d+)?\.safetensors$")  # such as model.fp16.safetensors: other weights, not more
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A model that is not on this machine, or not as it should be."""
 
 
@@ -138,6 +139,12 @@ def missing(need: Need) -> list[str]:
             f"is a network, into the same cache: {command}"
         ]
     return []
+
+
+def is_here(need: Need) -> bool:
+    """Whether all its files are on this machine."""
+    where = folder(need.source)
+    return where is not None and not _absent(where, need.files)
 
 
 def check(need: Need) -> list[str]:

@@ -285,4 +285,4 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output:
             write_json(options.output, report)
 
-    return guarded(program, again="give the same command again")
+    return guarded(program)

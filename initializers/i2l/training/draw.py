@@ -66,7 +66,7 @@ def draw(base: str, prompts: Sequence[str], output: Path, settings: Settings) ->
     if output.exists():
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    negative, *embeds = _encode(base, [qwen_image.NEGATIVE_PROMPT, *prompts], settings.dtype, device)
+    negative, *embeds = _encode(base, [qwen_image.EMPTY_PROMPT, *prompts], settings.dtype, device)
     transformer = qwen_image.load_transformer(ModelConfig(base=base, dtype=settings.dtype), device)
     sampler = qwen_image.Sampler(base)
     steps, guidance = settings.num_inference_steps, settings.true_cfg_scale

@@ -207,7 +207,7 @@ class SubjectData:
         shown = [self.examples[row] for row in allowed]
         self.latents = encoding.latents(self.examples)  # N C 1 h w
         self.prompts = encoding.prompts(
-            {*prompts, qwen_image.NEGATIVE_PROMPT, *(example.caption for example in self.examples)}
+            {*prompts, qwen_image.EMPTY_PROMPT, *(example.caption for example in self.examples)}
         )
         self._references = encoding.references(shown)
         self._residuals = {size: encoding.residual(shown, size) for size in encoding.resolutions}

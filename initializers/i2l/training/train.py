@@ -26,13 +26,13 @@ from initializers.i2l.training import hypernetwork
 from initializers.i2l.training.batch_lora import BatchLora
 from initializers.i2l.training.hypernetwork import ExpertConfig, Hypernetwork, StaticLora
 from initializers.i2l.training.subjects import Encoding, SubjectData, SubjectsConfig, read_subjects
-from trainer import checkpoint, flow, loop, plan, qwen_image, validation
+from trainer import checkpoint, flow, folder, loop, plan, qwen_image, validation
 from trainer import config as configuration
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
 from trainer.data.cache import Cache
 from trainer.data.dataset import Example, load_picture
-from trainer.files import DTYPES, remove_leftovers, write_json
+from trainer.files import DTYPES, content_hash, remove_leftovers, write_json
 from trainer.flow import FlowConfig
 from trainer.hardware import machine, memory, parallel
 from trainer.hub import sources
@@ -94,12 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]]:
     """The pictures of each subject. ConfigError lists every problem of models, output and data at once."""
     problems = [problem for need in _needs(settings) for problem in sources.check(need)]
-    output = Path(settings.output)
-    used = (output / "run.json").exists()
-    if used and not resume:
-        problems.append(f"output: {output} already holds a run; continue it with --resume, or choose another --output")
-    if resume and not used:
-        problems.append(f"output: {output} holds no run to resume; start it without --resume")
+    problems += folder.problems(Path(settings.output), resume=resume, steps=settings.train.steps)
     if settings.model.compile:
         problems.append(
             "[model] compile: each step puts other LoRAs into the blocks: they would be compiled every time"
@@ -164,14 +159,26 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
 
     ConfigError if anything is wrong with the settings; CheckpointError if `resume` meets checkpoints of another run.
     """
-    output = Path(settings.output)
     subjects = prepare(settings, resume=resume)
     accelerator = parallel.make_accelerator(settings.model.dtype)
+    with folder.occupied(Path(settings.output), main=accelerator.is_main_process):
+        return _execute(settings, subjects, accelerator, resume=resume, quiet=quiet)
+
+
+def _execute(
+    settings: HypernetworkConfig,
+    subjects: Sequence[Sequence[Example]],
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    quiet: bool,
+) -> Path:
+    output = Path(settings.output)
+    with accelerator.local_main_process_first():  # the other processes find the files on the disk
+        sources.fetch(_needs(settings), quiet=quiet)
     job = loop.Job(output, settings.train, settings.checkpoint, settings.validation.every, _course(settings, subjects))
     if resume:  # before run.json is written, which holds the settings that a resumed run must have
         loop.latest(job, accelerator)
-    with accelerator.local_main_process_first():  # the other processes find the files on the disk
-        sources.fetch(_needs(settings), quiet=quiet)
     with accelerator.main_process_first():  # the other processes read from the cache what this one encoded
         if resume and accelerator.is_main_process:  # without --resume the folder may hold files of other programs
             remove_leftovers(output)
@@ -181,7 +188,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     objective = HypernetworkObjective(settings, data, accelerator)
     report = _report(settings, data, objective, accelerator.device)
     if accelerator.is_main_process:
-        write_json(output / "run.json", {"status": "running", **report})
+        write_json(output / folder.RUN_FILE, {"status": "running", **report})
     trained, held_out, parameters = len(data.train), len(data.held_out), report["parameters"]
     log.info("%d subjects for training, %d held out; %s parameters are trained", trained, held_out, f"{parameters:,}")
     result = loop.train(objective, job, accelerator, resume=resume, quiet=quiet)
@@ -190,7 +197,7 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
         file = objective.network.save(output)
         report |= {"status": "finished", "steps": result.step, "validations": result.validations}
         report |= {"seconds": result.seconds, "peak_memory_bytes": machine.peak_memory(accelerator.device)}
-        write_json(output / "run.json", report)
+        write_json(output / folder.RUN_FILE, report)
         log.info("done: %s", file)
     accelerator.end_training()
     return output
@@ -222,10 +229,19 @@ def _report(
 
 
 def _course(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]) -> dict[str, Any]:
-    """What must be the same when the training is resumed."""
+    """What must be the same when the training is resumed: see `Plan.course`."""
+    expert, values = settings.expert, configuration.to_dict(settings)
+    values["train"]["optimizer"] = settings.train.optimizer.removeprefix("paged_")
+    frozen = [content_hash(sources.locate(expert.weights, file)) for file in expert.frozen_files]
+    models = {
+        "model.base": qwen_image.identity(settings.model.base, qwen_image.PARTS),
+        "expert.encoders": encoders.identity(expert.encoders),
+        "expert.weights": frozen or None,
+    }
+    free = {"output", "validation", "checkpoint", "model.base", "model.attention", "expert.weights", "expert.encoders"}
+    free |= {"data.images", "data.cache", "train.gradient_checkpointing"}
     pictures = [(e.digest, e.caption) for group in subjects for e in group]
-    free = {"output", "validation", "checkpoint", "data.cache"}
-    return checkpoint.course(configuration.to_dict(settings), pictures, free)
+    return checkpoint.course(values, pictures, models, free)
 
 
 class HypernetworkObjective:
@@ -330,7 +346,7 @@ class HypernetworkObjective:
                             seeds=[settings.seed + row for row in range(len(right))],
                             num_inference_steps=settings.num_inference_steps,
                             true_cfg_scale=settings.true_cfg_scale,
-                            negative_prompt=data.prompts[qwen_image.NEGATIVE_PROMPT],
+                            negative_prompt=data.prompts[qwen_image.EMPTY_PROMPT],
                             batch_size=len(right),
                         )
                     )

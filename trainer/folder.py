@@ -1,0 +1,112 @@
+"""A run's folder while a run is in it: held by one process, and told how the run ended."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainer import checkpoint
+from trainer.errors import Interrupted, UserError
+from trainer.files import write_json
+
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+
+
+def is_used(folder: Path) -> bool:
+    """Whether a run has been started in it."""
+    return (folder / RUN_FILE).exists() or (folder / CHECKPOINTS).exists()
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether it holds a checkpoint."""
+    return checkpoint.newest_step(folder / CHECKPOINTS) is not None
+
+
+def problems(folder: Path, *, resume: bool, steps: int) -> list[str]:
+    """Why a run of so many steps cannot begin there, or go on."""
+    if is_used(folder) and not resume:
+        return [f"output: {folder} already holds a run; continue it with --resume, or choose another --output"]
+    if resume and not is_used(folder):
+        return [f"output: {folder} holds no run to resume; start it without --resume"]
+    if resume and (done := checkpoint.newest_step(folder / CHECKPOINTS) or 0) > steps:
+        return [f"[train] steps = {steps}: the run in {folder} has done {done} already; set steps to at least {done}"]
+    return []
+
+
+@contextmanager
+def occupied(folder: Path, *, main: bool) -> Iterator[None]:
+    """While a run is in its folder: no other process is, and its end is told. main: not on other processes of a run."""
+    if not main:
+        yield
+        return
+    with held(folder), ending_told(folder):
+        yield
+
+
+@contextmanager
+def held(folder: Path, name: str = "run") -> Iterator[None]:
+    """Keep other processes out of the folder, or out of the part of it that `name` means, while the block runs.
+
+    UserError says which process is in it. The system gives a lock back when its process ends, however it ends: what a
+    killed one leaves behind does not stand in the way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / f".{name}.lock"), folder / f".{name}.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(_in_use(folder, holder)) from None
+    try:
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        write_json(holder, {"process": os.getpid(), "host": socket.gethostname(), "since": since})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _in_use(folder: Path, holder: Path) -> str:
+    who = "another process"
+    with suppress(OSError, ValueError, KeyError):  # it may be writing just now
+        found = json.loads(holder.read_text(encoding="utf-8"))
+        who = f"process {found['process']} on {found['host']}, since {found['since']}"
+    return f"output: {folder} is in use by {who}. Wait for its end, stop it, or choose another --output"
+
+
+@contextmanager
+def ending_told(folder: Path) -> Iterator[None]:
+    """If the block ends by an error: run.json says so, and a note on the error says how to go on."""
+    try:
+        yield
+    except UserError as error:
+        _record(folder, "failed", str(error))
+        raise
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        _record(folder, "interrupted" if stopped else "failed", str(error) or type(error).__name__)
+        error.add_note(how_to_go_on(folder))
+        raise
+
+
+def _record(folder: Path, status: str, text: str) -> None:
+    """Nothing, where run.json was not written yet, or cannot be: the error itself is what matters."""
+    with suppress(OSError, ValueError):
+        file = folder / RUN_FILE
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if report["status"] != "finished":
+            write_json(file, {**report, "status": status, "ended_by": text})
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What is safe in the folder, and what to type."""
+    if step := checkpoint.newest_step(folder / CHECKPOINTS):
+        return f"the checkpoint of step {step} is whole: continue with --resume"
+    if is_used(folder):
+        return "no checkpoint was saved yet: --resume starts from the beginning"
+    return "nothing was saved yet: give the same command again"
