@@ -61,9 +61,10 @@ def guarded(program: Callable[[], object], *, again: str = "give the same comman
         return EXIT_BAD_INPUT
     except DownloadError as error:
         logging.error("%s", error)
+    except BrokenPipeError:  # what reads the output has seen enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python itself flushes once more at its end
+        return 0
     except OSError as error:
-        if _reader_is_gone(error):
-            return 0
         logging.error("%s\nwhen this is solved: %s", error, _how_to_go_on(error, again))
     except RuntimeError as error:
         if any(sign in str(error) for sign in LOST_PEER):
@@ -82,18 +83,6 @@ def guarded(program: Callable[[], object], *, again: str = "give the same comman
 
 def _how_to_go_on(error: BaseException, again: str) -> str:
     return "; ".join(getattr(error, "__notes__", [again]))
-
-
-def _reader_is_gone(error: OSError) -> bool:
-    """Whether what reads the output has seen enough of it, as `head` has."""
-    if not isinstance(error, BrokenPipeError):
-        return False
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python itself flushes once more at its end
-        return True
-    return False
 
 
 def _quiet_libraries() -> None:

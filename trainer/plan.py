@@ -260,9 +260,21 @@ def plan_text(plan: Plan) -> str:
         f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
         *(f"memory       {line}" for line in memory_lines(plan)),
         *(f"download     {line}" for line in sources.download_lines(plan.needs)),
-        *(f"note         {note}" for note in data.notes),
+        *(f"note         {note}" for note in notes(plan)),
     ]
     return "\n".join(lines)
+
+
+def notes(plan: Plan) -> list[str]:
+    """What is worth a word in pictures and captions; how captions are cut, if the tokenizer is on this machine."""
+    found, base = [*plan.dataset.notes], plan.config.model.base
+    if sources.is_here(qwen_image.need(base, ("tokenizer",))):
+        examples = (*plan.dataset.train, *plan.dataset.held_out)
+        cut = qwen_image.cut_prompts(base, [*(e.caption for e in examples), *plan.config.validation.prompts])
+        for text, end in cut.items():
+            names = [e.path.name for e in examples if e.caption == text] or ["[validation] prompts"]
+            found.append(f'too long for the text encoder, which reads only up to "{end}": {config.first_few(names)}')
+    return found
 
 
 def _trainable(plan: Plan) -> int:

@@ -6,7 +6,7 @@ Each part is loaded alone and freed after use, so that text encoder and VAE neve
 import gc
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,8 @@ GPU_ATTENTION = ("_native_cudnn", "flash_varlen", "_flash_varlen_3", "flex", "xf
 EMPTY_PROMPT = " "
 """What guidance leads away from, as in the published examples, and what a picture whose caption is dropped is trained
 with: guidance then meets what was trained."""
+LEAST_CUT = 1000
+"""Bytes: shorter prompts are never cut."""
 PICTURE_MULTIPLE = 16
 """Sides of pictures are multiples of this many pixels in the published model: the VAE's step of 8, 2 x 2 in a patch."""
 
@@ -308,6 +310,22 @@ class PromptEncoder:
         prompt_embeds, mask = self._pipeline.encode_prompt(list(prompts), device=self._device)
         lengths = [prompt_embeds.shape[1]] * len(prompts) if mask is None else mask.sum(dim=1).tolist()
         return [embeds[:length].cpu() for embeds, length in zip(prompt_embeds, lengths, strict=True)]
+
+
+def cut_prompts(base: str, texts: Iterable[str]) -> dict[str, str]:
+    """Texts of which the text encoder does not read the end -> the last words that it reads."""
+    long = [text for text in texts if len(text.encode()) > LEAST_CUT]  # a token is at least one byte
+    if not long:
+        return {}
+    tokenizer = AutoTokenizer.from_pretrained(sources.local(base), subfolder="tokenizer")
+    pipeline = QwenImagePipeline(scheduler=None, vae=None, transformer=None, text_encoder=None, tokenizer=tokenizer)
+    before = pipeline.prompt_template_encode_start_idx
+    limit, cut = before + pipeline.tokenizer_max_length, {}
+    for text in long:
+        tokens = tokenizer(pipeline.prompt_template_encode.format(text)).input_ids
+        if len(tokens) > limit:
+            cut[text] = tokenizer.decode(tokens[max(before, limit - 12) : limit]).strip()
+    return cut
 
 
 def stack_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

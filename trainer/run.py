@@ -25,7 +25,7 @@ from trainer.hardware import machine, parallel
 from trainer.hub import sources
 from trainer.loop import Job, Result
 from trainer.objective import Encoded, LoraObjective, Trials, encode
-from trainer.plan import Plan
+from trainer.plan import Plan, notes
 from trainer.qwen_image import TextEncoder
 from trainer.tracking import duration
 
@@ -49,7 +49,7 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
     began, settings = time.monotonic(), plan.config
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(plan.needs, quiet=quiet)
-    for note in plan.dataset.notes:
+    for note in notes(plan):
         log.info("note: %s", note)
     job = Job(plan.output, settings.train, settings.checkpoint, settings.validation.every, plan.course())
     saved = loop.latest(job, accelerator) if resume else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -30,7 +31,12 @@ def make_accelerator(dtype: str) -> Accelerator:
     mixed = "fp16" if dtype == "fp16" and torch.cuda.is_available() else "no"
     # the last block's text side meets no loss: it has parameters without a gradient, which DDP must be told to expect
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=WAITING)])
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        kwargs_handlers=[unused, InitProcessGroupKwargs(timeout=WAITING)],
+        # the loop divides itself: what `accelerate launch` or the environment says must not divide once more
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
     if not accelerator.is_main_process:
         log.setLevel(logging.WARNING)  # said once is enough
     return accelerator
