@@ -148,8 +148,10 @@ def commands(name: str) -> Iterator[tuple[str, list[str]]]:
             continue
         assert words[0] == "python", f"{name}: {line}"
         program_name, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
-        if program_name == "pytest" or program_name.startswith("tests/"):
-            for word in (program_name, *arguments):
+        if program_name == "pytest" or program_name.startswith("tests."):
+            module = ROOT / program_name.replace(".", "/")
+            assert program_name == "pytest" or module.is_dir() or module.with_suffix(".py").exists(), f"{name}: {line}"
+            for word in arguments:
                 assert not word.startswith("tests/") or (ROOT / word).exists(), f"{name}: {word}"
         else:
             yield program_name, arguments
