@@ -1,14 +1,19 @@
 """Without what only POSIX systems have, the program starts and writes."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from trainer import files, loop
+from tests.helpers import FINISHED, run
+from trainer import checkpoint, files, loop
+from trainer.hub import sources
 
 ROOT = Path(__file__).parents[1]
 POSIX_ONLY = ("resource", "fcntl", "pwd", "grp", "termios", "syslog")
@@ -85,3 +90,33 @@ def test_a_run_in_another_thread_goes_without_signals() -> None:
     thread.start()
     thread.join()
     assert found == [[]]
+
+
+FORBIDDEN = re.compile(r'[<>:"\\|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
+
+
+def test_names_of_files_are_such_that_windows_takes(run_toml: Path, tmp_path: Path) -> None:
+    """Also where prompts and trigger have letters that no file's name may have there."""
+    words = 'aux: a "cat"? <b>|* c\\d .'
+    texts = [f"validation.prompts=[{json.dumps(words)}]", f"data.trigger={json.dumps('nul: <zorp>')}"]
+    layouts = 'export.layouts=["diffusion_model", "kohya"]'
+    assert run(run_toml, tmp_path / "out", *texts, layouts, "train.steps=2") == FINISHED
+    names = [path.relative_to(tmp_path).as_posix() for path in (tmp_path / "out").rglob("*")]
+    assert len(names) > 20 and not [name for name in names if any(map(FORBIDDEN.search, name.split("/")))]
+    assert len({name.casefold() for name in names}) == len(names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_no_file_of_a_checkpoint_stays_mapped(tmp_path: Path) -> None:
+    """Windows cannot delete what is mapped, and older checkpoints are deleted while the run goes on."""
+    path = checkpoint.save(tmp_path, 1, {"a": torch.ones(1 << 16)}, {"state": {}, "param_groups": []}, {}, 2)
+    saved = checkpoint.load(path)
+    assert saved.tensors["a"].sum() == 1 << 16
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", [r"C:\models\Qwen-Image", r"models\Qwen-Image", r"\\server\share\Qwen-Image", "C:/models/x"]
+)
+def test_a_windows_path_is_no_id_of_a_hub(name: str) -> None:
+    assert sources.repository(name) is None and "there is no folder" in (sources.problem(name) or "")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load as load_bytes
 from torch import Tensor
 
 from trainer.config import first_few
@@ -169,13 +169,14 @@ def _different_pictures(now: Sequence[Sequence[str]], then: Sequence[Sequence[st
 
 
 def load(path: Path) -> Checkpoint:
+    """Read all of it, not mapped: on Windows, a folder with a file that is mapped cannot be deleted later."""
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         file = path / "trainable.safetensors"
-        tensors = load_file(file)
+        tensors = load_bytes(file.read_bytes())
         file = path / "optimizer.safetensors"
-        optimizer = _join(load_file(file), state.pop("optimizer"))
+        optimizer = _join(load_bytes(file.read_bytes()), state.pop("optimizer"))
         return Checkpoint(path, state.pop("step"), tensors, optimizer, state)
     except Exception as error:
         raise CheckpointError(

@@ -103,7 +103,7 @@ def predict_pictures(
     if context.cache is not None:
         folder = context.cache / "i2l"
     else:
-        temporary = tempfile.TemporaryDirectory(prefix="i2l-")
+        temporary = tempfile.TemporaryDirectory(prefix="i2l-", ignore_cleanup_errors=True)
         folder = Path(temporary.name)
     digests = picture_digests(paths)
     files = {one.kind: _cache_file(folder, context, encoders_from, one, digests) for one in experts if one.geometry}
