@@ -320,7 +320,7 @@ class HypernetworkObjective:
             arms["val_loss_frozen_only"] = (pairs.references, False)
             arms["val_loss_frozen_only_wrong_picture"] = (pairs.references.roll(1, 0), False)
         values = {}
-        for name, (references, learning) in arms.items():
+        for name, (references, learning) in tracker.each([*arms.items()], "validation losses"):
             parts = []
             for rows in torch.arange(count).split(self._settings.train.batch_size):
                 factors = {} if references is None else self._predict(self.network, references[rows], learning=learning)
@@ -334,7 +334,7 @@ class HypernetworkObjective:
         settings, data = self._settings.validation, self._data
         right, wrong = references[:NUM_SHOWN], references.roll(1, 0)[:NUM_SHOWN]
         sampler = qwen_image.Sampler(self._settings.model.base)
-        for number, text in enumerate(settings.prompts):
+        for number, text in enumerate(tracker.each(settings.prompts, "samples")):
             latents = []
             for rows in (right, wrong, None):
                 with self._lora.applied({} if rows is None else self._predict(self.network, rows)):
