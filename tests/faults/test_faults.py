@@ -1,0 +1,30 @@
+"""Whatever goes wrong: a message that says what, where and what to do; nothing lost, nothing half written."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults import everything
+from tests.faults.table import Fault
+from tests.faults.world import TRACEBACK, half_written
+
+
+def _case(fault: Fault) -> object:
+    marks = [pytest.mark.slow] if fault.slow else []
+    if fault.defect:
+        marks.append(pytest.mark.xfail(strict=True, reason=fault.defect))
+    return pytest.param(fault, id=fault.name, marks=marks)
+
+
+@pytest.mark.parametrize("fault", [_case(fault) for fault in everything.FAULTS])
+def test_a_fault_is_told_and_costs_no_more_than_it_must(fault: Fault, world: Path) -> None:
+    done = fault.do()
+    assert done.code != TRACEBACK, done.message
+    assert fault.says in done.message, done.message
+    assert done.code == fault.code, done.message
+    assert half_written() == []
+
+
+def test_the_table_has_no_fault_twice() -> None:
+    names = [fault.name for fault in everything.FAULTS]
+    assert len(names) == len(set(names)) and len(names) > 150
