@@ -37,6 +37,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def file_in_the_way(folder: Path) -> Path | None:
+    """The file because of which `folder` can never be made: itself, or one above it."""
+    return next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
