@@ -67,13 +67,15 @@ class Tracker:
         """Drop what a killed run wrote after the checkpoint it resumes from (its last line may be half a line)."""
         if not self._metrics.exists():
             return
-        kept = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+        kept, damaged, lines = [], [], self._metrics.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                break
+                if json.loads(line.decode("utf-8"))["step"] <= step:
+                    kept.append(line.decode("utf-8") + "\n")
+            except (ValueError, KeyError, TypeError):
+                damaged.append(number)
+        if damaged and damaged != [len(lines)]:
+            log.warning("%s: damaged, and left out: line %s", self._metrics, ", ".join(map(str, damaged)))
         write_text(self._metrics, "".join(kept) if step else "")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -1,5 +1,5 @@
 """All faults, in the order of the page."""
 
-from tests.faults import pictures, settings
+from tests.faults import damage, pictures, settings
 
-FAULTS = [*settings.FAULTS, *pictures.FAULTS]
+FAULTS = [*settings.FAULTS, *pictures.FAULTS, *damage.FAULTS]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.files import write_tensors
+from trainer.files import checksum, write_tensors
 
 log = logging.getLogger("trainer")
 
@@ -73,7 +73,8 @@ class Cache:
 
     def _write(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         if shard:
-            write_tensors(self._folder / f"{key(sorted(shard))[:32]}.safetensors", shard)
+            sums = {name: checksum(tensor) for name, tensor in shard.items()}
+            write_tensors(self._folder / f"{key(sorted(shard))[:32]}.safetensors", shard, sums)
         return shard
 
     def _read(self, wanted: set[str]) -> dict[str, Tensor]:
@@ -81,8 +82,12 @@ class Cache:
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
+                    sums = file.metadata() or {}  # empty in shards of older versions
                     for name in wanted.intersection(file.keys()):
-                        found[name] = file.get_tensor(name)
-            except SafetensorError as error:
+                        tensor = file.get_tensor(name)
+                        if sums.get(name, checksum(tensor)) != checksum(tensor):
+                            raise ValueError("a tensor differs from its checksum")
+                        found[name] = tensor
+            except (SafetensorError, ValueError) as error:
                 log.warning("%s is damaged (%s): its tensors are computed again; you can delete it", path, error)
         return found
