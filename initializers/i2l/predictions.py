@@ -247,7 +247,7 @@ def _finite(rows: Iterable[Tensor], paths: Sequence[Path], what: str) -> list[Te
     found = [row.cpu() for row in rows]
     for path, row in zip(paths, found, strict=True):
         if not bool(row.isfinite().all()):
-            raise ValueError(f"{path}: NaN or infinity in its {what}")
+            raise ValueError(f"{path}: NaN or infinity in its {what}. Look at it, or leave it out of the pictures")
     return found
 
 

@@ -42,13 +42,14 @@ class Cache:
         compute: Callable[[list[int]], Sequence[Tensor]],
         *,
         what: str,
+        names: Sequence[str] = (),
         batch_size: int = 1,
         quiet: bool = False,
     ) -> list[Tensor]:
         """The tensor of each key, in order. `compute` gets positions that are missing, `batch_size` at a time.
 
         What is computed is on the disk within a minute, and at any error or Ctrl-C. Raises ValueError if a computed
-        tensor holds NaN or infinity: it is not kept.
+        tensor holds NaN or infinity: it is not kept. names: what the keys stand for, for that message.
         """
         found = self._read(set(keys))
         first_at = {k: i for i, k in reversed(list(enumerate(keys))) if k not in found}
@@ -61,7 +62,11 @@ class Cache:
                     positions = missing[start : start + batch_size]
                     for position, tensor in zip(positions, compute(positions), strict=True):
                         if not torch.isfinite(tensor).all():
-                            raise ValueError(f"{what}: NaN or infinity in number {position}; it was not cached")
+                            name = names[position] if names else f"number {position}"
+                            raise ValueError(
+                                f"{what}: NaN or infinity in {name}; nothing of it was kept. Look at it. If it is in "
+                                "order, the model's files may be damaged, or its precision too low: use bf16, not fp16"
+                            )
                         shard[keys[position]] = tensor.contiguous()
                     bar.update(len(positions))
                     if len(shard) >= SHARD_SIZE or time.monotonic() - written > SECONDS_BETWEEN_SHARDS:
