@@ -6,9 +6,10 @@ import math
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,11 +212,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half written under `folder`. Not while another process writes there."""
+def remove_leftovers(folder: Path, *, older_than: float = -math.inf) -> None:
+    """Delete what a killed process left half written under `folder`, if it was not changed for `older_than` seconds:
+    without them, no other process may be writing there."""
     for path in [*folder.rglob(".*")]:
         if re.fullmatch(r"\..+\.\d+\.(partial|old)", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - path.stat().st_mtime > older_than:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class LayoutError(ValueError):

@@ -165,7 +165,7 @@ def _other(path: Path) -> bytes:
 
 def _fault(row: _Row, code: int) -> Fault:
     what, name, make, says = row
-    return Fault(KIND, what, functools.partial(_scan, name, make), code, says, stable=True)
+    return Fault(KIND, what, functools.partial(_scan, name, make), code, says, stable=True, posix=what == "a pipe")
 
 
 FAULTS = [

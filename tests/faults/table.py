@@ -22,6 +22,8 @@ class Fault:
     """Words that must be in what the program says."""
     lost: str = "nothing"
     slow: bool = False
+    posix: bool = False
+    """Whether processes are forked or pipes made, which Windows has not."""
     stable: bool = False
     """Whether the page's row is the same on each machine, and quick to make: then a test compares it."""
     defect: str = ""

@@ -1,5 +1,6 @@
 """Whatever goes wrong: a message that says what, where and what to do; nothing lost, nothing half written."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tests.faults.world import TRACEBACK, half_written
 
 def _case(fault: Fault) -> object:
     marks = [pytest.mark.slow] if fault.slow else []
+    if fault.posix:
+        marks.append(pytest.mark.skipif(os.name != "posix", reason="processes are forked, and pipes made"))
     if fault.defect:
         marks.append(pytest.mark.xfail(strict=True, reason=fault.defect))
     return pytest.param(fault, id=fault.name, marks=marks)
