@@ -15,6 +15,7 @@ from trainer.compare import __main__ as compare
 
 KIND = "damage"
 UNSEEN = "not seen: the format has no checksum"
+UNSEEN_TEXT = "not seen: a text has no checksum, and may be any"
 _QUICK = ("validation.prompts=[]", "validation.every=1000")
 
 
@@ -229,6 +230,8 @@ FAULTS = [
         for what, pattern, ways, then, code, says in ROWS
         for way in ways
     ),
+    Fault(KIND, "a caption of a new run, cut short", functools.partial(_do, "pictures/1.txt", _CUT, anew), FINISHED, "",
+          UNSEEN_TEXT),
     *(_fault(f"metadata.jsonl, {way}", functools.partial(metadata, way), BAD_INPUT, "line") for way in _BOTH),
     *(
         _fault(f"{name} of a comparison, {way}", functools.partial(compared, f"compared/{pattern}", way), code, name,

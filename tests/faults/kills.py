@@ -15,7 +15,7 @@ from tests.helpers import FINISHED
 from trainer.data import cache
 
 KIND = "a kill"
-LONGER = ("train.steps=6", "checkpoint.every=2", "validation.every=2")
+LONGER = ("train.steps=4", "checkpoint.every=2", "validation.every=2")
 
 
 def _curve(output: Path) -> list[dict[str, float]]:

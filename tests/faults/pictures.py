@@ -83,6 +83,13 @@ def _no_rights(name: str) -> Outcome:
         return _scan(name, lambda path: Path(path).open("wb").write(encoded(noise(), "PNG")))
 
 
+def _pipe_beside(name: str) -> Outcome:
+    """A pipe in the place of a text file."""
+    (Path("pictures") / name).unlink(missing_ok=True)
+    os.mkfifo(Path("pictures") / name)
+    return _scan("new.png", _picture("PNG"))
+
+
 def _without_heif(name: str) -> Outcome:
     """As if the optional package were not installed."""
     data = b"\0\0\0\x18ftypheic" + bytes(64)
@@ -177,6 +184,11 @@ FAULTS = [
     Fault(
         KIND, "HEIF without its package", functools.partial(_without_heif, "new.heic"), BAD_INPUT, "pip install",
         stable=True,
+    ),
+    *(
+        Fault(KIND, f"a pipe for {what}", functools.partial(_pipe_beside, name), BAD_INPUT, f"{name}: is not a file",
+              stable=True, posix=True)
+        for what, name in (("a caption", "1.txt"), ("metadata.jsonl", "metadata.jsonl"))
     ),
     *(_fault(row, FINISHED) for row in USED),
 ]  # fmt: skip

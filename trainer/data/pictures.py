@@ -45,8 +45,8 @@ def open_picture(path: Path) -> Image.Image:
 
 def read(path: Path) -> bytes:
     """The file's bytes, for a digest and for `decode`. DataError if it cannot be read or is empty."""
-    if path.exists() and not path.is_file():  # reading a pipe would never end
-        raise DataError([f"{path}: is not a file that can be read, but a pipe, a device or a folder; remove it"])
+    if problem := no_file(path):
+        raise DataError([f"{path}: {problem}"])
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -54,6 +54,13 @@ def read(path: Path) -> bytes:
     if not data:
         raise DataError([f"{path}: is empty (0 bytes); replace or remove it"])
     return data
+
+
+def no_file(path: Path) -> str:
+    """What is wrong with a path that has content without being a file: reading a pipe would never end."""
+    if path.exists() and not path.is_file():
+        return "is not a file that can be read, but a pipe, a device or a folder; remove it"
+    return ""
 
 
 def decode(path: Path, data: bytes) -> tuple[Image.Image, list[str]]:
