@@ -9,7 +9,7 @@ from pathlib import Path
 import train
 from tests.data.made import flipped
 from tests.faults.table import Fault
-from tests.faults.world import I2L, MERGE, RANDOM, Outcome, adapter, output_of, run, say
+from tests.faults.world import I2L, MERGE, RANDOM, Outcome, adapter, output_of, patched, run, say
 from tests.helpers import BAD_INPUT, FINISHED
 from trainer.compare import __main__ as compare
 
@@ -119,12 +119,8 @@ def compared(pattern: str, way: str) -> Outcome:
     before = json.loads(Path("compared/report.json").read_text())["summary"]
     spoil(pattern, way)
     if pattern.endswith("report.json"):
-        real = train.main
-        train.main = compare.main  # type: ignore[assignment]
-        try:
+        with patched(train, "main", compare.main):
             return say("report", "compared")
-        finally:
-            train.main = real
     done = say(*arguments)
     assert done.code != FINISHED or json.loads(Path("compared/report.json").read_text())["summary"] == before
     return done

@@ -50,7 +50,6 @@ def _empty_folder() -> Outcome:
 
 def _without_weights() -> Outcome:
     """A folder of models without the transformer's weights. They are moved, since the user's files may not change."""
-    Path("bare").symlink_to("model")
     Path("other").mkdir()
     for part in Path("model").iterdir():
         if part.name != "transformer":

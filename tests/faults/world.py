@@ -81,15 +81,6 @@ def run(toml: str, *settings: str, resume: bool = False, plan: bool = False) -> 
     return say("--config", toml, "--quiet", *words, *flags)
 
 
-def start_again(toml: str, *settings: str, keep_cache: bool = True) -> Outcome:
-    """A new run in the place of the finished one, of which only the cache stays."""
-    output = output_of(toml)
-    for path in output.iterdir():
-        if path.name != "cache" or not keep_cache:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return run(toml, *settings)
-
-
 def say(*arguments: str) -> Outcome:
     """`train.py` with these arguments, its exit code and what it says: warnings and errors, and notes on the data."""
     lines: list[str] = []
