@@ -1,4 +1,4 @@
-"""A tiny Qwen-Image of the real classes with random weights, and a folder of painted pictures."""
+"""What `tests.tiny` makes, as fixtures."""
 
 import gc
 import os
@@ -9,10 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from PIL import Image
 
-from demo import base, build, painter, text_encoder
+from tests import tiny
 from trainer import files
 
 torch.set_num_threads(1)
@@ -35,23 +33,9 @@ def own_hashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder in diffusers' layout: 2 blocks of width 64, tiny VAE, the demo's text encoder."""
+    """A model folder in diffusers' layout."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    text_encoder.save(folder)
-    base.save_scheduler(folder / "scheduler")
-    build.write_model_index(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(folder / "vae")
-        QwenImageTransformer2DModel(
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=32,
-            axes_dims_rope=(8, 12, 12),
-            in_channels=64,
-            out_channels=16,
-            joint_attention_dim=text_encoder.HIDDEN_SIZE,
-        ).save_pretrained(folder / "transformer")
+    tiny.make_base(folder)
     return folder
 
 
@@ -59,11 +43,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path: Path) -> Path:
     """Six pictures of one creature with captions beside them."""
     folder = tmp_path / "pictures"
-    folder.mkdir()
-    for number in range(6):
-        where = painter.scene(number)
-        Image.fromarray(painter.paint(painter.identity("new", 0), where)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(painter.caption(where))
+    tiny.make_pictures(folder)
     return folder
 
 
@@ -71,28 +51,5 @@ def pictures(tmp_path: Path) -> Path:
 def run_toml(tmp_path: Path, tiny_base: Path, pictures: Path) -> Path:
     """A small run's configuration."""
     path = tmp_path / "run.toml"
-    path.write_text(
-        f"""
-output = "{tmp_path / "out"}"
-[model]
-base = "{tiny_base}"
-dtype = "fp32"
-[data]
-images = "{pictures}"
-resolution = 64
-held_out = 2
-[adapter]
-rank = 4
-[train]
-steps = 4
-batch_size = 2
-learning_rate = 1e-3
-[validation]
-every = 2
-prompts = ["a big creature in the middle, in a meadow"]
-num_inference_steps = 2
-[checkpoint]
-every = 2
-"""
-    )
+    path.write_text(tiny.RUN.format(output=tmp_path / "out", base=tiny_base, images=pictures))
     return path

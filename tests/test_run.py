@@ -1,6 +1,5 @@
 """Whole runs on a tiny model: the same result whatever happens on the way, and nothing left half done."""
 
-import errno
 import hashlib
 import json
 import logging
@@ -286,86 +285,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
     shutil.rmtree(tmp_path / "out" / "adapter")
     assert run(run_toml, tmp_path / "out", *settings, resume=True) == FINISHED
     assert adapter_bytes(tmp_path / "out") == expected
-
-
-# --- a full disk ------------------------------------------------------------------------------------------
-
-
-class FullDisk:
-    """Write number `at` stops halfway with ENOSPC; all others succeed."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None):
-        self.calls = 0
-        real = trainer.files.write_file
-
-        def half(write: Callable[[Path], object], path: Path) -> None:
-            write(path)
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        def write_file(path: Path, write: Callable[[Path], object]) -> None:
-            self.calls += 1
-            real(path, (lambda partial: half(write, partial)) if self.calls - 1 == at else write)
-
-        for module in (trainer.files, validation):
-            monkeypatch.setattr(module, "write_file", write_file)
-
-
-@pytest.mark.parametrize("chosen", [(1, 3, 7, 18), pytest.param((), marks=pytest.mark.slow)], ids=["some", "every"])
-def test_a_disk_full_at_any_write_costs_no_more_than_the_way_from_the_last_checkpoint(
-    chosen: tuple[int, ...],
-    run_toml: Path,
-    tmp_path: Path,
-    cache: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    settings = ("train.steps=2", "checkpoint.every=1", "validation.every=1000")
-    with monkeypatch.context() as patch:
-        disk = FullDisk(patch, None)
-        assert run(run_toml, tmp_path / "through", *settings, cache) == FINISHED
-    expected, writes = adapter_bytes(tmp_path / "through"), disk.calls
-    # the process, cache, run.json, samples, two checkpoints, samples, validation, adapter with its card, run.json
-    assert writes == 1 + 2 + 1 + 2 + 3 + 3 + 2 + 1 + 4 + 1
-    for at in chosen or range(writes):
-        output = tmp_path / str(at)
-        if at >= 3:  # encoded already
-            shutil.copytree(tmp_path / "shared cache", output / "cache")
-        caplog.clear()
-        with monkeypatch.context() as patch:
-            disk = FullDisk(patch, at if at < 3 else at - 2)
-            assert run(run_toml, output, *settings) == FAILED
-        assert "No space left on device" in caplog.text
-        assert not [name for name in files(output) if ".partial" in name or ".old" in name]
-        for folder in (output / "checkpoints").glob("*"):
-            assert checkpoint.load(folder).step in (1, 2)
-        assert not (output / "adapter").exists() or adapter_bytes(output) == expected
-        assert run(run_toml, output, *settings, resume=(output / "run.json").exists()) == FINISHED
-        assert adapter_bytes(output) == expected
-        assert files(output / "checkpoints") == files(tmp_path / "through" / "checkpoints")
-        assert [line["step"] for line in metrics(output)] == [0, 1, 2, 2]
-        shutil.rmtree(output)
-
-
-def test_a_disk_full_in_the_metrics_leaves_a_run_to_resume(
-    run_toml: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = (*PLAIN, cache)
-    assert run(run_toml, tmp_path / "through", *settings) == FINISHED
-    with monkeypatch.context() as patch:
-        real = tracking.Tracker.scalars
-
-        def half_a_line(self: tracking.Tracker, step: int, values: dict[str, float]) -> None:
-            if step == 3:
-                self._file.write('{"step": 3, "lo')
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            real(self, step, values)
-
-        patch.setattr(tracking.Tracker, "scalars", half_a_line)
-        assert run(run_toml, tmp_path / "out", *settings) == FAILED
-    assert run(run_toml, tmp_path / "out", *settings, resume=True) == FINISHED
-    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "through")
-    assert [line["step"] for line in metrics(tmp_path / "out")] == [0, 1, 2, 2, 3, 4, 4]
 
 
 # --- NaN --------------------------------------------------------------------------------------------------

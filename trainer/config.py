@@ -301,6 +301,7 @@ def _convert_array(hint: Any, value: list[Any], place: _Place, problems: list[st
     return made if get_origin(hint) is list else tuple(made)
 
 
+_YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 _TYPOGRAPHIC = "\u201c\u201d\u201e\u201f\u2018\u2019\u201a\u201b\u00ab\u00bb"
 _ESCAPES = {
     "\t": r"\t is a tab",
@@ -401,8 +402,8 @@ def _advice(hint: Any, value: Any) -> str:
     """What to write instead, where that can be guessed."""
     if hint is int and type(value) is float and value.is_integer():
         return f"; write {int(value)}"
-    if hint is bool and value in ("True", "False", 0, 1):
-        return f"; write {'true' if value in ('True', 1) else 'false'}"
+    if hint is bool and str(value).lower() in _YES | _NO:
+        return f"; write {'true' if str(value).lower() in _YES else 'false'}"
     if hint is str and not isinstance(value, dict | list):
         return f'; write "{value}", in quotes'
     if hint in (int, float) and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?", value):

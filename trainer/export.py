@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer import adapter, validation
 from trainer.adapter import AdapterConfig, AdapterWeights
+from trainer.config import first_few
 from trainer.files import DTYPES, new_folder, write_json, write_tensors, write_text
 from trainer.flow import generator
 from trainer.formats.layouts import LAYOUTS
@@ -95,6 +96,11 @@ def export(
         own = {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(settings.module_types)}
         description = plain({**adapter.peft_config(settings).to_dict(), **own})
         peft, diffusers = _as_it_is(transformer, settings)
+    if bad := [key for key, tensor in (peft | diffusers).items() if not bool(tensor.isfinite().all())]:
+        raise adapter.AdapterError(
+            f"NaN or infinity in {first_few(bad)}: nothing was exported. Run again with a lower learning rate, or "
+            f"delete the newest folder in {folder.parent / 'checkpoints'} and continue with --resume"
+        )
     with new_folder(folder) as partial:
         named = {f"base_model.model.{key}": tensor for key, tensor in peft.items()}
         write_tensors(partial / PEFT_FILE, named, {"format": "pt", **metadata})

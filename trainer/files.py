@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,6 +42,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def file_in_the_way(folder: Path) -> Path | None:
+    """The file because of which `folder` can never be made: itself, or one above it."""
+    return next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -49,6 +55,12 @@ def _umask() -> int:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _naming(error: OSError, partial: Path, path: Path) -> OSError:
+    """The error with the name that the file would have had: a full disk does not say where it is full."""
+    name = str(error.filename or path).replace(str(partial), str(path))
+    return OSError(error.errno, error.strerror, name)
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -60,10 +72,12 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         partial.chmod(0o666 & ~_umask())  # safetensors leaves files that only their owner can read
         _flush(partial)
         os.replace(partial, path)
-    except BaseException:
+        _flush(path.parent)
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _naming(error, partial, path) from error
         raise
-    _flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,18 +106,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_file(path, write)
 
 
+CHECKSUM = "crc32"  # of all tensors, in a file's metadata
+
+
+def checksum(tensor: Tensor, start: int = 0) -> str:
+    """CRC-32 of a tensor's bytes on the CPU, in hex; `start`: of the tensors before it."""
+    return f"{zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, start):08x}"
+
+
 def stream_tensors(
     path: Path,
     shapes: Mapping[str, Sequence[int]],
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype = torch.float32,
+    *,
+    summed: bool = False,
 ) -> None:
     """A safetensors file, its tensors in the order of `shapes`, written one by one as they come: there may be more of
-    them than fit into memory. safetensors itself writes all at once.
+    them than fit into memory. safetensors itself writes all at once. summed: with their checksum, for `differs`.
 
     Format: 8 bytes with the header's size, the header as JSON, the tensors (https://huggingface.co/docs/safetensors).
     """
-    header, end = dict[str, Any](), 0
+    blank = "0" * 8
+    header, end = dict[str, Any]({"__metadata__": {CHECKSUM: blank}} if summed else {}), 0
     stored = next(name for name, value in HEADER_DTYPES.items() if value == dtype)
     for name, shape in shapes.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
@@ -114,13 +139,28 @@ def stream_tensors(
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            expected = iter(shapes)
+            expected, found = iter(shapes), blank
             for name, tensor in tensors:
                 assert name == next(expected) and list(tensor.shape) == header[name]["shape"], name
-                file.write(tensor.detach().to(dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                stored_tensor = tensor.detach().to(dtype).cpu().contiguous()
+                file.write(stored_tensor.view(-1).view(torch.uint8).numpy().data)
+                found = checksum(stored_tensor, int(found, 16)) if summed else blank
             assert next(expected, None) is None
+            if summed:  # it is only known now
+                file.seek(8 + text.index(blank.encode()))
+                file.write(found.encode())
 
     write_file(path, write)
+
+
+def differs(path: Path) -> bool:
+    """Whether the tensors of a file are not those that its checksum was made of; False if it has none."""
+    header, found = read_header(path), 0
+    with path.open("rb") as file:
+        file.seek(min(header.starts.values(), default=0))
+        while block := file.read(1 << 24):
+            found = zlib.crc32(block, found)
+    return header.metadata.get(CHECKSUM, f"{found:08x}") != f"{found:08x}"
 
 
 def random_tensors(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -167,17 +207,22 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(partial, path)
-    except BaseException:
+        _flush(path.parent)
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _naming(error, partial, path) from error
         raise
-    _flush(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half written under `folder`. Not while another process writes there."""
+def remove_leftovers(folder: Path, *, older_than: float = -math.inf) -> None:
+    """Delete what a killed process left half written under `folder`, if it was not changed for `older_than` seconds:
+    without them, no other process may be writing there."""
     for path in [*folder.rglob(".*")]:
         if re.fullmatch(r"\..+\.\d+\.(partial|old)", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - path.stat().st_mtime > older_than:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class LayoutError(UserError):

@@ -368,7 +368,12 @@ def decode_latents(vae: AutoencoderKLQwenImage, latents: Tensor) -> list[Image.I
     vae.use_tiling = not fits(feature_bytes(vae, pixels), vae.device)
     mean, std = _statistics(vae, latents.to(vae.device))
     pixels = vae.decode(latents.to(vae.device).float() * std + mean).sample[:, :, 0]
-    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    if not bool(pixels.isfinite().all()):
+        log.warning(
+            "a sample picture has NaN or infinity in it, and is black there: use bf16, not fp16, a lower learning "
+            "rate, or true_cfg_scale = 1"
+        )
+    array = ((pixels.nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
 
 

@@ -1,17 +1,22 @@
 """What a run leaves to look at: TensorBoard, `metrics.jsonl`, a progress bar or plain lines."""
 
+import io
+import itertools
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import numpy as np
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from trainer.errors import Interrupted
@@ -49,7 +54,7 @@ class Tracker:
             output.mkdir(parents=True, exist_ok=True)
             self._forget_after(start_step, validate_again)
             self._file = self._metrics.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
+            self._board = _Board(output / "tensorboard", start_step + 1 if start_step else 0)
         self._bar = tqdm(
             total=steps,
             initial=start_step,
@@ -67,36 +72,47 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if self._main:
-            self._file.close()
+        if self._main and error is None:
+            with _named(self._metrics):
+                self._file.close()
             self._board.close()
+        elif self._main:  # an error of closing would hide the reason
+            for file in (self._file, self._board):
+                with suppress(OSError):
+                    file.close()
 
     def _forget_after(self, step: int, validate_again: bool) -> None:
         """Drop what a killed run wrote after the checkpoint it resumes from (its last line may be half a line)."""
         if not self._metrics.exists():
             return
-        kept = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+        kept, damaged, lines = [], [], self._metrics.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
             try:
-                found = json.loads(line)
+                found = json.loads(line.decode("utf-8"))
                 if found["step"] < step or (found["step"] == step and ("loss" in found or not validate_again)):
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                break
+                    kept.append(line.decode("utf-8") + "\n")
+            except (ValueError, KeyError, TypeError):
+                damaged.append(number)
+        if damaged and damaged != [len(lines)]:
+            log.warning("%s: damaged, and left out: line %s", self._metrics, ", ".join(map(str, damaged)))
         write_text(self._metrics, "".join(kept) if step else "")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of `metrics.jsonl`, and one record with a point for each value in TensorBoard."""
         if not self._main:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._board.file_writer.add_summary(Summary(value=points), step)
+        with _named(self._metrics):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        self._board.add(step, [Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         if self._main:
-            self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            png = io.BytesIO()
+            image.convert("RGB").save(png, "PNG")
+            height, width = image.height, image.width
+            picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png.getvalue())
+            self._board.add(step, [Summary.Value(tag=name, image=picture)])
 
     def progress(self, step: int, loss: float) -> None:
         """Advance the bar, or print a line now and then if quiet."""
@@ -123,6 +139,43 @@ class Tracker:
         if self._main:
             with tqdm.external_write_mode():
                 log.info(message, *values)
+
+
+class _Board:
+    """TensorBoard's file, written at once. Its own writer has a thread for it, whose errors come late and unnamed."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, folder: Path, purge_step: int):
+        """What older files of the folder have from `purge_step` on is not shown."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+        self._path = folder / name
+        self._writer = RecordWriter(self._path.open("wb"))
+        self._write(Event(step=purge_step, file_version="brain.Event:2"))
+        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: list[Any]) -> None:
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with _named(self._path):
+            self._writer.write(event.SerializeToString())
+            self._writer.flush()
+
+    def close(self) -> None:
+        with _named(self._path):
+            self._writer.close()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk does not say of itself where it is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def duration(seconds: float) -> str:

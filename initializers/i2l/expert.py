@@ -194,7 +194,9 @@ def predict(
             predicted = _factors(geometry, index, embeddings, residual, times)
         for module, pair in predicted.items():
             if not all(bool(factor.isfinite().all()) for factor in pair):
-                raise UserError(f"{path}: NaN or infinity in what it predicts for {module}")
+                raise UserError(
+                    f"{path}: NaN or infinity in what it predicts for {module}. The file may be damaged: fetch it again"
+                )
         return predicted
 
     for predicted in parallel_map(block, progress(range(len(GROUPS) * geometry.num_blocks))):

@@ -289,6 +289,10 @@ def _choose_strength(
             seed = {module: scale(x, strength) for module, x in whole.items()} if strength else {}
             losses[row, column] = context.try_seed(AdapterWeights(seed), indices[index])
     means = losses.mean(0)
+    if not bool(means.isfinite().all()):
+        raise UserError(
+            'strength = "auto": a loss that was tried is NaN or infinity; give a number, or use bf16 rather than fp16'
+        )
     best = STRENGTHS[int(means.argmin())]
     shown = ", ".join(f"{strength:g}: {float(loss):.4f}" for strength, loss in zip(STRENGTHS, means, strict=True))
     context.log(f"i2L: strength {best:g} has the lowest loss on pictures that the seed has not seen ({shown})")

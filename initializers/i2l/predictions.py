@@ -1,6 +1,7 @@
 """The LoRA that each expert predicts from each picture: read from the cache, or computed and kept there."""
 
 import hashlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,9 +25,11 @@ from trainer.adapter import InitContext
 from trainer.data.cache import Cache, key
 from trainer.data.pictures import open_picture
 from trainer.errors import UserError
-from trainer.files import content_hash, stream_tensors
+from trainer.files import LayoutError, content_hash, differs, stream_tensors
 from trainer.formats import read_lora
 from trainer.lowrank import LowRank, concatenate, rank, scale
+
+log = logging.getLogger("trainer")
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,7 @@ def _predict(file: Path, expert_file: ExpertFile, embeddings: Tensor, residual: 
         expert_file.path, embeddings, residual, progress=_progress(f"i2L {expert_file.kind}", "block")
     )
     stream_predictions(file, expert.factor_shapes(expert_file.geometry, len(embeddings)), predicted)
-    found = read_predictions(file)
-    assert found is not None
-    return found
+    return _mapped(file)
 
 
 def stream_predictions(
@@ -159,7 +160,7 @@ def stream_predictions(
     """Write predictions module by module, as they are computed: those of many pictures would not fit into memory."""
     halves = {f"{name}.{half}": shape for name, pair in shapes.items() for half, shape in zip("ab", pair, strict=True)}
     tensors = ((f"{name}.{half}", x) for name, pair in predicted for half, x in zip("ab", pair, strict=True))
-    stream_tensors(file, halves, tensors)
+    stream_tensors(file, halves, tensors, summed=True)
 
 
 def _cache_file(
@@ -174,13 +175,20 @@ def _cache_file(
 
 
 def read_predictions(file: Path) -> dict[str, Factors] | None:
-    """Module -> (a, b), mapped into memory; None if there is no whole file."""
+    """Module -> (a, b), mapped into memory; None if there is no whole file, and a warning if it is damaged."""
     if not file.is_file():
         return None
     try:
-        tensors = load_file(file)
-    except SafetensorError:
-        return None  # cut short; it is predicted again
+        if differs(file):
+            raise LayoutError("its tensors differ from their checksum")
+        return _mapped(file)
+    except (LayoutError, SafetensorError) as error:
+        log.warning("%s is damaged (%s): the LoRA is predicted again", file, error)
+        return None
+
+
+def _mapped(file: Path) -> dict[str, Factors]:
+    tensors = load_file(file)
     return {name[:-2]: (tensors[name], tensors[f"{name[:-2]}.b"]) for name in tensors if name.endswith(".a")}
 
 
@@ -240,7 +248,7 @@ def _finite(rows: Iterable[Tensor], paths: Sequence[Path], what: str) -> list[Te
     found = [row.cpu() for row in rows]
     for path, row in zip(paths, found, strict=True):
         if not bool(row.isfinite().all()):
-            raise UserError(f"{path}: NaN or infinity in its {what}")
+            raise UserError(f"{path}: NaN or infinity in its {what}. Look at it, or leave it out of the pictures")
     return found
 
 

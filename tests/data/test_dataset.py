@@ -1,11 +1,9 @@
 """Every picture is used as it is meant, or named; captions, buckets, split and batches follow their rules."""
 
 import hashlib
-import io
 import itertools
 import json
 import math
-import struct
 import unicodedata
 import zlib
 from collections import Counter
@@ -16,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from tests.data.made import claiming, encoded, flipped, noise, png16, with_chunk
 from trainer.data.dataset import DataConfig, Dataset, Example, batch, buckets, drops_caption, load_picture, scan
 from trainer.data.pictures import DataError, open_picture
 
@@ -24,10 +23,6 @@ from trainer.data.pictures import DataError, open_picture
 def folder(tmp_path) -> Path:
     (tmp_path / "images").mkdir()
     return tmp_path / "images"
-
-
-def noise(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def put(folder: Path, name: str, caption: str | None = "a caption", size: tuple[int, int] = (64, 64)) -> Path:
@@ -50,24 +45,6 @@ def problems_of(folder: Path, **settings) -> list[str]:
     return caught.value.problems
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def png16(values: np.ndarray) -> bytes:
-    """A PNG of 16 bits a channel, (H, W, 3), which PIL cannot write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width, _ = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def note_on(dataset: Dataset, word: str) -> str:
     found = [note for note in dataset.notes if word in note]
     assert len(found) == 1, dataset.notes
@@ -75,12 +52,6 @@ def note_on(dataset: Dataset, word: str) -> str:
 
 
 # --- pictures as people have them -------------------------------------------------------------------------
-
-
-def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
-    """A chunk put in after the header."""
-    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return png[:33] + chunk + png[33:]
 
 
 @pytest.mark.parametrize(
@@ -184,9 +155,7 @@ def test_a_picture_that_cannot_be_used_is_a_problem_with_its_path(folder, name):
 
 
 def test_a_damaged_checksum_is_found(folder):
-    data = bytearray(encoded(noise(), "PNG"))
-    data[len(data) // 2] ^= 255
-    (folder / "a.png").write_bytes(data)
+    (folder / "a.png").write_bytes(flipped(encoded(noise(), "PNG")))
     (problem,) = problems_of(folder, default_caption="x")
     assert "a.png: is damaged" in problem
 
@@ -214,10 +183,7 @@ def test_a_huge_picture_is_a_clear_problem(folder, monkeypatch):
 
 
 def test_a_small_file_that_claims_a_huge_picture_is_not_unpacked(folder):
-    data = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
-    data[16:24] = struct.pack(">II", 60_000, 60_000)
-    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    (folder / "a.png").write_bytes(data)
+    (folder / "a.png").write_bytes(claiming(60_000, 60_000))
     (problem,) = problems_of(folder, default_caption="x")
     assert "is huge, more than 89 million pixels" in problem
 

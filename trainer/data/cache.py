@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.errors import UserError
-from trainer.files import write_tensors
+from trainer.files import checksum, remove_leftovers, write_tensors
 
 log = logging.getLogger("trainer")
 
@@ -43,13 +43,14 @@ class Cache:
         compute: Callable[[list[int]], Sequence[Tensor]],
         *,
         what: str,
+        names: Sequence[str] = (),
         batch_size: int = 1,
         quiet: bool = False,
     ) -> list[Tensor]:
         """The tensor of each key, in order. `compute` gets positions that are missing, `batch_size` at a time.
 
         What is computed is on the disk within a minute, and at any error or Ctrl-C. Raises ValueError if a computed
-        tensor holds NaN or infinity: it is not kept.
+        tensor holds NaN or infinity: it is not kept. names: what the keys stand for, for that message.
         """
         found = self._read(set(keys))
         first_at = {k: i for i, k in reversed(list(enumerate(keys))) if k not in found}
@@ -62,7 +63,11 @@ class Cache:
                     positions = missing[start : start + batch_size]
                     for position, tensor in zip(positions, compute(positions), strict=True):
                         if not torch.isfinite(tensor).all():
-                            raise UserError(f"{what}: NaN or infinity in number {position}; it was not cached")
+                            name = names[position] if names else f"number {position}"
+                            raise UserError(
+                                f"{what}: NaN or infinity in {name}; nothing of it was kept. Look at it. If it is in "
+                                "order, the model's files may be damaged, or its precision too low: use bf16, not fp16"
+                            )
                         shard[keys[position]] = tensor.contiguous()
                     bar.update(len(positions))
                     if len(shard) >= SHARD_SIZE or time.monotonic() - written > SECONDS_BETWEEN_SHARDS:
@@ -74,7 +79,9 @@ class Cache:
 
     def _write(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         if shard:
-            write_tensors(self._folder / f"{key(sorted(shard))[:32]}.safetensors", shard)
+            remove_leftovers(self._folder, older_than=3600)  # another process may be writing
+            sums = {name: checksum(tensor) for name, tensor in shard.items()}
+            write_tensors(self._folder / f"{key(sorted(shard))[:32]}.safetensors", shard, sums)
         return shard
 
     def _read(self, wanted: set[str]) -> dict[str, Tensor]:
@@ -82,8 +89,12 @@ class Cache:
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
+                    sums = file.metadata() or {}  # empty in shards of older versions
                     for name in wanted.intersection(file.keys()):
-                        found[name] = file.get_tensor(name)
-            except SafetensorError as error:
+                        tensor = file.get_tensor(name)
+                        if name in sums and sums[name] != checksum(tensor):
+                            raise ValueError("a tensor differs from its checksum")
+                        found[name] = tensor
+            except (SafetensorError, ValueError) as error:
                 log.warning("%s is damaged (%s): its tensors are computed again; you can delete it", path, error)
         return found

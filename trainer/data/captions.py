@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.notes import Notes
-from trainer.data.pictures import SUFFIXES
+from trainer.data.pictures import SUFFIXES, no_file
 from trainer.errors import UserError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -74,6 +74,8 @@ def _short(text: str) -> str:
 
 def read_text(path: Path) -> str:
     """The text of a caption's file. CaptionError if it is not UTF-8, with a guess of what it is, or not readable."""
+    if problem := no_file(path):
+        raise CaptionError(problem)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -255,6 +257,9 @@ class Captions:
     def _rows(self, path: Path) -> Iterator[tuple[str, Any]]:
         """(place, row) of a file with a JSON object in each line, or with one JSON list."""
         if not path.exists():
+            return
+        if problem := no_file(path):
+            self._problems.append(f"{path}: {problem}")
             return
         try:
             data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")

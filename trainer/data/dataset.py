@@ -22,6 +22,7 @@ from trainer.config import first_few
 from trainer.data.captions import CAPTION_SUFFIXES, CaptionError, Captions, clean
 from trainer.data.notes import Notes
 from trainer.data.pictures import SUFFIXES, DataError, decode, read
+from trainer.files import file_in_the_way
 from trainer.flow import generator
 
 MAX_RATIO = 2.25  # of a bucket's sides: 2:1, with room for rounding
@@ -79,6 +80,8 @@ class DataConfig:
             found.append(f"trigger: {error}")
         if self.cache == "":
             found.append("cache must name a folder; leave it out for the one in the output folder")
+        elif self.cache and (file := file_in_the_way(Path(self.cache))):
+            found.append(f"cache: {file} is a file; name a folder, or leave it out for the one in the output folder")
         return found
 
 

@@ -33,7 +33,8 @@ def encode_pictures(
         return [latents[i] for i in positions]
 
     keys = [key("latents", model, e.digest, e.bucket) for e in examples]
-    return cache.get(keys, compute, what="encode pictures", batch_size=32 if small else 1, quiet=quiet)
+    names = [str(e.path) for e in examples]
+    return cache.get(keys, compute, what="encode pictures", names=names, batch_size=32 if small else 1, quiet=quiet)
 
 
 def encode_prompts(
@@ -58,5 +59,6 @@ def encode_prompts(
         return encoder([ordered[i] for i in positions])
 
     keys = [key("prompt_embeds", model, str(dtype), text) for text in ordered]
-    found = cache.get(keys, compute, what="encode captions", batch_size=batch_size, quiet=quiet)
+    names = [f'"{text}"' for text in ordered]
+    found = cache.get(keys, compute, what="encode captions", names=names, batch_size=batch_size, quiet=quiet)
     return dict(zip(ordered, found, strict=True))

@@ -47,6 +47,8 @@ def open_picture(path: Path) -> Image.Image:
 
 def read(path: Path) -> bytes:
     """The file's bytes, for a digest and for `decode`. DataError if it cannot be read or is empty."""
+    if problem := no_file(path):
+        raise DataError([f"{path}: {problem}"])
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -54,6 +56,13 @@ def read(path: Path) -> bytes:
     if not data:
         raise DataError([f"{path}: is empty (0 bytes); replace or remove it"])
     return data
+
+
+def no_file(path: Path) -> str:
+    """What is wrong with a path that has content without being a file: reading a pipe would never end."""
+    if path.exists() and not path.is_file():
+        return "is not a file that can be read, but a pipe, a device or a folder; remove it"
+    return ""
 
 
 def decode(path: Path, data: bytes) -> tuple[Image.Image, list[str]]:
@@ -124,8 +133,9 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     profile = image.info.get("icc_profile")
     image.load()
-    if image.mode == "F":
-        raise UserError("pixels are floating-point numbers, of which the range is not known; save it with 8 or 16 bits")
+    if image.mode == "F" or (image.mode == "I" and not deep):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise UserError(f"pixels are {kind} numbers, of which the range is not known; save it with 8 or 16 bits")
     if _orientation(image) in range(2, 9):
         done.append("turned upright, as their EXIF data say")
         image = ImageOps.exif_transpose(image)

@@ -302,12 +302,22 @@ def _lacks(source: str, gone: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def _damaged(need: Need, where: Path) -> list[str]:
-    """Weights that are not as long as their headers say, or no safetensors at all."""
+    """Weights that are not as long as their headers say, or no safetensors at all; JSON that is none."""
     problems, hub = [], repository(need.source)
-    for path in sorted({path for file in need.files if file.endswith(".safetensors") for path in where.glob(file)}):
+    for path in sorted({path for file in (*need.files, *need.extra) for path in where.glob(file)}):
         try:
-            read_header(path)
+            if path.suffix == ".safetensors":
+                read_header(path)
+            elif path.suffix == ".json":
+                _read_json(path)
         except LayoutError as error:
             again = hub.command([path.relative_to(where).as_posix()], again=True) if hub else "delete it first"
             problems.append(f"{error} ({again})")
     return problems
+
+
+def _read_json(path: Path) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LayoutError(f"{path}: cannot be read as JSON ({error}). Download it again.") from error

@@ -1,0 +1,103 @@
+"""SIGKILL at random moments of a run: it goes on, and ends with the same bytes and losses."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+from tests.faults.table import Fault
+from tests.faults.world import RANDOM, Outcome, adapter, half_written, patched, run
+from tests.helpers import FINISHED
+from trainer.data import cache
+
+KIND = "a kill"
+LONGER = ("train.steps=4", "checkpoint.every=2", "validation.every=2")
+
+
+def _curve(output: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def _resumable(output: str) -> bool:
+    return (Path(output) / "run.json").exists() or (Path(output) / "checkpoints").exists()
+
+
+def _go(output: str) -> Outcome:
+    """A run, or what is left to do of it."""
+    return run(RANDOM, f"output={output}", *LONGER, resume=_resumable(output))
+
+
+def _child() -> int:
+    """A run in a copy of this process, in which all is imported already."""
+    child = os.fork()
+    if child == 0:
+        try:
+            _go("new")
+        finally:
+            os._exit(0)
+    return child
+
+
+def _was_killed(child: int) -> bool:
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def killed(moments: int, seed: int) -> Outcome:
+    """Kill new runs at so many moments, spread over the length of one; each is ended and compared."""
+    began = time.monotonic()
+    assert _go("through").code == FINISHED
+    length = time.monotonic() - began
+    expected, curve = adapter(Path("through")), _curve(Path("through"))
+    order, alive = random.Random(seed), 0
+    for moment in range(moments):
+        child = _child()
+        time.sleep(length * (moment + order.random()) / moments)
+        os.kill(child, signal.SIGKILL)
+        alive += _was_killed(child)
+        encoding = not _resumable("new")
+        done = _go("new")
+        assert done.code == FINISHED, (moment, done)
+        assert adapter(Path("new")) == expected, moment
+        assert _curve(Path("new")) == curve, moment
+        # a run that is not resumed waits an hour before it deletes a shard: another process may be writing it
+        assert all(encoding and name.startswith("new/cache/") for name in half_written()), moment
+        shutil.rmtree("new")
+    assert alive > moments // 2, "the run was over before it was killed"
+    return done
+
+
+def killed_while_it_encodes() -> Outcome:
+    """In the middle of a shard, when there is no run to resume yet: what is half written goes with the next shard that
+    is written, if no process has written to it for an hour."""
+
+    def die(path: Path, *_: object) -> None:
+        path.parent.mkdir(parents=True)
+        path.with_name(f".{path.name}.{os.getpid()}.partial").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with patched(cache, "write_tensors", die):
+        assert _was_killed(_child())
+    left = half_written()
+    assert len(left) == 1 and left[0].startswith("new/cache/"), left
+    os.utime(left[0], (time.time() - 7200,) * 2)
+    done = _go("new")
+    assert adapter(Path("new")) == _through()
+    return done
+
+
+def _through() -> bytes:
+    assert _go("through").code == FINISHED
+    return adapter(Path("through"))
+
+
+FAULTS = [
+    Fault(KIND, f"SIGKILL at {moments} random moments", functools.partial(killed, moments, moments), FINISHED, "",
+          "the steps since the last checkpoint", slow=moments > 10, posix=True)
+    for moments in (10, 100)
+] + [Fault(KIND, "SIGKILL while the first shard of the cache is written", killed_while_it_encodes, FINISHED, "",
+           "what was encoded in the last minute", posix=True)]  # fmt: skip
