@@ -337,7 +337,7 @@ def test_samples_of_nan_are_left_out_and_named(
     monkeypatch.setattr(qwen_image.Sampler, "latents", latents)
     prompts = 'validation.prompts=["one", "two"]'
     assert run(run_toml, tmp_path / "out", prompts, "train.batch_size=1") == FINISHED
-    assert 'the sample of "two" at step 0 is NaN, and left out' in caplog.text
+    assert 'step 0: the sample of "two" is NaN and left out; use bf16, not fp16' in caplog.text
     drawn = {name for name in files(tmp_path / "out") if name.startswith("samples/")}
     assert drawn == {f"samples/step-00000{step}-0.png" for step in (0, 2, 4)}
 

@@ -81,7 +81,7 @@ def test_other_processes_write_nothing(tmp_path: Path, caplog: pytest.LogCapture
         tracker.scalars(1, {"loss": 1.0})
         tracker.image(1, "name", Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)))
         tracker.progress(1, 1.0)
-        tracker.say("hello")
+        tracker.warn("hello")
     assert not (tmp_path / "out").exists() and caplog.text == ""
 
 
@@ -94,7 +94,7 @@ def test_quiet_is_lines_and_loud_is_a_bar(
         with Tracker(tmp_path / str(quiet), start_step=2, steps=4, quiet=quiet) as tracker:
             tracker.progress(3, 0.5)
             tracker.progress(4, 0.25)
-            tracker.say("a word on %s", "the way")
+            tracker.warn("a word on %s", "the way")
         shown[quiet] = capsys.readouterr()
     assert shown[True] == ("", "")
     assert "4/4" in shown[False].err and "loss=0.2500" in shown[False].err and shown[False].out == ""

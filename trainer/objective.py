@@ -155,7 +155,7 @@ class LoraObjective:
             if self._accelerator.num_processes > 1 or isinstance(error, TrainingError):
                 raise
             qwen_image.free_memory()
-            tracker.say("no sample pictures of step %d: %s; the training goes on without them", step, error)
+            tracker.warn("no sample pictures of step %d: %s; the training goes on without them", step, error)
         return {}
 
     def _sample_latents(self, tracker: Tracker) -> Tensor:
@@ -186,7 +186,7 @@ class LoraObjective:
         samples = []
         for row, (text, one) in enumerate(zip(settings.prompts, latents, strict=True)):
             if not bool(one.isfinite().all()):
-                tracker.say('the sample of "%s" at step %d is NaN, and left out', text, step)
+                tracker.warn('step %d: the sample of "%s" is NaN and left out; %s', step, text, qwen_image.NAN_ADVICE)
                 continue
             picture = qwen_image.decode_latents(vae, one[None])[0]
             samples.append(validation.Sample(text, settings.seed + row, picture))

@@ -51,6 +51,7 @@ GPU_ATTENTION = ("_native_cudnn", "flash_varlen", "_flash_varlen_3", "flex", "xf
 EMPTY_PROMPT = " "
 """What guidance leads away from, as in the published examples, and what a picture whose caption is dropped is trained
 with: guidance then meets what was trained."""
+NAN_ADVICE = "use bf16, not fp16, a lower learning rate, or true_cfg_scale = 1"
 LEAST_CUT = 1000
 """Bytes: shorter prompts are never cut."""
 PICTURE_MULTIPLE = 16
@@ -369,10 +370,7 @@ def decode_latents(vae: AutoencoderKLQwenImage, latents: Tensor) -> list[Image.I
     mean, std = _statistics(vae, latents.to(vae.device))
     pixels = vae.decode(latents.to(vae.device).float() * std + mean).sample[:, :, 0]
     if not bool(pixels.isfinite().all()):
-        log.warning(
-            "a sample picture has NaN or infinity in it, and is black there: use bf16, not fp16, a lower learning "
-            "rate, or true_cfg_scale = 1"
-        )
+        log.warning("a sample picture has NaN or infinity in it, and is black there; %s", NAN_ADVICE)
     array = ((pixels.nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
 

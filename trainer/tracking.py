@@ -134,11 +134,11 @@ class Tracker:
                     raise Interrupted("stopped during a validation")
                 yield item
 
-    def say(self, message: str, *values: Any) -> None:
+    def warn(self, message: str, *values: Any) -> None:
         """A line above the progress bar."""
         if self._main:
             with tqdm.external_write_mode():
-                log.info(message, *values)
+                log.warning(message, *values)
 
 
 class _Board:
