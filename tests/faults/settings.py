@@ -113,7 +113,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...], str]] = [
     ("DoRA in other layouts", ("adapter.use_dora=true", 'export.layouts=["kohya"]'), "[export] layouts: "),
     # [init]
     ("a start that is none", ("init.method=i2k",), 'did you mean "i2l"?'),
-    ("a start from no file", ("init.method=gone.safetensors",), "[init.file] path: gone.safetensors: there is no such file"),
+    ("a start from no file", ("init.method=gone.safetensors",), "path: gone.safetensors: there is no such file"),
     ("a start from a text", ("init.method=run.toml",), "[init.file] path: run.toml: only .safetensors files are read"),
     ("a number for a start", ("init.method=5",), "[init] method: must be text, not 5"),
     ("a table of no start", ("init.i2k.strength=1",), "[init.i2k] "),
