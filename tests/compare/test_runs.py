@@ -163,6 +163,13 @@ def test_nothing_of_a_run_stays_on_the_base(run_toml: Path, subjects: Path) -> N
     assert bench._base_loss(subject) == pytest.approx(base, rel=1e-6)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_base_is_set_up_as_configured(checkpointing: bool, run_toml: Path, subjects: Path) -> None:
+    setting = f"train.gradient_checkpointing={str(checkpointing).lower()}"
+    bench = Workbench(compared(run_toml, subjects, arm("random", nothing), settings=(setting,)), quiet=True)
+    assert bench._transformer.is_gradient_checkpointing == checkpointing
+
+
 # --- samples ----------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """What is concluded from curves, checked on curves whose answers are plain."""
 
+from statistics import NormalDist, pstdev
+
 import pytest
 
 from trainer.compare.statistics import Run, area, best_rates, interval, outcomes, summarise
@@ -93,3 +95,26 @@ def test_the_interval_is_over_subjects_and_not_over_their_many_seeds() -> None:
     found = interval(rows, lambda some: sum(1 - row.best for row in some) / len(some))
     assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.1, 0.3))
     assert found == interval(rows, lambda some: sum(1 - row.best for row in some) / len(some))
+
+
+def test_the_interval_holds_95_of_100() -> None:
+    """Of many subjects, it is the mean and 1.96 of its standard errors to each side."""
+    gains = [0.1 + 0.05 * NormalDist().inv_cdf((i + 0.5) / 60) for i in range(60)]
+    runs = []
+    for number, share in enumerate(gains):
+        runs += [run("random", [1, 1], subject=f"{number}"), run("i2l", [1 - share] * 2, subject=f"{number}")]
+    rows = [row for row in outcomes(runs, "random") if row.arm == "i2l"]
+    found = interval(rows, lambda some: sum(1 - row.best for row in some) / len(some))
+    reach = 1.96 * pstdev(gains) / 60**0.5
+    expected = (0.1, 0.1 - reach, 0.1 + reach)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=0.08 * reach)
+
+
+def test_a_subject_with_many_seeds_counts_as_one_of_few_when_resampled() -> None:
+    """Seeds of one subject that disagree are drawn anew, too: alone it has an interval, and not a point."""
+    runs = [run("random", [1, 1], seed=seed) for seed in range(9)]
+    runs += [run("i2l", [1 - 0.1 * (seed % 3)] * 2, seed=seed) for seed in range(9)]
+    rows = [row for row in outcomes(runs, "random") if row.arm == "i2l"]
+    found = interval(rows, lambda some: sum(1 - row.best for row in some) / len(some))
+    assert found.low is not None and found.high is not None
+    assert 0.02 < found.low < 0.08 < 0.12 < found.high < 0.18 and found.value == pytest.approx(0.1)
