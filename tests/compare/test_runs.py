@@ -149,8 +149,9 @@ def test_all_arms_of_a_seed_start_from_the_same_random_rows(
 
 
 def test_nothing_of_a_run_stays_on_the_base(run_toml: Path, subjects: Path) -> None:
-    """Neither an adapter nor a frozen LoRA: the next run starts at the base's loss."""
-    held = arm("held", lambda context: Seed(AdapterWeights({}), {}, frozen=some(context.modules)))
+    """Neither an adapter nor a frozen LoRA, nor its part on layers that have no adapter."""
+    other = {"transformer_blocks.0.img_mlp.net.0.proj": (64, 256)}
+    held = arm("held", lambda context: Seed(AdapterWeights({}), {}, frozen=some({**context.modules, **other})))
     settings = ("train.steps=1", "validation.every=1", "validation.prompts=[]")
     comparison = compared(run_toml, subjects, held, arm("random", nothing), settings=settings)
     bench, subject = ready(comparison), comparison.subjects[0]

@@ -34,6 +34,18 @@ def test_each_arm_is_taken_at_its_own_best_rate_over_seeds() -> None:
     assert best_rates(runs) == {("a", "x"): 1e-3, ("a", "y"): 1e-2}  # 4.5 against 5.0: the mean, not the best seed
 
 
+def test_neither_a_lucky_nor_an_unlucky_seed_chooses_the_rate() -> None:
+    def chosen(**bests: tuple[float, float]) -> float:
+        rates = {"low": 1e-4, "high": 1e-3}
+        both = [(rates[name], seed, best) for name, found in bests.items() for seed, best in enumerate(found)]
+        return best_rates([run("x", [9, best], rate=rate, seed=seed) for rate, seed, best in both])["a", "x"]
+
+    assert chosen(low=(4, 5), high=(1, 9)) == 1e-4
+    assert chosen(low=(1, 6), high=(4, 4)) == 1e-4
+    assert chosen(low=(4, 5), high=(5, 4)) == 1e-4  # of equal ones the lower
+    assert chosen(low=(4, 5), high=(4, 4)) == 1e-3
+
+
 def test_steps_and_seconds_to_the_baselines_best() -> None:
     runs = [
         run("random", [10, 8, 6, 7], init_seconds=0.5),
