@@ -14,6 +14,7 @@ import train as program
 from demo import build, creatures, experts, figure
 from initializers.i2l import __main__ as i2l
 from initializers.i2l.layout import FILES
+from tests import mutants
 from trainer.bench import __main__ as bench
 from trainer.compare import __main__ as compare
 from trainer.formats import __main__ as formats
@@ -28,6 +29,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "demo.creatures": creatures.main,
     "demo.experts": experts.main,
     "demo.figure": figure.main,
+    "tests.mutants": mutants.main,
     "trainer.bench": bench.main,
     "trainer.compare": compare.main,
     "trainer.formats": formats.main,
