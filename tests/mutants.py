@@ -7,6 +7,7 @@ process of their own. A mutant that lives is a gap in the tests.
 """
 
 import argparse
+import gc
 import multiprocessing
 import os
 import re
@@ -32,6 +33,7 @@ PRELOADED = [
     "diffusers.models.transformers.transformer_qwenimage",
     "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit",
     "peft",
+    "pytest",
     "transformers.models.dinov3_vit.modeling_dinov3_vit",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.siglip.modeling_siglip",
@@ -800,7 +802,7 @@ def judge(copy: Path, mutant: Mutant) -> Verdict:
         return Verdict(False, f"no answer within {TIMEOUT:.0f} s")
     if code == PASSED:
         return Verdict(False, "LIVED")
-    killers = re.findall(r"^FAILED (.+?)(?: - .*)?$", output, re.MULTILINE)
+    killers = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
     if code == FAILED and killers:
         return Verdict(True, f"killed by {killers[0]}")
     return Verdict(False, f"its tests could not be run:\n{output}")
@@ -817,6 +819,7 @@ def run_tests(copy: Path, tests: Iterable[str], timeout: float) -> tuple[int | N
     process.join(timeout)
     if process.is_alive():
         process.kill()
+        process.join()
         return None, ""
     return process.exitcode, output.read_text(encoding="utf-8")
 
@@ -825,6 +828,7 @@ def _run_pytest(copy: Path, tests: list[str], output: Path) -> None:
     """In a process that has imported nothing of ours."""
     os.chdir(copy)
     sys.path.insert(0, str(copy))
+    gc.freeze()  # pytest collects garbage: what was imported before need not be looked through
     sys.dont_write_bytecode = True  # of a mutant of the same size and second, that of another would be taken
     options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={copy.with_name('tmp')}"]
     with output.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):

@@ -3,10 +3,12 @@
 import ast
 import subprocess
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests import mutants
 from tests.mutants import MUTANTS, ROOT, Mutant, main
 
 
@@ -25,16 +27,22 @@ def test_a_mutant_fits_its_file(mutant: Mutant) -> None:
 @pytest.mark.parametrize("test", sorted({test for mutant in MUTANTS for test in mutant.tests}))
 def test_a_test_that_must_kill_exists(test: str) -> None:
     file, *names = test.split("[")[0].split("::")
+    assert {*names} <= _functions(file)
+
+
+@cache
+def _functions(file: str) -> set[str]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    assert {*names} <= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 # --- the program ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A program of one line with two tests, tracked by git; and a file that is not."""
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of one line with two tests, tracked by git; and a file that is not. It needs none of our packages."""
+    monkeypatch.setattr(mutants, "PRELOADED", ["pytest"])
     (tmp_path / "double.py").write_text("def double(x):\n    return x + x\n")
     (tmp_path / "test_double.py").write_text(
         "from double import double\n\n\n"
@@ -52,16 +60,15 @@ def mutant(new: str, *tests: str, old: str = "x + x") -> Mutant:
 
 
 def test_the_dead_are_told_from_the_living(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dead, living = mutant("x * x", "test_double.py"), mutant("x * 2", "test_double.py")
-    weak, stale = mutant("x ** 2", "test_double.py::test_of_two"), mutant("x", "test_double.py", old="y + y")
-    broken = mutant("nothing)", "test_double.py::test_of_two")
+    dead, living = mutant("x * x", "test_double.py"), mutant("x ** 2", "test_double.py::test_of_two")
+    stale, broken = mutant("x", "test_double.py", old="y + y"), mutant("nothing)", "test_double.py::test_of_two")
     before = {path: path.read_bytes() for path in project.iterdir() if path.is_file()}
-    assert main([], root=project, mutants=[dead, living, weak, stale, broken]) == 1
+    assert main([], root=project, mutants=[dead, living, stale, broken]) == 1
     said = capsys.readouterr().out
     assert "it returns x * x: killed by test_double.py::test_of_three\n" in said
-    assert "it returns x * 2: LIVED\n" in said and "it returns x ** 2: LIVED\n" in said
+    assert "it returns x ** 2: LIVED\n" in said
     assert "it returns x: does not apply: 'y + y' is 0 times in double.py" in said
-    assert "it returns nothing): its tests could not be run" in said and "1 of 5 mutants are dead" in said
+    assert "it returns nothing): its tests could not be run" in said and "1 of 4 mutants are dead" in said
     assert {path: path.read_bytes() for path in project.iterdir() if path.is_file()} == before
     assert main(["--only", r"X \* X"], root=project, mutants=[dead, living]) == 0
 
