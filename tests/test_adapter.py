@@ -246,6 +246,46 @@ def test_random_rows_depend_on_the_seed_and_the_module_alone() -> None:
     assert not torch.equal(rows(0, "all"), rows(1, "all"))
 
 
+def test_each_module_has_random_rows_of_its_own() -> None:
+    model, config = tiny(), AdapterConfig(rank=4)
+    adapter.inject(model, config)
+    adapter.apply_seed(model, Seed(AdapterWeights({}), {}), random_seed=0)
+    rows = [x.a for x in adapter.read(model).factors.values()]
+    assert len(rows) == 24 and len({str(a.flatten()[:8].tolist()) for a in rows}) == 24
+
+
+def test_a_smaller_seed_is_balanced() -> None:
+    """Both factors of a direction are as long: neither learns faster only by how the seed was written down."""
+    model, config = tiny(), AdapterConfig(rank=6)
+    unbalanced = {
+        name: LowRank(x.a * 50, x.b / 50) for name, x in random_seed(model, 2, config).weights.factors.items()
+    }
+    adapter.inject(model, config)
+    adapter.apply_seed(model, Seed(AdapterWeights(unbalanced), {}), random_seed=0)
+    for name, x in adapter.read(model).factors.items():
+        values = torch.linalg.svdvals(dense(unbalanced[name]))[:2].float()
+        torch.testing.assert_close(x.a[:2].norm(dim=1).square(), values, rtol=1e-4, atol=0)
+        torch.testing.assert_close(x.b[:, :2].norm(dim=0).square(), values, rtol=1e-4, atol=0)
+
+
+def test_a_seed_s_ranks_go_before_the_configuration_s() -> None:
+    settings = AdapterConfig(rank=4, rank_pattern={"x": 2, "y": 3})
+    found = adapter.settings_for(Seed(AdapterWeights({}), {}, rank=8, rank_pattern={"y": 5, "z": 6}), settings)
+    assert (found.rank, found.rank_pattern) == (8, {"x": 2, "y": 5, "z": 6})
+    assert adapter.settings_for(Seed(AdapterWeights({}), {}), settings) == settings
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_layer_with_a_rank_of_its_own_has_that_alpha_unless_alpha_is_set(rslora: bool) -> None:
+    name = "transformer_blocks.0.attn.to_q"
+    for alpha, expected in ((None, {4: 4.0, 9: 9.0}), (2.0, {4: 2.0, 9: 2.0})):
+        model, config = tiny(), AdapterConfig(rank=4, alpha=alpha, rank_pattern={name: 9}, use_rslora=rslora)
+        adapter.inject(model, config)
+        for module, scale in adapter.scales(model).items():
+            rank = 9 if module == name else 4
+            assert scale == pytest.approx(expected[rank] / (rank**0.5 if rslora else rank))
+
+
 def _halve(factors: dict[str, LowRank]) -> None:
     name = "transformer_blocks.1.attn.to_k"
     factors[name] = LowRank(factors[name].a, factors[name].b / 2)

@@ -10,9 +10,11 @@ from trainer.flow import generator
 from trainer.lowrank import (
     LowRank,
     concatenate,
+    energy_kept,
     norm,
     pad,
     rank,
+    ranks_for_energy,
     relative_difference,
     scale,
     singular_values,
@@ -153,6 +155,41 @@ def test_padding_changes_nothing_but_can_learn(start: int) -> None:
     assert 0.9 / math.sqrt(50) < y.a[start:].abs().max() <= 1 / math.sqrt(50)
     assert torch.equal(y.a, pad(x, 11, generator(5)).a)
     assert not torch.equal(y.a, pad(x, 11, generator(6)).a)
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(16, 900), (900, 16)])
+def test_random_rows_follow_the_law_of_a_linear_layer(in_features: int, out_features: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = torch.nn.Linear(in_features, 400, bias=False).weight.detach()
+    rows = pad(zeros(in_features, out_features), 400, generator(5)).a
+    assert rows.shape == expected.shape
+    for of in (torch.std, torch.max, torch.min):
+        assert float(of(rows)) == pytest.approx(float(of(expected)), rel=0.03)
+    assert abs(float(rows.mean())) < 0.05 * float(rows.std())
+
+
+def test_the_rank_for_an_energy_is_the_smallest_that_keeps_it() -> None:
+    parts = {"x": factors(40, 60, 7, "x"), "y": factors(30, 50, 12, "y"), "nothing": zeros(40, 60)}
+    squares = {name: torch.linalg.svdvals(dense(x)).square() for name, x in parts.items()}
+    whole = sum(float(s.sum()) for s in squares.values())
+    for share in (0.3, 0.9, 0.99, 1.0):
+        uniform, own = ranks_for_energy(parts.items(), share)
+        kept = [sum(float(s[:rank].sum()) for s in squares.values()) for rank in (uniform - 1, uniform)]
+        assert kept[0] < share * whole <= kept[1] * (1 + 1e-9)
+        for name in ("x", "y"):
+            total = float(squares[name].sum())
+            below, at = (float(squares[name][:rank].sum()) for rank in (own[name] - 1, own[name]))
+            assert below < share * total <= at * (1 + 1e-9)
+        assert own["nothing"] == 1
+
+
+def test_what_is_kept_of_several_layers_is_weighted_by_their_energy() -> None:
+    assert energy_kept({"x": 0.5, "y": 1.0, "zero": 1.0}, {"x": 3.0, "y": 5.0, "zero": 0.0, "other": 9.0}) == {
+        "total": pytest.approx(6.5 / 8),
+        "min": 0.5,
+    }
+    assert energy_kept({}, {}) == {"total": 1.0, "min": 1.0}
 
 
 def test_norm_and_relative_difference_equal_the_dense_ones() -> None:

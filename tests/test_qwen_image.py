@@ -286,6 +286,34 @@ def test_identity_changes_with_the_weights_of_the_encoders_only(tiny_base: Path,
         first = qwen_image.identity(str(folder))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_another_tokenizer_is_another_identity(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    """The same weights read other tokens: what they made of a text before is not what they would make of it now."""
+    shutil.copytree(tiny_base, tmp_path / "model")
+    first = qwen_image.identity(str(tmp_path / "model"))
+    file = tmp_path / "model" / "tokenizer" / name
+    file.write_bytes(file.read_bytes() + b" ")
+    assert qwen_image.identity(str(tmp_path / "model")) != first
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(tiny_base: Path) -> None:
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        config = ModelConfig(base=str(tiny_base), dtype="fp32")
+        model = qwen_image.load_transformer(config, torch.device("cpu")).train()
+        qwen_image.set_up(model, config, gradient_checkpointing=checkpointing)
+        latents = torch.randn(2, 16, 1, 8, 8, generator=generator("latents")).requires_grad_()
+        prompt = torch.randn(2, 5, 64, generator=generator("prompt"))
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            found = qwen_image.predict_velocity(model, latents, torch.tensor([0.3, 0.6]), prompt, None)
+        found.square().sum().backward()
+        kept.append(sum(saved))
+        gradients.append(latents.grad)
+    assert kept[1] < 0.3 * kept[0]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
 def test_the_demo_s_parts_are_the_real_classes(tiny_base: Path) -> None:
     index = json.loads((tiny_base / "model_index.json").read_text())
     assert index["text_encoder"][1] == Qwen2_5_VLForConditionalGeneration.__name__

@@ -145,6 +145,26 @@ def test_a_loss_is_a_function_of_step_and_micro_step(run_toml: Path, tiny_base: 
         assert all(str(Path(plan.config.data.images)) in name for name in loss.batch.split(", "))
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_gradient_checkpointing_is_at_work_where_it_is_configured(
+    checkpointing: bool, run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = LoraObjective.loss
+
+    def loss(self: LoraObjective, step: int, micro_step: int) -> Any:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            found = real(self, step, micro_step)
+        seen.append(sum(kept))
+        return found
+
+    monkeypatch.setattr(LoraObjective, "loss", loss)
+    setting = f"train.gradient_checkpointing={str(checkpointing).lower()}"
+    assert run(run_toml, tmp_path / "out", *PLAIN, setting, "train.steps=1") == FINISHED
+    assert len(seen) == 1 and (seen[0] < 100_000) == checkpointing, seen  # numbers kept for the way back
+
+
 # --- killed, interrupted, refused -------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """What is concluded from curves, checked on curves whose answers are plain."""
 
+from statistics import NormalDist, pstdev
+
 import pytest
 
 from trainer.compare.statistics import Run, area, best_rates, interval, outcomes, summarise
@@ -30,6 +32,18 @@ def test_each_arm_is_taken_at_its_own_best_rate_over_seeds() -> None:
         run("y", [9, 2], rate=1e-2),
     ]
     assert best_rates(runs) == {("a", "x"): 1e-3, ("a", "y"): 1e-2}  # 4.5 against 5.0: the mean, not the best seed
+
+
+def test_neither_a_lucky_nor_an_unlucky_seed_chooses_the_rate() -> None:
+    def chosen(**bests: tuple[float, float]) -> float:
+        rates = {"low": 1e-4, "high": 1e-3}
+        both = [(rates[name], seed, best) for name, found in bests.items() for seed, best in enumerate(found)]
+        return best_rates([run("x", [9, best], rate=rate, seed=seed) for rate, seed, best in both])["a", "x"]
+
+    assert chosen(low=(4, 5), high=(1, 9)) == 1e-4
+    assert chosen(low=(1, 6), high=(4, 4)) == 1e-4
+    assert chosen(low=(4, 5), high=(5, 4)) == 1e-4  # of equal ones the lower
+    assert chosen(low=(4, 5), high=(4, 4)) == 1e-3
 
 
 def test_steps_and_seconds_to_the_baselines_best() -> None:
@@ -93,3 +107,26 @@ def test_the_interval_is_over_subjects_and_not_over_their_many_seeds() -> None:
     found = interval(rows, lambda some: sum(1 - row.best for row in some) / len(some))
     assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.1, 0.3))
     assert found == interval(rows, lambda some: sum(1 - row.best for row in some) / len(some))
+
+
+def test_the_interval_holds_95_of_100() -> None:
+    """Of many subjects, it is the mean and 1.96 of its standard errors to each side."""
+    gains = [0.1 + 0.05 * NormalDist().inv_cdf((i + 0.5) / 60) for i in range(60)]
+    runs = []
+    for number, share in enumerate(gains):
+        runs += [run("random", [1, 1], subject=f"{number}"), run("i2l", [1 - share] * 2, subject=f"{number}")]
+    rows = [row for row in outcomes(runs, "random") if row.arm == "i2l"]
+    found = interval(rows, lambda some: sum(1 - row.best for row in some) / len(some))
+    reach = 1.96 * pstdev(gains) / 60**0.5
+    expected = (0.1, 0.1 - reach, 0.1 + reach)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=0.08 * reach)
+
+
+def test_a_subject_with_many_seeds_counts_as_one_of_few_when_resampled() -> None:
+    """Seeds of one subject that disagree are drawn anew, too: alone it has an interval, and not a point."""
+    runs = [run("random", [1, 1], seed=seed) for seed in range(9)]
+    runs += [run("i2l", [1 - 0.1 * (seed % 3)] * 2, seed=seed) for seed in range(9)]
+    rows = [row for row in outcomes(runs, "random") if row.arm == "i2l"]
+    found = interval(rows, lambda some: sum(1 - row.best for row in some) / len(some))
+    assert found.low is not None and found.high is not None
+    assert 0.02 < found.low < 0.08 < 0.12 < found.high < 0.18 and found.value == pytest.approx(0.1)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from tests.helpers import FINISHED, metrics, run
 from trainer import qwen_image
 from trainer.data import cache
 from trainer.data.cache import Cache, key
+from trainer.data.dataset import DataConfig, scan
+from trainer.data.encode import encode_pictures, encode_prompts
 from trainer.files import write_tensors
 
 
@@ -212,3 +215,38 @@ def test_another_model_or_precision_is_encoded_anew(
     monkeypatch.setattr(qwen_image, "identity", lambda _: ["another"])
     assert run(run_toml, tmp_path / "third", *settings) == FINISHED
     assert encoders.prompts != [] and encoders.pictures == 6
+
+
+def test_the_same_picture_at_another_size_is_encoded_anew(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    examples = scan(DataConfig(images=str(pictures), resolution=64), multiple=16, seed=0).train
+    for width, height in ((64, 64), (48, 80), (80, 48), (64, 64)):
+        sized = [replace(example, bucket=(width, height)) for example in examples]
+        kept, fresh = (
+            encode_pictures(Cache(tmp_path / name), str(tiny_base), sized, torch.device("cpu"), quiet=True)
+            for name in ("kept", f"{width} {height}")
+        )
+        assert {latents.shape for latents in kept} == {(16, 1, height // 8, width // 8)}
+        assert all(torch.equal(x, y) for x, y in zip(kept, fresh, strict=True))
+
+
+def test_pictures_of_several_sizes_keep_their_order(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    examples = scan(DataConfig(images=str(pictures), resolution=64), multiple=16, seed=0).train
+    mixed = [replace(e, bucket=(48, 80) if i % 2 else (64, 64)) for i, e in enumerate(examples)]
+    cpu, base = torch.device("cpu"), str(tiny_base)
+    together = encode_pictures(Cache(tmp_path / "together"), base, mixed, cpu, quiet=True)
+    for number, (one, latents) in enumerate(zip(mixed, together, strict=True)):
+        (alone,) = encode_pictures(Cache(tmp_path / f"{number}"), base, [one], cpu, quiet=True)
+        torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_each_prompt_has_its_own_embedding_in_the_precision_asked_for(tiny_base: Path, tmp_path: Path) -> None:
+    """Asked for in another order, in another company, in another precision."""
+    encoder = qwen_image.TextEncoder(str(tiny_base), torch.device("cpu"))
+    texts = ["a small creature at night", "", "a creature", " "]
+    found = encode_prompts(Cache(tmp_path), encoder, torch.float32, texts, quiet=True)
+    again = encode_prompts(Cache(tmp_path), encoder, torch.float32, [*texts[::-1], "more"], quiet=True)
+    half = encode_prompts(Cache(tmp_path), encoder, torch.bfloat16, texts, quiet=True)
+    for text in texts:
+        (alone,) = qwen_image.PromptEncoder(encoder, torch.float32)([text])
+        assert torch.equal(found[text], alone) and torch.equal(again[text], alone)
+        assert half[text].dtype == torch.bfloat16 and half[text].shape == alone.shape

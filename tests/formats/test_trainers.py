@@ -384,6 +384,18 @@ def test_the_energy_that_is_left_stands_in_the_file(tmp_path: Path) -> None:
     assert found == {"initializer": "i2l", "energy_kept": pytest.approx(0.5 * share)}
 
 
+def test_modules_that_are_dropped_are_not_left(tmp_path: Path) -> None:
+    """Neither in the file's share of the energy, nor in the count of its modules."""
+    recipe = read_recipe(recipe_of("diffusers", tmp_path), "diffusers")
+    target = Target(trainer="diffusers", modules=modules(), recipe=recipe)
+    done = hand_off(weights(), target, tmp_path / "x", {"warm_start": json.dumps({"initializer": "i2l"})})
+    squares = {n: torch.linalg.svdvals(d).square() for n, d in deltas(weights()).items()}
+    trained = recipe.targets(modules())
+    share = float(sum(squares[n][:3].sum() for n in trained) / sum(s.sum() for s in squares.values()))
+    assert json.loads(read_lora(done.file)[1]["warm_start"])["energy_kept"] == pytest.approx(share)
+    assert done.lines[0].startswith("4 modules, rank 3") and len(trained) == len(load_pairs(done.file)) == 4
+
+
 def test_rounding_is_told(tmp_path: Path) -> None:
     done = made_for("comfyui", tmp_path / "made", dtype="bf16")
     assert any("rounded to bf16" in line for line in done.lines)

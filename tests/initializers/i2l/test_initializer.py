@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 from demo import text_encoder
-from initializers.i2l import Config, check, encoders, initialize, initializer
+from initializers.i2l import Config, check, encoders, initialize, initializer, predictions
 from initializers.i2l.__main__ import main
 from initializers.i2l.expert import save_expert
 from initializers.i2l.layout import Geometry, Residual, module_shapes
@@ -32,7 +34,7 @@ from tests.helpers import FINISHED, run
 from tests.initializers.i2l.test_expert import random_expert, reference, reference_delta
 from trainer.adapter import AdapterWeights, InitContext
 from trainer.formats import read_lora
-from trainer.lowrank import truncate
+from trainer.lowrank import LowRank, truncate
 
 HIDDEN = text_encoder.HIDDEN_SIZE
 STYLE = Geometry(num_blocks=2, hidden_size=8, embedding_size=24, compress=5)
@@ -366,6 +368,137 @@ def test_a_rank_for_the_energy_that_is_to_be_kept(world: Path) -> None:
     for name, rank in single.rank_pattern.items():
         share = squares[name].cumsum(0) / squares[name].sum()
         assert share[rank - 1] >= 0.9 - 1e-9 and (rank == 1 or share[rank - 2] < 0.9)
+
+
+@pytest.fixture
+def own_world(world: Path, tmp_path: Path) -> Path:
+    """A copy whose files a test may change."""
+    shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("cache"))
+    return tmp_path / "world"
+
+
+def predicted(world: Path, *experts: str, cache: Path | None, **changes: Any) -> Mapping[str, LowRank]:
+    given = replace(context(world), cache=cache, **changes)
+    return initialize(given, config(world, *experts)).weights.factors
+
+
+def changed(file: Path) -> None:
+    """The same tensors by name and shape, with other values."""
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"rank": "4"})
+
+
+@pytest.mark.parametrize(
+    ("file", "expert"),
+    [
+        ("i2l/Qwen-Image-i2L-Style.safetensors", "style"),
+        ("i2l/Qwen-Image-i2L-Coarse.safetensors", "coarse"),
+        ("encoders/SigLIP2-G384/model.safetensors", "style"),
+        ("encoders/DINOv3-7B/model.safetensors", "style"),
+        ("base/text_encoder/model.safetensors", "coarse"),
+    ],
+)
+def test_what_another_file_predicted_is_not_read(file: str, expert: str, own_world: Path, tmp_path: Path) -> None:
+    """Of another content under the same name; the prediction is the one that nothing kept could spoil."""
+    before = predicted(own_world, expert, cache=tmp_path / "kept")
+    changed(own_world / file)
+    after, fresh = (predicted(own_world, expert, cache=cache) for cache in (tmp_path / "kept", None))
+    for module, pair in after.items():
+        torch.testing.assert_close(pair.b @ pair.a, fresh[module].b @ fresh[module].a, rtol=1e-3, atol=1e-4)
+    assert any(not torch.allclose(pair.a, before[module].a, rtol=1e-3) for module, pair in after.items())
+
+
+def test_kept_embeddings_are_of_the_encoders_that_are_there_now(own_world: Path, tmp_path: Path) -> None:
+    """Also for an expert that never predicted before: it reads embeddings, which others may have left."""
+    predicted(own_world, "style", cache=tmp_path / "kept")
+    changed(own_world / "encoders/DINOv3-7B/model.safetensors")
+    predicted(own_world, "style", cache=tmp_path / "kept")
+    save_expert(random_expert(STYLE, 7), own_world / "i2l/Qwen-Image-i2L-Style.safetensors")
+    after, fresh = (predicted(own_world, "style", cache=cache) for cache in (tmp_path / "kept", None))
+    for module, pair in after.items():
+        torch.testing.assert_close(pair.a, fresh[module].a, rtol=1e-3, atol=1e-4)
+
+
+def test_what_was_predicted_from_other_pictures_is_not_read(world: Path, tmp_path: Path) -> None:
+    images, cache = context(world).images, tmp_path / "kept"
+    for chosen in (images[:2], images[1:], images[:2][::-1]):
+        kept, fresh = (predicted(world, "style", cache=at, images=tuple(chosen)) for at in (cache, None))
+        for module, pair in kept.items():
+            torch.testing.assert_close(pair.a, fresh[module].a, rtol=1e-4, atol=1e-5)
+
+
+def test_kept_hidden_states_are_of_the_resolution_that_is_asked_for(world: Path, tmp_path: Path) -> None:
+    kept, paths = replace(context(world), cache=tmp_path / "kept"), context(world).images
+    digests = predictions.picture_digests(paths)
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    for size in (224, 112, 224):
+        found = predictions._residuals(kept, [size], paths, digests)
+        alone = encoders.qwen_vl_residual(pictures, str(world / "base"), size)
+        torch.testing.assert_close(found[size], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_strength_is_tried_on_the_pictures_that_were_chosen(world: Path) -> None:
+    """By their places among all training pictures, whose captions and latents the trial uses."""
+    single = [predicted(world, "style", cache=world / "cache", images=(path,)) for path in context(world).images]
+    module = next(iter(single[0]))
+    tried: list[tuple[int, Tensor]] = []
+
+    def loss(weights: AdapterWeights, index: int) -> float:
+        if weights.factors:
+            pair = weights.factors[module]
+            tried.append((index, pair.b @ pair.a))
+        return 0.0
+
+    options = replace(config(world, "style"), strength="auto", pictures=("2.png", "1.png"))
+    initialize(replace(context(world), try_seed=loss), options)
+    assert [index for index, _ in tried] == [2] * 5 + [1] * 5
+    strengths = [strength for strength in initializer.STRENGTHS if strength]
+    for (index, found), strength in zip(tried, strengths * 2, strict=True):
+        other = single[{2: 1, 1: 2}[index]][module]
+        torch.testing.assert_close(found, strength * (other.b @ other.a), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+def test_merge_keeps_the_whole_prediction_at_its_strength(world: Path, strength: float) -> None:
+    whole = initialize(context(world), config(world, "style")).weights.factors
+    options = replace(config(world, "style", strength=strength), mode="merge")
+    seed = initialize(context(world), options)
+    assert not seed.weights.factors and seed.rank is None and seed.rank_pattern == {}
+    assert (seed.frozen is None) == (strength == 0)
+    if seed.frozen is not None:
+        assert seed.frozen.factors.keys() == whole.keys()
+        for module, pair in seed.frozen.factors.items():
+            torch.testing.assert_close(pair.b @ pair.a, strength * (whole[module].b @ whole[module].a))
+
+
+def test_the_rank_for_an_energy_is_that_of_the_modules_that_are_trained(world: Path) -> None:
+    few = {name: size for name, size in module_shapes(STYLE).items() if name.endswith("attn.to_q")}
+    options = replace(config(world, "style", "coarse"), energy=0.9)
+    seed = initialize(context(world, few), options)
+    squares = [torch.linalg.svdvals((x.b @ x.a).double()).square() for x in map(seed.weights.factors.get, few) if x]
+    whole = float(sum(s.sum() for s in squares))
+    ranks = [rank for rank in range(1, 30) if float(sum(s[:rank].sum() for s in squares)) >= 0.9 * whole]
+    assert len(squares) == 2 and seed.rank == ranks[0]
+    single = initialize(context(world, few), replace(options, rank_per_module=True))
+    assert single.rank_pattern.keys() == few.keys()
+
+
+def test_a_number_of_pictures_is_spread_over_all() -> None:
+    images = [Path(f"{number}.png") for number in range(10)]
+    chosen = initializer._choose_pictures
+    assert chosen(images, 4) == [0, 2, 5, 7] and chosen(images, 1) == [0]
+    assert chosen(images, 0) == chosen(images, 10) == chosen(images, 99) == list(range(10))
+
+
+def test_the_identity_tells_experts_and_encoders_apart(own_world: Path) -> None:
+    options = config(own_world, "style", "coarse")
+    seen = [initializer.identity(options)]
+    for file in ("i2l/Qwen-Image-i2L-Coarse", "encoders/SigLIP2-G384/model", "encoders/DINOv3-7B/model"):
+        assert initializer.identity(options) == seen[-1]
+        changed(own_world / f"{file}.safetensors")
+        seen.append(initializer.identity(options))
+    changed(own_world / "i2l/Qwen-Image-i2L-Fine.safetensors")  # which is not used
+    assert initializer.identity(options) == seen[-1]
+    assert len({*map(str, seen)}) == 4
 
 
 def test_problems_of_the_configuration() -> None:

@@ -1,0 +1,845 @@
+"""Lines of the program, changed as a careless edit would change them, and the tests that must notice.
+
+python -m tests.mutants [--only PATTERN] [--list]
+
+The tracked files are copied to a temporary folder; there each mutant is applied alone, and its tests are run by a
+process of their own. A mutant that lives is a gap in the tests.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 300.0  # seconds that the tests of one mutant may take
+PASSED, FAILED = 0, 1  # exit codes of pytest
+PRELOADED = [
+    "accelerate",
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage",
+    "diffusers.models.transformers.transformer_qwenimage",
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit",
+    "peft",
+    "pytest",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.siglip.modeling_siglip",
+]
+"""What our modules import, and none of ours: seconds that are paid once for all mutants, where there is fork."""
+
+
+class DoesNotApply(ValueError):
+    """The text that a mutant replaces is not in its file, or more than once."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    """What is wrong then, as a sentence."""
+    file: str
+    old: str
+    """It must occur exactly once in the file: the smallest piece that does."""
+    new: str
+    tests: tuple[str, ...]
+    """Files or node ids, of which at least one must fail. Few and quick ones: they run for this mutant alone."""
+
+    def applied(self, text: str) -> str:
+        """The file with the mutant."""
+        if (count := text.count(self.old)) != 1:
+            raise DoesNotApply(f"{self.old!r} is {count} times in {self.file}, and must be once")
+        return text.replace(self.old, self.new)
+
+
+def _mutants(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
+    """Of one file. rows: name, old, new, and the test that must fail."""
+    return tuple(Mutant(name, file, old, new, (test,)) for name, old, new, test in rows)
+
+
+MUTANTS = (
+    *_mutants(
+        "trainer/objective.py",
+        (
+            "caption dropout does nothing",
+            "qwen_image.NO_CAPTION if drop else e.caption",
+            "e.caption",
+            "tests/test_objective.py::test_a_dropped_caption_is_the_empty_one",
+        ),
+        (
+            "all pictures of a batch lose their captions together",
+            "position=i",
+            "position=0",
+            "tests/test_objective.py::test_a_dropped_caption_is_the_empty_one",
+        ),
+        (
+            "batches repeat under gradient accumulation",
+            "processes + part",
+            "processes",
+            "tests/test_objective.py::test_an_epoch_divided_into_micro_steps_and_processes_shows_each_picture_once",
+        ),
+        (
+            "all micro steps and processes have the same noise",
+            '"noise", step, part, 0',
+            '"noise", step, 0',
+            "tests/test_objective.py::test_latents_are_the_picture_s_own_and_no_two_batches_have_the_same_noise",
+        ),
+        (
+            "sigmas are moved for four times as many tokens",
+            "latents.shape[-2] // 4",
+            "latents.shape[-2]",
+            "tests/test_objective.py::test_sigmas_are_moved_by_the_number_of_the_picture_s_tokens",
+        ),
+        (
+            "the padding of prompts is read as words",
+            "inputs.prompt_embeds, inputs.mask",
+            "inputs.prompt_embeds, None",
+            "tests/test_objective.py::test_the_loss_of_a_batch_is_the_mean_of_each_picture_with_its_own_prompt",
+        ),
+        (
+            "all prompts are drawn from one noise",
+            "settings.seed + row",
+            "settings.seed",
+            "tests/test_objective.py::test_samples_are_drawn_as_configured_each_prompt_from_its_own_noise",
+        ),
+        (
+            "samples have no guidance",
+            "settings.true_cfg_scale",
+            "1.0",
+            "tests/test_objective.py::test_samples_are_drawn_as_configured_each_prompt_from_its_own_noise",
+        ),
+        (
+            "the stable losses are of all pictures",
+            "[: run.validation.num_pictures]",
+            "[:]",
+            "tests/test_objective.py::test_the_stable_losses_are_of_so_many_pictures",
+        ),
+        (
+            "the adapter's dropout stays off after the first validation",
+            "self.transformer.train()",
+            "pass",
+            "tests/test_objective.py::test_dropout_is_off_while_validating_and_on_again_after",
+        ),
+        (
+            "validations have the adapter's dropout",
+            "self.transformer.eval()",
+            "pass",
+            "tests/test_objective.py::test_dropout_is_off_while_validating_and_on_again_after",
+        ),
+    ),
+    *_mutants(
+        "trainer/run.py",
+        (
+            "a run has no gradient checkpointing",
+            "gradient_checkpointing=checkpointing",
+            "gradient_checkpointing=False",
+            "tests/test_run.py::test_gradient_checkpointing_is_at_work_where_it_is_configured",
+        ),
+    ),
+    *_mutants(
+        "trainer/qwen_image.py",
+        (
+            "gradient checkpointing is never switched on",
+            "transformer.enable_gradient_checkpointing()",
+            "pass",
+            "tests/test_qwen_image.py::test_gradient_checkpointing_keeps_less_and_changes_nothing",
+        ),
+        (
+            "another tokenizer is the same model",
+            'in ("vae", "text_encoder", "tokenizer") for path',
+            'in ("vae", "text_encoder") for path',
+            "tests/test_qwen_image.py::test_another_tokenizer_is_another_identity",
+        ),
+    ),
+    *_mutants(
+        "trainer/plan.py",
+        (
+            "a run may be resumed with another table of its initializer",
+            'values["init"][self.start.method] = config.to_dict(self.start.options)',
+            "pass",
+            "tests/test_plan.py::test_settings_of_the_start_and_of_training_are_part_of_the_course",
+        ),
+        (
+            "a run may be resumed with other captions",
+            "(e.digest, e.caption)",
+            '(e.digest, "")',
+            "tests/test_run.py::test_the_course_is_what_decides_training",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/cache.py",
+        (
+            "the keys of a cache depend on the order of a table's keys",
+            "sort_keys=True",
+            "sort_keys=False",
+            "tests/data/test_cache.py::test_a_key_tells_everything_apart",
+        ),
+        (
+            "NaN is kept in the cache",
+            "not torch.isfinite(tensor).all()",
+            "False",
+            "tests/data/test_cache.py::test_nan_is_an_error_and_is_not_kept",
+        ),
+        (
+            "what is in the cache twice is read in another order",
+            "[found[k] for k in keys]",
+            "[found[k] for k in sorted(keys)]",
+            "tests/data/test_cache.py::test_what_is_known_is_not_computed_again",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/encode.py",
+        (
+            "latents of another size are read from the cache",
+            "model, e.digest, e.bucket)",
+            "model, e.digest)",
+            "tests/data/test_cache.py::test_the_same_picture_at_another_size_is_encoded_anew",
+        ),
+        (
+            "prompts of another precision are read from the cache",
+            "model, str(dtype), text)",
+            "model, text)",
+            "tests/data/test_cache.py::test_each_prompt_has_its_own_embedding_in_the_precision_asked_for",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/dataset.py",
+        (
+            "pictures have the same partners in each epoch",
+            '"shuffle", epoch, *size',
+            '"shuffle", *size',
+            "tests/data/test_dataset.py::test_a_batch_depends_on_seed_and_index_alone",
+        ),
+        (
+            "the last batch of a bucket is short",
+            "range(start, start + batch_size)",
+            "range(start, min(start + batch_size, len(group)))",
+            "tests/data/test_dataset.py::test_each_epoch_shows_every_picture_in_batches_of_one_bucket",
+        ),
+        (
+            "captions are kept at the rate at which they should be dropped",
+            "position)) < probability",
+            "position)) > probability",
+            "tests/data/test_dataset.py::test_captions_are_dropped_at_the_rate_asked_for_and_always_the_same_ones",
+        ),
+        (
+            "copies of training pictures are held out",
+            "copies[example.pixels] == 1",
+            "copies[example.pixels] >= 1",
+            "tests/data/test_dataset.py::test_copies_are_noted_and_never_held_out",
+        ),
+        (
+            "other pictures are held out when a file is renamed",
+            'f"{seed} {e.digest}"',
+            'f"{seed} {e.path}"',
+            "tests/data/test_dataset.py::test_a_number_of_pictures_is_held_out_by_seed",
+        ),
+    ),
+    *_mutants(
+        "trainer/flow.py",
+        (
+            "the velocity has the wrong sign",
+            "return noise - latents",
+            "return latents - noise",
+            "tests/test_flow.py::test_interpolation_and_velocity_agree_with_the_scheduler",
+        ),
+        (
+            "noise and latents are mixed the wrong way round",
+            "(1 - sigmas) * latents + sigmas * noise",
+            "sigmas * latents + (1 - sigmas) * noise",
+            "tests/test_flow.py::test_interpolation_and_velocity_agree_with_the_scheduler",
+        ),
+        (
+            "the shift lacks its denominator's one",
+            "(1 + (shift - 1) * sigmas)",
+            "(shift - (shift - 1) * sigmas)",
+            "tests/test_flow.py::test_a_fixed_shift_moves_the_logit_by_its_logarithm",
+        ),
+        (
+            "the stable loss has a sigma of zero",
+            "torch.float32) + 0.5)",
+            "torch.float32))",
+            "tests/test_flow.py::test_stratified_sigmas",
+        ),
+    ),
+    *_mutants(
+        "trainer/lowrank.py",
+        (
+            "scaling scales twice",
+            "LowRank(x.a, x.b * factor)",
+            "LowRank(x.a * factor, x.b * factor)",
+            "tests/test_lowrank.py::test_concatenate_adds_and_scale_multiplies",
+        ),
+        (
+            "energy is the sum of singular values without their squares",
+            "float(s[:keep].square().sum())",
+            "float(s[:keep].sum())",
+            "tests/test_lowrank.py::test_truncation_is_the_dense_svd_s_best",
+        ),
+        (
+            "small seeds lose their directions",
+            "s > s[0] * RESOLUTION",
+            "s > RESOLUTION",
+            "tests/test_lowrank.py::test_very_small_and_very_large_factors_keep_their_rank",
+        ),
+        (
+            "random rows have the bound of another size",
+            "bound = 1 / math.sqrt(x.a.shape[1])",
+            "bound = 1 / math.sqrt(x.b.shape[0])",
+            "tests/test_lowrank.py::test_random_rows_follow_the_law_of_a_linear_layer",
+        ),
+        (
+            "the rank for an energy is one too small",
+            ".sum()) + 1)",
+            ".sum()))",
+            "tests/test_lowrank.py::test_the_rank_for_an_energy_is_the_smallest_that_keeps_it",
+        ),
+        (
+            "the energies of layers are not added up",
+            "+= values.cpu()",
+            "= values.cpu()",
+            "tests/test_lowrank.py::test_the_rank_for_an_energy_is_the_smallest_that_keeps_it",
+        ),
+        (
+            "what layers keep is not weighted by their energy",
+            "shares[name] * energies[name]",
+            "shares[name]",
+            "tests/test_lowrank.py::test_what_is_kept_of_several_layers_is_weighted_by_their_energy",
+        ),
+        (
+            "the difference of two changes is their sum",
+            "scale(y, -1.0)",
+            "y",
+            "tests/test_lowrank.py::test_norm_and_relative_difference_equal_the_dense_ones",
+        ),
+    ),
+    *_mutants(
+        "trainer/adapter.py",
+        (
+            "a seed is not divided by PEFT's scale",
+            "factors.b / scaling",
+            "factors.b",
+            "tests/test_adapter.py::test_the_seeded_model_computes_with_w_plus_dw",
+        ),
+        (
+            "all modules have the same random rows",
+            'generator(random_seed, "adapter", name)',
+            'generator(random_seed, "adapter")',
+            "tests/test_adapter.py::test_each_module_has_random_rows_of_its_own",
+        ),
+        (
+            "a seed's ranks are ignored where the configuration has one",
+            "{**settings.rank_pattern, **seed.rank_pattern}",
+            "{**seed.rank_pattern, **settings.rank_pattern}",
+            "tests/test_adapter.py::test_a_seed_s_ranks_go_before_the_configuration_s",
+        ),
+        (
+            "layers with a rank of their own have another scale",
+            "if config.alpha is None else {}",
+            "if config.alpha is not None else {}",
+            "tests/test_adapter.py::test_a_layer_with_a_rank_of_its_own_has_that_alpha_unless_alpha_is_set",
+        ),
+        (
+            "a smaller seed is not balanced",
+            "if rank(factors) == limit",
+            "if rank(factors) <= limit",
+            "tests/test_adapter.py::test_a_smaller_seed_is_balanced",
+        ),
+        (
+            "what is dropped counts as no energy",
+            "lost[name] = energies[name] = before",
+            "lost[name] = before",
+            "tests/test_adapter.py::test_the_report_says_what_is_random_and_what_is_lost",
+        ),
+    ),
+    *_mutants(
+        "trainer/checkpoint.py",
+        (
+            "one checkpoint less is kept",
+            "[:-keep]",
+            "[: 1 - keep]",
+            "tests/test_checkpoint.py::test_the_oldest_are_deleted_and_what_a_killed_run_left",
+        ),
+        (
+            "a run goes on from the oldest checkpoint",
+            "folders[-1]",
+            "folders[0]",
+            "tests/test_checkpoint.py::test_the_newest_is_found_and_half_written_ones_do_not_count",
+        ),
+        (
+            "any key that begins like a free one may change",
+            'f"{name}.".startswith(f"{key}.")',
+            "name.startswith(key)",
+            "tests/test_checkpoint.py::test_a_course_is_what_may_not_change",
+        ),
+        (
+            "the count of steps of an 8-bit optimizer is forgotten",
+            '{**tensors, **rest["values"]}',
+            "tensors",
+            "tests/test_checkpoint.py::test_an_optimizer_goes_on_as_if_it_had_never_stopped",
+        ),
+    ),
+    *_mutants(
+        "trainer/formats/lora.py",
+        (
+            "a file's alpha is ignored",
+            "LowRank(a, b * scale)",
+            "LowRank(a, b)",
+            "tests/formats/test_layouts.py::test_every_layout_gives_the_same_weights",
+        ),
+        (
+            "rslora is read as plain LoRA",
+            "alpha / math.sqrt(rank) if",
+            "alpha / rank if",
+            "tests/formats/test_layouts.py::test_a_folder_of_peft_gives_peft_s_own_delta",
+        ),
+        (
+            "an alpha of our own changes dW the wrong way",
+            "len(a) / alpha",
+            "alpha / len(a)",
+            "tests/formats/test_layouts.py::test_another_alpha_leaves_dw_as_it_is",
+        ),
+    ),
+    *_mutants(
+        "trainer/formats/layouts.py",
+        (
+            "old files of diffusers are read with a and b swapped",
+            '"lora.down": True',
+            '"lora.down": False',
+            "tests/formats/test_layouts.py::test_every_layout_gives_the_same_weights",
+        ),
+        (
+            "a module that is in a file twice is taken once",
+            "part) is not None",
+            "part) is None",
+            "tests/formats/test_layouts.py::test_damaged_and_foreign_files_are_named",
+        ),
+    ),
+    *_mutants(
+        "trainer/formats/convert.py",
+        (
+            "the second file of musubi-tuner has the first one's alpha",
+            "layout=trainer.layout, alpha=1.0)",
+            "layout=trainer.layout, alpha=alpha)",
+            "tests/formats/test_trainers.py::test_musubi_has_a_second_file_for_its_default_alpha",
+        ),
+        (
+            "what was lost before is forgotten",
+            'left * (1.0 if origin.get("energy_kept") is None else origin["energy_kept"])',
+            "left",
+            "tests/formats/test_trainers.py::test_the_energy_that_is_left_stands_in_the_file",
+        ),
+        (
+            "modules that the recipe drops count as kept",
+            "if module in trained:",
+            "if trained:",
+            "tests/formats/test_trainers.py::test_modules_that_are_dropped_are_not_left",
+        ),
+    ),
+    *_mutants(
+        "trainer/compare/plan.py",
+        (
+            "the control bias-only has all experts",
+            "'init.i2l.experts=[\"bias\"]',",
+            "",
+            "tests/compare/test_plan.py::test_the_control_bias_only_has_no_other_expert",
+        ),
+        (
+            "each run of a comparison is planned with the first start",
+            "config=settings, start=cell.arm.start",
+            "config=settings",
+            "tests/compare/test_plan.py::test_the_table_of_an_initializer_is_part_of_its_own_runs_fingerprints",
+        ),
+        (
+            "another length is the same run",
+            "run, models, lengths, ",
+            "run, models, ",
+            "tests/compare/test_plan.py::test_a_setting_of_all_runs_is_part_of_all_fingerprints",
+        ),
+        (
+            "controls have the fingerprint of what they control",
+            "cell.arm.control, shown",
+            "shown",
+            "tests/compare/test_plan.py::test_runs_of_one_comparison_have_different_fingerprints",
+        ),
+    ),
+    *_mutants(
+        "trainer/compare/runs.py",
+        (
+            "the control of equal norm has the full rank",
+            "truncate(factors, rank)[0] if rank else factors",
+            "factors",
+            "tests/compare/test_runs.py::test_the_control_of_equal_norm_is_made_of_the_arm_s_own_seed",
+        ),
+        (
+            "the control of equal norm has the configuration's rank",
+            "settings = adapter.settings_for(seed, settings)",
+            "pass",
+            "tests/compare/test_runs.py::test_the_control_of_equal_norm_has_the_ranks_that_the_seed_asks_for",
+        ),
+        (
+            "the control of equal norm has three times the norm",
+            "with_random_directions(kept,",
+            "with_random_directions(kept._replace(b=3 * kept.b),",
+            "tests/compare/test_runs.py::test_the_control_of_equal_norm_has_the_ranks_that_the_seed_asks_for",
+        ),
+        (
+            "each arm starts from random rows of its own",
+            "random_seed=cell.seed",
+            "random_seed=cell.seed + len(cell.arm.name)",
+            "tests/compare/test_runs.py::test_all_arms_of_a_seed_start_from_the_same_random_rows",
+        ),
+        (
+            "each seed of an arm has the seed's prediction of the first",
+            "context, seed=seed, ",
+            "context, ",
+            "tests/compare/test_runs.py::test_each_arm_predicts_from_the_subject_s_pictures_with_the_run_s_seed",
+        ),
+        (
+            "wrong pictures are the right ones",
+            "images=images, ",
+            "",
+            "tests/compare/test_runs.py::test_each_arm_predicts_from_the_subject_s_pictures_with_the_run_s_seed",
+        ),
+        (
+            "a frozen LoRA stays for the next run",
+            "handle.remove()",
+            "pass",
+            "tests/compare/test_runs.py::test_nothing_of_a_run_stays_on_the_base",
+        ),
+        (
+            "samples of a comparison have no guidance",
+            "settings.true_cfg_scale",
+            "1.0",
+            "tests/compare/test_runs.py::test_samples_are_drawn_as_configured_from_the_same_noises_for_each_prompt",
+        ),
+        (
+            "samples of one prompt are one sample",
+            "settings.seed + number",
+            "settings.seed",
+            "tests/compare/test_runs.py::test_samples_are_drawn_as_configured_from_the_same_noises_for_each_prompt",
+        ),
+        (
+            "a comparison has no gradient checkpointing",
+            "gradient_checkpointing=train.gradient_checkpointing",
+            "gradient_checkpointing=False",
+            "tests/compare/test_runs.py::test_the_base_is_set_up_as_configured",
+        ),
+    ),
+    *_mutants(
+        "trainer/compare/statistics.py",
+        (
+            "the best rate is that of the luckiest seed",
+            "(mean(rates[rate]), rate)",
+            "(min(rates[rate]), rate)",
+            "tests/compare/test_statistics.py::test_neither_a_lucky_nor_an_unlucky_seed_chooses_the_rate",
+        ),
+        (
+            "a run that reaches the baseline's best never does",
+            'point["val_loss"] <= goal',
+            'point["val_loss"] < goal',
+            "tests/compare/test_statistics.py::test_steps_and_seconds_to_the_baselines_best",
+        ),
+        (
+            "the initializer's time costs nothing",
+            'run["init_seconds"] + reached["seconds"]',
+            'reached["seconds"]',
+            "tests/compare/test_statistics.py::test_steps_and_seconds_to_the_baselines_best",
+        ),
+        (
+            "the interval holds 90 of 100",
+            "(2.5, 97.5)",
+            "(5.0, 95.0)",
+            "tests/compare/test_statistics.py::test_the_interval_holds_95_of_100",
+        ),
+        (
+            "subjects are not resampled",
+            "random.integers(len(groups), size=len(groups))",
+            "range(len(groups))",
+            "tests/compare/test_statistics.py::test_the_interval_is_over_subjects_and_not_over_their_many_seeds",
+        ),
+        (
+            "seeds are not resampled",
+            "random.integers(len(group), size=len(group))",
+            "range(len(group))",
+            "tests/compare/test_statistics.py::test_a_subject_with_many_seeds_counts_as_one_of_few_when_resampled",
+        ),
+    ),
+    *_mutants(
+        "trainer/compare/measures.py",
+        (
+            "a sample is compared with itself",
+            "triu_indices(NUM_SAMPLES, NUM_SAMPLES, 1)",
+            "triu_indices(NUM_SAMPLES, NUM_SAMPLES, 0)",
+            "tests/compare/test_measures.py::test_similarity_and_diversity_are_means_over_pairs",
+        ),
+        (
+            "samples are compared with the training pictures",
+            "float((own @ real.T).mean())",
+            "float((own @ shown.T).mean())",
+            "tests/compare/test_measures.py::test_similarity_and_diversity_are_means_over_pairs",
+        ),
+        (
+            "embeddings are compared with their lengths",
+            "torch.nn.functional.normalize(rows.double(), dim=1)",
+            "rows.double()",
+            "tests/compare/test_measures.py::test_similarity_and_diversity_are_means_over_pairs",
+        ),
+    ),
+    *_mutants(
+        "initializers/i2l/predictions.py",
+        (
+            "predictions of another expert are read from the cache",
+            "sample(expert_file.path), ",
+            "",
+            "tests/initializers/i2l/test_initializer.py::test_what_another_file_predicted_is_not_read",
+        ),
+        (
+            "predictions from other pictures are read from the cache",
+            "context.device.type, list(digests))",
+            "context.device.type)",
+            "tests/initializers/i2l/test_initializer.py::test_what_was_predicted_from_other_pictures_is_not_read",
+        ),
+        (
+            "predictions of another Qwen-VL are read from the cache",
+            "read_by += qwen_image.identity(context.base)",
+            "pass",
+            "tests/initializers/i2l/test_initializer.py::test_what_another_file_predicted_is_not_read",
+        ),
+        (
+            "embeddings of another encoder are read from the cache",
+            '"i2l embedding", model, ',
+            '"i2l embedding", ',
+            "tests/initializers/i2l/test_initializer.py::test_kept_embeddings_are_of_the_encoders_that_are_there_now",
+        ),
+        (
+            "hidden states at another resolution are read from the cache",
+            "device.type, resolution, digests[i])",
+            "device.type, digests[i])",
+            "tests/initializers/i2l/test_initializer.py::test_kept_hidden_states_are_of_the_resolution_that_is_asked_for",
+        ),
+        (
+            "a seed of some pictures is one of all",
+            "factor[self._pictures]",
+            "factor",
+            "tests/initializers/i2l/test_expert.py::test_some_pictures_combined_are_as_if_the_others_were_not_there",
+        ),
+        (
+            "the weight of Bias is ignored",
+            'self._weights.get("bias", 1.0)',
+            "1.0",
+            "tests/initializers/i2l/test_initializer.py::test_weights_of_the_experts",
+        ),
+    ),
+    *_mutants(
+        "initializers/i2l/initializer.py",
+        (
+            "strength is tried on other pictures than those that were chosen",
+            "indices[index])",
+            "index)",
+            "tests/initializers/i2l/test_initializer.py::test_strength_is_tried_on_the_pictures_that_were_chosen",
+        ),
+        (
+            "strength is tried on pictures that the seed has seen",
+            "if other != index",
+            "if True",
+            "tests/initializers/i2l/test_initializer.py::test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture",
+        ),
+        (
+            "the strength with the highest loss is taken",
+            "means.argmin()",
+            "means.argmax()",
+            "tests/initializers/i2l/test_initializer.py::test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture",
+        ),
+        (
+            "merge forgets the strength",
+            "range(len(paths)), strength)",
+            'range(len(paths)), 1.0 if config.mode == "merge" else strength)',
+            "tests/initializers/i2l/test_initializer.py::test_merge_keeps_the_whole_prediction_at_its_strength",
+        ),
+        (
+            "the rank for an energy is that of modules that are not trained",
+            "for name in factors if name in context.modules",
+            "for name in factors",
+            "tests/initializers/i2l/test_initializer.py::test_the_rank_for_an_energy_is_that_of_the_modules_that_are_trained",
+        ),
+        (
+            "a number of pictures is the first ones",
+            "index * count // chosen",
+            "index",
+            "tests/initializers/i2l/test_initializer.py::test_a_number_of_pictures_is_spread_over_all",
+        ),
+        (
+            "other encoders are the same initializer",
+            ", *encoders.identity(config.encoders)]",
+            "]",
+            "tests/initializers/i2l/test_initializer.py::test_the_identity_tells_experts_and_encoders_apart",
+        ),
+    ),
+    *_mutants(
+        "initializers/i2l/expert.py",
+        (
+            "predictions of several pictures are added up",
+            "joined / count if count > 1 else joined",
+            "joined",
+            "tests/initializers/i2l/test_expert.py::test_the_mean_of_each_sample_s_pictures",
+        ),
+        (
+            "the residual does not reach the prediction",
+            "compressed + shift",
+            "compressed",
+            "tests/initializers/i2l/test_expert.py::test_forward",
+        ),
+        (
+            "the last rows of a weight are not read",
+            "min(at_once, num_rows - start)",
+            "min(at_once, num_rows - start - 1)",
+            "tests/initializers/i2l/test_expert.py::test_streaming_is_the_module_and_the_reference",
+        ),
+    ),
+    *_mutants(
+        "initializers/i2l/encoders.py",
+        (
+            "the residual is ten times as large",
+            "RESIDUAL_SCALE = 0.05",
+            "RESIDUAL_SCALE = 0.5",
+            "tests/initializers/i2l/test_encoders.py::test_residual_is_what_the_edit_pipeline_sees[224-71]",
+        ),
+        (
+            "DINOv3's embedding is the mean of its tokens",
+            "last_hidden_state[:, 0]",
+            "last_hidden_state.mean(1)",
+            "tests/initializers/i2l/test_encoders.py::test_embeddings_are_siglip_then_dinov3",
+        ),
+        (
+            "pictures are squeezed into the square",
+            "size / min(picture.size)",
+            "size / max(picture.size)",
+            "tests/initializers/i2l/test_encoders.py::test_cover_crop_keeps_the_middle",
+        ),
+        (
+            "the tokens of a picture are placed like text",
+            "[1] * num_image_tokens",
+            "[0] * num_image_tokens",
+            "tests/initializers/i2l/test_encoders.py::test_residual_is_what_the_edit_pipeline_sees[224-71]",
+        ),
+    ),
+)
+
+
+# --- the program ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    dead: bool
+    said: str
+
+
+def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT, mutants: Sequence[Mutant] = MUTANTS) -> int:
+    """Exit code 0 if every mutant is dead."""
+    options = parse_arguments(arguments)
+    wanted = re.compile(options.only, re.IGNORECASE)
+    chosen = [mutant for mutant in mutants if wanted.search(f"{mutant.file}: {mutant.name}")]
+    if options.list or not chosen:
+        print("\n".join(f"{mutant.file}: {mutant.name}" for mutant in chosen) or "no mutant has such a name or file")
+        return 0 if chosen else 1
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = copy_tracked(root, Path(folder).resolve() / "copy")
+        tests = dict.fromkeys(test for mutant in chosen for test in mutant.tests)
+        print(f"{len(tests)} tests without a mutant ...", flush=True)
+        code, output = run_tests(copy, tests, TIMEOUT * len(chosen))
+        if code != PASSED:
+            print(f"{output}\nThese tests are red without a mutant: nothing can be told before they are green.")
+            return 1
+        verdicts = [tell(mutant, judge(copy, mutant)) for mutant in tqdm(chosen, "mutants", unit="")]
+    dead = sum(verdict.dead for verdict in verdicts)
+    print(f"{dead} of {len(chosen)} mutants are dead, in {time.monotonic() - began:.0f} s")
+    return 0 if dead == len(chosen) else 1
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="See whether the tests notice.")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="mutants whose file or name matches (a regex)")
+    parser.add_argument("--list", action="store_true", help="print their files and names, and stop")
+    return parser.parse_args(arguments)
+
+
+def copy_tracked(root: Path, copy: Path) -> Path:
+    """The tracked files as they are in the working tree."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (root / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, copy / name)
+    return copy
+
+
+def judge(copy: Path, mutant: Mutant) -> Verdict:
+    """Apply the mutant, run its tests, put the file back."""
+    path = copy / mutant.file
+    text = path.read_text(encoding="utf-8")
+    try:
+        path.write_text(mutant.applied(text), encoding="utf-8")
+        code, output = run_tests(copy, mutant.tests, TIMEOUT)
+    except DoesNotApply as error:
+        return Verdict(False, f"does not apply: {error}")
+    finally:
+        path.write_text(text, encoding="utf-8")
+    if code is None:
+        return Verdict(False, f"no answer within {TIMEOUT:.0f} s")
+    if code == PASSED:
+        return Verdict(False, "LIVED")
+    killers = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    if code == FAILED and killers:
+        return Verdict(True, f"killed by {killers[0]}")
+    return Verdict(False, f"its tests could not be run:\n{output}")
+
+
+def run_tests(copy: Path, tests: Iterable[str], timeout: float) -> tuple[int | None, str]:
+    """The exit code of pytest, or None after `timeout` seconds; and its output, up to the first failure."""
+    context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+    output = copy.with_name("output.txt")
+    process = context.Process(target=_run_pytest, args=(copy, [*tests], output))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None, ""
+    return process.exitcode, output.read_text(encoding="utf-8")
+
+
+def _run_pytest(copy: Path, tests: list[str], output: Path) -> None:
+    """In a process that has imported nothing of ours."""
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    gc.freeze()  # pytest collects garbage: what was imported before need not be looked through
+    sys.dont_write_bytecode = True  # of a mutant of the same size and second, that of another would be taken
+    options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={copy.with_name('tmp')}"]
+    with output.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        code = pytest.main([*options, *tests])
+    sys.exit(code)
+
+
+def tell(mutant: Mutant, verdict: Verdict) -> Verdict:
+    tqdm.write(f"{mutant.file}: {mutant.name}: {verdict.said}", file=sys.stdout)
+    return verdict
+
+
+if __name__ == "__main__":
+    sys.exit(main())
