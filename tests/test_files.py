@@ -180,3 +180,23 @@ def test_a_streamed_file_is_what_safetensors_writes(dtype: torch.dtype, tmp_path
     with pytest.raises(AssertionError):  # what was announced must come
         files.stream_tensors(tmp_path / "y.safetensors", shapes, iter([("b", tensors["b"])]))
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_what_a_killed_process_left_goes_an_hour_later(tmp_path: Path) -> None:
+    old, fresh, other = (tmp_path / f".{name}.partial" for name in ("x.json.77", "x.json.78", "y.json.77"))
+    for path in (old, fresh, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    files.write_json(tmp_path / "x.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["x.json", fresh.name, other.name])
+
+
+def test_a_changed_byte_is_seen_by_the_checksum(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "x.safetensors", {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
+    for summed in (True, False):
+        files.stream_tensors(path, {n: x.shape for n, x in tensors.items()}, tensors.items(), summed=summed)
+        assert all(torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items())
+        assert not files.differs(path)
+        path.write_bytes(path.read_bytes()[:-2] + b"??")
+        assert files.differs(path) == summed

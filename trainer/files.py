@@ -1,5 +1,6 @@
 """Files appear whole or not at all: write beside, flush to the disk, rename. Others' files may not be: look first."""
 
+import glob
 import hashlib
 import json
 import math
@@ -25,6 +26,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Precisions by their name in configurations."""
 HEADER_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Precisions by their name in a safetensors header."""
+ABANDONED = 3600
+"""Seconds after which nobody is writing a file any more that is half written."""
 
 
 def _flush(path: Path) -> None:
@@ -73,11 +76,21 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         _flush(partial)
         os.replace(partial, path)
         _flush(path.parent)
+        _remove_abandoned(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
             raise _naming(error, partial, path) from error
         raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what killed processes left of `path`. Another one may be writing it now: only what nobody has changed for
+    an hour."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(FileNotFoundError):  # it has just been finished
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                old.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -215,14 +228,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def remove_leftovers(folder: Path, *, older_than: float = -math.inf) -> None:
-    """Delete what a killed process left half written under `folder`, if it was not changed for `older_than` seconds:
-    without them, no other process may be writing there."""
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half written under `folder`. Not while another process writes there."""
     for path in [*folder.rglob(".*")]:
         if re.fullmatch(r"\..+\.\d+\.(partial|old)", path.name):
-            with suppress(FileNotFoundError):  # another process has just finished it
-                if time.time() - path.stat().st_mtime > older_than:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class LayoutError(UserError):

@@ -30,8 +30,7 @@ SECTIONS = {
     "a full disk": "The write stops halfway with the system's error; then there is room again, and `--resume` ends the "
     "run.",
     "a kill": "Nothing can be said by a process that is killed. The run is then given again, with `--resume` if it had "
-    "begun to train. Before that, what is half written is in the cache; a run that writes there an hour later deletes "
-    "it.",
+    "begun to train. Before that, what is half written stays until the file is written again an hour later.",
     "NaN": "Put into what a stage computes.",
 }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.errors import UserError
-from trainer.files import checksum, remove_leftovers, write_tensors
+from trainer.files import checksum, write_tensors
 
 log = logging.getLogger("trainer")
 
@@ -79,7 +79,6 @@ class Cache:
 
     def _write(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         if shard:
-            remove_leftovers(self._folder, older_than=3600)  # another process may be writing
             sums = {name: checksum(tensor) for name, tensor in shard.items()}
             write_tensors(self._folder / f"{key(sorted(shard))[:32]}.safetensors", shard, sums)
         return shard
