@@ -73,7 +73,7 @@ MUTANTS = (
         "trainer/objective.py",
         (
             "caption dropout does nothing",
-            "qwen_image.NO_CAPTION if drop else e.caption",
+            "qwen_image.EMPTY_PROMPT if drop else e.caption",
             "e.caption",
             "tests/test_objective.py::test_a_dropped_caption_is_the_empty_one",
         ),
@@ -109,8 +109,8 @@ MUTANTS = (
         ),
         (
             "all prompts are drawn from one noise",
-            "settings.seed + row",
-            "settings.seed",
+            "settings.seed + row for",
+            "settings.seed for",
             "tests/test_objective.py::test_samples_are_drawn_as_configured_each_prompt_from_its_own_noise",
         ),
         (
@@ -157,8 +157,8 @@ MUTANTS = (
         ),
         (
             "another tokenizer is the same model",
-            'in ("vae", "text_encoder", "tokenizer") for path',
-            'in ("vae", "text_encoder") for path',
+            'ENCODERS = ("vae", "text_encoder", "tokenizer")',
+            'ENCODERS = ("vae", "text_encoder")',
             "tests/test_qwen_image.py::test_another_tokenizer_is_another_identity",
         ),
     ),
@@ -166,9 +166,21 @@ MUTANTS = (
         "trainer/plan.py",
         (
             "a run may be resumed with another table of its initializer",
-            'values["init"][self.start.method] = config.to_dict(self.start.options)',
-            "pass",
+            ", method: config.to_dict(self.start.options)}",
+            "}",
             "tests/test_plan.py::test_settings_of_the_start_and_of_training_are_part_of_the_course",
+        ),
+        (
+            "a run may be resumed with other weights of the base",
+            "qwen_image.identity(self.config.model.base, qwen_image.PARTS)",
+            "None",
+            "tests/test_resume.py::test_other_weights_of_the_base_are_refused",
+        ),
+        (
+            "a run may be resumed with another file of its start",
+            'f"init.{method}": self.start.identity()',
+            'f"init.{method}": None',
+            "tests/test_resume.py::test_the_start_s_file_may_be_gone_but_not_another",
         ),
         (
             "a run may be resumed with other captions",
@@ -373,8 +385,8 @@ MUTANTS = (
         ),
         (
             "a run goes on from the oldest checkpoint",
-            "folders[-1]",
-            "folders[0]",
+            "load(folders[-1])",
+            "load(folders[0])",
             "tests/test_checkpoint.py::test_the_newest_is_found_and_half_written_ones_do_not_count",
         ),
         (
@@ -601,7 +613,7 @@ MUTANTS = (
         "initializers/i2l/predictions.py",
         (
             "predictions of another expert are read from the cache",
-            "sample(expert_file.path), ",
+            "content_hash(expert_file.path), ",
             "",
             "tests/initializers/i2l/test_initializer.py::test_what_another_file_predicted_is_not_read",
         ),
