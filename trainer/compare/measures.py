@@ -14,6 +14,7 @@ from tqdm import tqdm
 from trainer.compare.plan import Comparison, Subject
 from trainer.data.cache import key
 from trainer.data.dataset import load_picture
+from trainer.data.pictures import open_picture
 from trainer.files import write_json
 from trainer.hub.sources import local
 from trainer.validation import sample_files
@@ -55,7 +56,7 @@ def _measure(comparison: Comparison, subject: Subject, device: torch.device) -> 
     held_out, training = (
         [load_picture(e) for e in part] for part in (subject.plan.dataset.held_out, subject.plan.dataset.train)
     )
-    sampled = [Image.open(path).convert("RGB") for paths in files.values() for path in paths]
+    sampled = [open_picture(path) for paths in files.values() for path in paths]
     counts = [len(paths) for paths in files.values()]
     similar: dict[str, float] = {}
     runs: dict[str, dict[str, dict[str, float]]] = {name: {} for name, _ in files}

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from trainer.compare.statistics import Outcome, Run, best_rates, outcomes, summarise
+from trainer.data.pictures import DataError, open_picture
 from trainer.files import write_file, write_json, write_text
 from trainer.validation import grid, write_png
 
@@ -172,16 +174,23 @@ def contact_sheet(
             if not files:
                 return None
             steps = [int(file.name.split("-")[1]) for file in files]
-            rows.append([Image.open(file) for file in files])
+            rows.append([open_picture(file) for file in files])
             best = min(point["val_loss"] for point in run["curve"])
             losses = f"held-out loss {run['curve'][0]['val_loss']:.3f} at step 0, best {best:.3f}"
             titles.append(f"{subject['name']}, {arm}, learning rate {run['learning_rate']:g}: {losses}")
-        real = [Path(picture["path"]) for picture in (*subject["held_out"], *subject["train"])]
-        pictures = [Image.open(path).convert("RGB") for path in real[: len(steps)] if path.exists()]
-        if pictures:
+        if pictures := _real_pictures(subject, len(steps)):
             rows.append(pictures)
             titles.append(f"{subject['name']}: real pictures, those first that no run has seen")
     return grid(rows, [f"step {step}" for step in steps], titles) if rows else None
+
+
+def _real_pictures(subject: Mapping[str, Any], count: int) -> list[Image.Image]:
+    """The first `count` of a subject's pictures, the held-out ones first, as far as they are still there and usable."""
+    found = []
+    for entry in (*subject["held_out"], *subject["train"])[:count]:
+        with suppress(DataError):
+            found.append(open_picture(Path(entry["path"])))
+    return found
 
 
 def _data_uri(data: bytes) -> str:
