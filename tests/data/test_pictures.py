@@ -27,12 +27,8 @@ def painted(mode: str) -> Image.Image:
 def profile() -> bytes:
     """sRGB with red and blue swapped."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return (
-        srgb.replace(b"rXYZ", b"tXYZ")
-        .replace(b"bXYZ", b"rXYZ")
-        .replace(b"tXYZ", b"bXYZ")
-        .replace(b"s\0R\0G", b"s\0X\0G")
-    )
+    swapped = srgb.replace(b"rXYZ", b"tXYZ").replace(b"bXYZ", b"rXYZ").replace(b"tXYZ", b"bXYZ")
+    return swapped.replace("sRGB".encode("utf-16be"), "tRGB".encode("utf-16be"))
 
 
 def save(folder: Path, kind: str) -> Path:
