@@ -14,6 +14,7 @@ from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.plan import InitConfig, Initializers, Plan, RunConfig, Start
 
+SCHEMA = 2  # of report.json, and of the results that it is made from
 CONTROLS = {
     "norm-matched": "i2l's singular values with random directions: is it only the size of the seed?",
     "wrong-pictures": "i2L of the next subject's pictures: does it carry the subject, or an average one?",
@@ -126,12 +127,12 @@ class Comparison:
         prepared = self.plan_of(cell)
         models = [self._base_identity, *self._identities[cell.arm.name]]
         other = self.other(cell.subject) if cell.arm.control == "wrong-pictures" else None
-        shown = [example.digest for example in other.plan.dataset.train] if other else []
+        shown = [(example.digest, example.caption) for example in other.plan.dataset.train] if other else []
         held_out = [example.digest for example in prepared.dataset.held_out]
         settings = config.to_dict(self.config.validation)
         run, train = prepared.course(), self.config.train
         lengths = [train.steps, train.gradient_accumulation_steps]
-        return key(run, models, lengths, cell.arm.control, shown, held_out, settings)
+        return key(SCHEMA, run, models, lengths, cell.arm.control, shown, held_out, settings)
 
     @cached_property
     def _base_identity(self) -> Any:
@@ -321,10 +322,15 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
     return json.loads(cell.result_file.read_text(encoding="utf-8")) if cell.result_file.exists() else None
 
 
+def finished(cell: Cell) -> bool:
+    """Not so a run that failed: it is tried again."""
+    return (read_result(cell) or {}).get("status") == "finished"
+
+
 def plan_text(comparison: Comparison) -> str:
     """What would be done."""
     cells = comparison.cells()
-    done = sum((result := read_result(cell)) is not None and result["status"] == "finished" for cell in cells)
+    done = sum(map(finished, cells))
     groups = sorted({subject.group for subject in comparison.subjects})
     return "\n".join(
         [

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,13 +35,15 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     rows = outcomes(runs, report["baseline"])
     groups = list(dict.fromkeys(run["group"] for run in runs))
     arms = list(dict.fromkeys(run["arm"] for run in runs))
+    failures = [run for run in report["runs"] if run["status"] == "failed"]
     summary = []
     for group in groups:
         for arm in arms:
             own = [row for row in rows if (row.group, row.arm) == (group, arm)]
             if own:
-                summary.append({"group": group, "arm": arm, **summarise(own), "pictures": _measures(runs, own)})
-    failures = [run for run in report["runs"] if run["status"] == "failed"]
+                failed = sum((run["group"], run["arm"]) == (group, _run_arm(arm)) for run in failures)
+                found = {"group": group, "arm": arm, "failed": failed, **summarise(own)}
+                summary.append({**found, "pictures": _measures(runs, own)})
     report = {**report, "summary": summary, "outcomes": [asdict(row) for row in rows]}
     write_json(folder / "report.json", report)
     write_file(folder / "curves.png", lambda path: path.write_bytes(curves(runs, groups, arms, "light")))
@@ -48,7 +51,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     if sheet is not None:
         write_png(folder / "contact_sheet.png", sheet)
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"percent": _percent, "number": _number, "bounds": _bounds}
+    page.filters |= {"percent": _percent, "number": _number, "bounds": _bounds, "seconds": _seconds}
+    settings = {"config": report["config"], "arms": report["arms"], "versions": report["versions"]}
     text = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         groups=groups,
@@ -57,6 +61,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         summary={(row["group"], row["arm"]): row for row in summary},
         measures=sorted({name for row in summary for name in row["pictures"]}),
         failures=failures,
+        settings=json.dumps(settings, indent=2, ensure_ascii=False),
         figures=[{theme: _data_uri(curves(runs, [group], arms, theme)) for theme in THEMES} for group in groups],
         sheet=_data_uri((folder / "contact_sheet.png").read_bytes()) if sheet is not None else None,
         steps=report["config"]["train"]["steps"],
@@ -74,6 +79,11 @@ def usable(report: Mapping[str, Any]) -> list[Run]:
             end = {**start, "step": run["curve"][-1]["step"]}
             runs.append({**run, "arm": "no-training", "curve": [start, end]})
     return runs
+
+
+def _run_arm(arm: str) -> str:
+    """The arm whose runs stand behind an arm of the report."""
+    return "i2l" if arm == "no-training" else arm
 
 
 def _measures(runs: Sequence[Run], rows: Sequence[Outcome]) -> dict[str, dict[str, float]]:
@@ -106,7 +116,12 @@ def _headline(row: Mapping[str, Any], baseline: str) -> str:
     if row["below_at_step_0"]:
         text += f" ({row['below_at_step_0']} of them before the first step)"
     lower = row["best_lower_by"]["value"]
-    return f"{text}; its own best is {abs(lower):.1%} {'lower' if lower >= 0 else 'higher'}."
+    failed = (
+        f" {row['failed']} of its runs failed and {'is' if row['failed'] == 1 else 'are'} left out."
+        if row["failed"]
+        else ""
+    )
+    return f"{text}; its own best is {abs(lower):.1%} {'lower' if lower >= 0 else 'higher'}.{failed}"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -208,6 +223,12 @@ def _number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return "0" if value < 0.05 else f"{value:.1f}"
 
 
 def _bounds(interval: Mapping[str, float | None]) -> str:
