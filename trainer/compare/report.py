@@ -36,14 +36,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     groups = list(dict.fromkeys(run["group"] for run in runs))
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     failures = [run for run in report["runs"] if run["status"] == "failed"]
-    summary = []
-    for group in groups:
-        for arm in arms:
-            own = [row for row in rows if (row.group, row.arm) == (group, arm)]
-            if own:
-                failed = sum((run["group"], run["arm"]) == (group, _run_arm(arm)) for run in failures)
-                found = {"group": group, "arm": arm, "failed": failed, **summarise(own)}
-                summary.append({**found, "pictures": _measures(runs, own)})
+    summary = [row for group in groups for arm in arms if (row := _summary(group, arm, runs, rows, failures))]
     report = {**report, "summary": summary, "outcomes": [asdict(row) for row in rows]}
     write_json(folder / "report.json", report)
     write_file(folder / "curves.png", lambda path: path.write_bytes(curves(runs, groups, arms, "light")))
@@ -81,9 +74,16 @@ def usable(report: Mapping[str, Any]) -> list[Run]:
     return runs
 
 
-def _run_arm(arm: str) -> str:
-    """The arm whose runs stand behind an arm of the report."""
-    return "i2l" if arm == "no-training" else arm
+def _summary(
+    group: str, arm: str, runs: Sequence[Run], rows: Sequence[Outcome], failures: Sequence[Run]
+) -> dict[str, Any] | None:
+    """An arm in a group; None if no pair of its runs is left."""
+    own = [row for row in rows if (row.group, row.arm) == (group, arm)]
+    if not own:
+        return None
+    stands_for = "i2l" if arm == "no-training" else arm
+    failed = sum((run["group"], run["arm"]) == (group, stands_for) for run in failures)
+    return {"group": group, "arm": arm, "failed": failed, **summarise(own), "pictures": _measures(runs, own)}
 
 
 def _measures(runs: Sequence[Run], rows: Sequence[Outcome]) -> dict[str, dict[str, float]]:
@@ -116,11 +116,7 @@ def _headline(row: Mapping[str, Any], baseline: str) -> str:
     if row["below_at_step_0"]:
         text += f" ({row['below_at_step_0']} of them before the first step)"
     lower = row["best_lower_by"]["value"]
-    failed = (
-        f" {row['failed']} of its runs failed and {'is' if row['failed'] == 1 else 'are'} left out."
-        if row["failed"]
-        else ""
-    )
+    failed = f" {row['failed']} of its runs failed." if row["failed"] else ""
     return f"{text}; its own best is {abs(lower):.1%} {'lower' if lower >= 0 else 'higher'}.{failed}"
 
 

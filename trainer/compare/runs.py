@@ -134,8 +134,8 @@ class Workbench:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def _context(self, subject: Subject, arm: Arm, seed: int) -> InitContext:
-        """What the initializer is told. That of `wrong-pictures` is told of the next subject alone, and so finds the
-        start that i2l itself has there, with the strength that "auto" takes by those pictures: judged on this subject's,
+        """What the initializer is told. That of `wrong-pictures` is told of the next subject alone: it finds the start
+        that i2l has there, with the strength that "auto" takes by those pictures. Judged by this subject's pictures,
         "auto" would reject the seed, and the control would be `random` under another name."""
         shown = subject
         if arm.control == "wrong-pictures":
