@@ -261,7 +261,10 @@ def _cached(
 
 
 def _seconds_file(context: InitContext, stage: str, names: Sequence[str]) -> Path | None:
-    return context.cache / "i2l" / "seconds" / f"{stage}-{key(list(names))[:32]}.json" if context.cache else None
+    """Where the seconds of a stage are kept that gave what the cache knows by these names, in whatever order."""
+    if context.cache is None:
+        return None
+    return context.cache / "i2l" / "seconds" / f"{stage}-{key(sorted(set(names)))[:32]}.json"
 
 
 def _keep_seconds(context: InitContext, stage: str, names: Sequence[str], seconds: float) -> None:

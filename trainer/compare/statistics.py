@@ -1,8 +1,8 @@
 """What a comparison's curves say: pure functions on numbers.
 
 A *run* is a mapping with `group`, `subject`, `arm`, `learning_rate`, `seed`, `init_seconds` (what the start would cost
-alone, or None) and `curve`: points with `step`, `val_loss` and `seconds`, the first at step 0. Every arm is taken at its
-own best learning rate: a start that suits a low rate would otherwise look good, or bad, only for the rate that was
+alone, or None) and `curve`: points with `step`, `val_loss` and `seconds`, the first at step 0. Every arm is taken at
+its own best learning rate: a start that suits a low rate would otherwise look good, or bad, only for the rate that was
 chosen (arXiv:2602.04998).
 """
 
