@@ -234,9 +234,6 @@ class Unforeseen(Exception):
     """Of no kind that the program knows."""
 
 
-@pytest.mark.parametrize(
-    "error", [Unforeseen("such a thing"), RuntimeError("such a thing"), IndexError("such a thing")]
-)
 def test_whatever_fails_in_a_run_fails_that_run_alone(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -267,10 +264,11 @@ def test_whatever_fails_in_a_run_fails_that_run_alone(
     assert go(run_toml, output, *arguments) == FINISHED  # tried again, from its beginning
     assert go(run_toml, tmp_path / "whole", *arguments) == FINISHED
     assert curves(output) == curves(tmp_path / "whole") and not trace.exists()
-    again, whole = (folder / trace.parent.relative_to(output) for folder in (output, tmp_path / "whole"))
-    assert len((again / "metrics.jsonl").read_text()) == pytest.approx(
-        len((whole / "metrics.jsonl").read_text()), rel=0.1
-    )
+    lines = [
+        len((folder / trace.parent.relative_to(output) / "metrics.jsonl").read_text().splitlines())
+        for folder in (output, tmp_path / "whole")
+    ]
+    assert lines[0] == lines[1] > 4
 
 
 def test_a_full_disk_stops_the_whole(run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
