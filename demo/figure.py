@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from trainer.data.pictures import open_picture
 from trainer.validation import grid, write_png
 
 
@@ -32,12 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(reports[0]["config"]["data"]["images"])
     rows, titles = list[list[Image.Image]](), list[str]()
     for run, report in zip(options.runs, reports, strict=True):
-        rows.append([Image.open(run / "samples" / f"step-{step:06d}-{options.row}.png") for step in steps])
+        rows.append([open_picture(run / "samples" / f"step-{step:06d}-{options.row}.png") for step in steps])
         losses = {entry["step"]: entry["val_loss"] for entry in report["validations"] if "val_loss" in entry}
         shown = f"held-out loss {losses[steps[0]]:.3f} at step 0, best {min(losses.values()):.3f}" if losses else ""
         titles.append(f"{report['init']['method']}: {prompt} ({shown})")
-    training: list[Image.Image] = [Image.open(folder / entry["picture"]) for entry in reports[0]["data"]["train"]]
-    rows.append(training[: len(steps)])
+    training = [folder / entry["picture"] for entry in reports[0]["data"]["train"]]
+    rows.append([open_picture(path) for path in training[: len(steps)]])
     titles.append("the training pictures")
     write_png(options.output, grid(rows, [f"step {step}" for step in steps], titles))
     print(options.output)

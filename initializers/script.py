@@ -22,7 +22,7 @@ from torch import nn
 import initializers
 from trainer import adapter, config, lycoris
 from trainer.adapter import NAME, AdapterConfig, InitContext, Seed
-from trainer.data.pictures import SUFFIXES, pictures_in
+from trainer.data.pictures import SUFFIXES, DataError, pictures_in, upright
 from trainer.formats.lora import BASE_CHANGING
 from trainer.hub import sources
 
@@ -260,7 +260,7 @@ def _rank(model: nn.Module, name: str) -> int:
 
 
 def _picture_paths(images: Images | None, folder: Path, problems: list[str]) -> tuple[Path, ...]:
-    """Paths of pictures; PIL images are written into `folder` first."""
+    """Paths of pictures; PIL images are written into `folder` first, as `open_picture` would see their files."""
     if images is None:
         return ()
     if isinstance(images, str | Path):
@@ -274,8 +274,12 @@ def _picture_paths(images: Images | None, folder: Path, problems: list[str]) -> 
     paths = []
     for number, image in enumerate(images):
         if isinstance(image, Image.Image):
-            paths.append(folder / f"{number:05d}.png")
-            image.convert("RGB").save(paths[-1])
+            path = folder / f"{number:05d}.png"
+            try:
+                upright(image, f"images: picture {number + 1}").save(path)
+            except DataError as error:
+                problems += error.problems
+            paths.append(path)
         elif not Path(image).is_file():
             problems.append(f"images: there is no file {image}")
         else:

@@ -203,7 +203,8 @@ def initialize(context: InitContext, config: Config) -> Seed:
         "strength": strength,
         "modules": len(ranks),
         "incoming_rank": max(ranks.values()),
-        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "first_seconds": predictions.first_seconds,
     }
     return _seed(context, config, factors, report | ({"tried": tried} if tried else {}))
 

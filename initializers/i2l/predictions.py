@@ -1,12 +1,13 @@
 """The LoRA that each expert predicts from each picture: read from the cache, or computed and kept there."""
 
 import hashlib
+import json
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from trainer.adapter import InitContext
 from trainer.data.cache import Cache, key
 from trainer.data.pictures import open_picture
 from trainer.errors import UserError
-from trainer.files import LayoutError, content_hash, differs, stream_tensors
+from trainer.files import LayoutError, content_hash, differs, stream_tensors, write_json
 from trainer.formats import read_lora
 from trainer.lowrank import LowRank, concatenate, rank, scale
 
@@ -42,6 +43,9 @@ class Predictions:
     """Bias, if it is among the experts."""
     folder: tempfile.TemporaryDirectory[str] | None
     """Where the files are, if no cache keeps them."""
+    first_seconds: dict[str, float | None] = field(default_factory=dict)
+    """What each stage took when it was computed, now or when it went into the cache; None if that is not known. Empty
+    without a cache."""
 
     def combine(
         self, weights: Mapping[str, float], pictures: Sequence[int], strength: float = 1.0
@@ -133,8 +137,9 @@ def predict_pictures(
         with timed(seconds, expert_file.kind):
             residual = None if expert_file.resolution is None else residuals[expert_file.resolution]
             by_picture[expert_file.kind] = _predict(files[expert_file.kind], expert_file, embeddings, residual)
+        _keep_seconds(context, expert_file.kind, [files[expert_file.kind].name], seconds[expert_file.kind])
     ordered = {kind: by_picture[kind] for kind in ORDER if kind in by_picture}
-    return Predictions(ordered, static, temporary)
+    return Predictions(ordered, static, temporary, _first_seconds(context, encoders_from, files, experts, digests))
 
 
 def picture_digests(paths: Iterable[Path]) -> list[str]:
@@ -210,12 +215,16 @@ def _residuals(
         rows = [row for resolution in squares for row in states[resolution]]
         return _finite(rows, [paths[i] for _, i in chosen], f"hidden states, computed in {dtype}")
 
-    model = qwen_image.identity(context.base)
-    names = [key("i2l residual", model, device.type, resolution, digests[i]) for resolution, i in wanted]
-    rows = _cached(context, names, encode)
+    rows = _cached(context, "qwen_vl", _residual_names(context, resolutions, digests), encode)
     return {
         size: torch.stack([x for (own, _), x in zip(wanted, rows, strict=True) if own == size]) for size in resolutions
     }
+
+
+def _residual_names(context: InitContext, resolutions: Sequence[int], digests: Sequence[str]) -> list[str]:
+    """What the cache knows the hidden states by: all pictures at the first resolution, then at the next."""
+    model, device = qwen_image.identity(context.base), context.device.type
+    return [key("i2l residual", model, device, resolution, digest) for resolution in resolutions for digest in digests]
 
 
 def _embeddings(context: InitContext, encoders_from: str, paths: Sequence[Path], digests: Sequence[str]) -> Tensor:
@@ -230,17 +239,69 @@ def _embeddings(context: InitContext, encoders_from: str, paths: Sequence[Path],
         rows = encoders.encode_pictures(squares, encoders_from, device, dtype)
         return _finite(rows, chosen, f"image embeddings, computed in {dtype}")
 
+    return torch.stack(_cached(context, "encoders", _embedding_names(context, encoders_from, digests), encode))
+
+
+def _embedding_names(context: InitContext, encoders_from: str, digests: Sequence[str]) -> list[str]:
     model = encoders.identity(encoders_from)
-    names = [key("i2l embedding", model, device.type, digest) for digest in digests]
-    return torch.stack(_cached(context, names, encode))
+    return [key("i2l embedding", model, context.device.type, digest) for digest in digests]
 
 
-def _cached(context: InitContext, names: Sequence[str], compute: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+def _cached(
+    context: InitContext, stage: str, names: Sequence[str], compute: Callable[[list[int]], list[Tensor]]
+) -> list[Tensor]:
     """The tensor of each name. `compute` gets the positions of all missing ones at once, since it loads models."""
     if context.cache is None:
         return compute(list(range(len(names))))
+
+    def computed(positions: list[int]) -> list[Tensor]:
+        spent: dict[str, float] = {}
+        with timed(spent, stage):
+            rows = compute(positions)
+        if len(positions) == len(set(names)):  # of a part of them it would not be what all cost
+            _keep_seconds(context, stage, names, spent[stage])
+        return rows
+
     cache = Cache(context.cache / "i2l" / "pictures")
-    return cache.get(names, compute, what="i2L", batch_size=len(names), quiet=True)
+    return cache.get(names, computed, what="i2L", batch_size=len(names), quiet=True)
+
+
+# --- seconds: kept beside what was computed, so that who finds it in the cache still knows its price -------
+
+
+def _seconds_file(context: InitContext, stage: str, names: Sequence[str]) -> Path | None:
+    """Where the seconds of a stage are kept that gave what the cache knows by these names, in whatever order."""
+    if context.cache is None:
+        return None
+    return context.cache / "i2l" / "seconds" / f"{stage}-{key(sorted(set(names)))[:32]}.json"
+
+
+def _keep_seconds(context: InitContext, stage: str, names: Sequence[str], seconds: float) -> None:
+    """Only after computing all that `names` stand for: the time of reading it from the cache is none."""
+    if file := _seconds_file(context, stage, names):
+        write_json(file, {"seconds": seconds})
+
+
+def _first_seconds(
+    context: InitContext,
+    encoders_from: str,
+    files: Mapping[str, Path],
+    experts: Sequence[ExpertFile],
+    digests: Sequence[str],
+) -> dict[str, float | None]:
+    """What `Predictions.first_seconds` says."""
+    if context.cache is None:
+        return {}
+    stages = {kind: [file.name] for kind, file in files.items()}
+    if files:
+        stages["encoders"] = _embedding_names(context, encoders_from, digests)
+    if resolutions := [one.resolution for one in experts if one.resolution is not None]:
+        stages["qwen_vl"] = _residual_names(context, resolutions, digests)
+    found: dict[str, float | None] = {}
+    for stage, names in stages.items():
+        file = _seconds_file(context, stage, names)
+        found[stage] = json.loads(file.read_text(encoding="utf-8"))["seconds"] if file and file.exists() else None
+    return found
 
 
 def _finite(rows: Iterable[Tensor], paths: Sequence[Path], what: str) -> list[Tensor]:

@@ -1,11 +1,16 @@
 """Comparisons: paired, resumable, told whole; on the tiny world, and with i2L and its controls on the demo's."""
 
+import errno
+import html
 import json
 import logging
 import os
 import re
 import shutil
 import signal
+import time
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +23,15 @@ from transformers import AutoTokenizer, SiglipConfig, SiglipModel
 
 import train
 from demo import creatures, painter
-from tests.helpers import BAD_INPUT, FINISHED, INTERRUPTED, files, kill_me, killed
-from trainer import loop
+from initializers import gaussian
+from tests.helpers import BAD_INPUT, FAILED, FINISHED, INTERRUPTED, files, kill_me, killed
+from trainer import loop, objective
 from trainer.adapter import AdapterConfig, AdapterWeights, Seed
 from trainer.compare import execute as compare
 from trainer.compare import measures as samples
 from trainer.compare import plan as comparison
 from trainer.compare.__main__ import main
-from trainer.compare.runs import norm_matched
+from trainer.compare.runs import norm_matched, start_seconds
 from trainer.lowrank import LowRank
 
 ARGUMENTS = ("--seeds", "2", "--learning-rates", "1e-3", "1e-2", "--quiet")
@@ -53,11 +59,12 @@ def curves(output: Path) -> dict[tuple[str, str, float, int], list[dict[str, flo
 
 @pytest.fixture
 def loras(run_toml: Path, tmp_path: Path) -> tuple[str, str]:
-    """One LoRA under two names."""
+    """The same weights in two files that differ in their metadata."""
     assert train.main(["--config", str(run_toml), "--output", str(tmp_path / "made"), "--quiet"]) == FINISHED
     paths = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    for path in paths:
-        shutil.copy(tmp_path / "made" / "adapter" / "pytorch_lora_weights.safetensors", path)
+    made = tmp_path / "made" / "adapter" / "pytorch_lora_weights.safetensors"
+    shutil.copy(made, paths[0])
+    save_file(load_file(made), paths[1], {"by": "hand"})
     return str(paths[0]), str(paths[1])
 
 
@@ -152,6 +159,38 @@ def test_parts_make_the_whole(run_toml: Path, tmp_path: Path, caplog: pytest.Log
     assert curves(tmp_path / "parts") == curves(tmp_path / "whole")
 
 
+def test_parts_share_few_subjects() -> None:
+    @dataclass
+    class Wanted:
+        request: comparison.Request
+        subjects = tuple("abcde")
+        seeds = (0, 1, 2)
+
+    for count in (1, 2, 4, 7, 20):
+        parts = [
+            compare.own_units(Wanted(comparison.Request(initializers=(), part=(number, count))))  # type: ignore[arg-type]
+            for number in range(1, count + 1)
+        ]
+        assert [*chain(*parts)] == [(subject, seed) for subject in "abcde" for seed in range(3)]
+        assert sum(len({subject for subject, _ in part}) for part in parts) <= 5 + count - 1
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ({}, 5.0),
+        ({"seconds": {"encoders": 3.0, "merge": 1.0}, "first_seconds": {"encoders": 3.0}}, 5.0),  # computed now
+        (
+            {"seconds": {"encoders": 0.5}, "first_seconds": {"encoders": 30.0, "style": 8.0}},
+            4.5 + 38.0,
+        ),  # cached
+        ({"seconds": {"encoders": 0.5}, "first_seconds": {"encoders": 30.0, "style": None}}, None),
+    ],
+)
+def test_a_start_costs_what_it_would_alone(report: dict[str, Any], expected: float | None) -> None:
+    assert start_seconds(5.0, report) == expected
+
+
 def test_under_accelerate_launch_each_process_takes_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare.own_part() == (1, 1)
     for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}.items():
@@ -173,16 +212,126 @@ def test_a_run_that_fails_is_in_the_report(run_toml: Path, tmp_path: Path, caplo
 
 
 def test_an_initializer_that_fails_fails_its_own_runs(
-    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def failing(*_: object) -> None:
         raise ValueError("no seed for these pictures")
 
-    monkeypatch.setattr("initializers.gaussian.initialize", failing)
-    assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian", "--seeds", "1") == FINISHED
+    with monkeypatch.context() as patch:
+        patch.setattr("initializers.gaussian.initialize", failing)
+        assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian", "--seeds", "1") == FAILED
     runs = report_of(tmp_path / "out")["runs"]
     assert {run["arm"]: run["status"] for run in runs} == {"random": "finished", "gaussian": "failed"}
-    assert all(run["error"] == "no seed for these pictures" for run in runs if run["arm"] == "gaussian")
+    assert all(run["error"] == "ValueError: no seed for these pictures" for run in runs if run["arm"] == "gaussian")
+    assert "all 2 runs of gaussian failed, the first by ValueError: no seed for these pictures" in caplog.text
+
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian", "--seeds", "1") == FINISHED
+    runs = report_of(tmp_path / "out")["runs"]
+    assert all(run["status"] == "finished" and run["init_seconds"] is not None for run in runs)
+
+
+class Unforeseen(Exception):
+    """Of no kind that the program knows."""
+
+
+def test_whatever_fails_in_a_run_fails_that_run_alone(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    update, output = loop._update, tmp_path / "out"
+    arguments = ("--compare", "random", "gaussian", "--learning-rates", "1e-3")
+    calls = [0]
+
+    def failing(*given: Any) -> dict[str, float]:
+        calls[0] += 1
+        if calls[0] == 4 + 3:  # in the second run, after a checkpoint of it
+            raise Unforeseen("such a thing")
+        return update(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_update", failing)
+        assert go(run_toml, output, *arguments) == FINISHED
+    report = report_of(output)
+    (failed,) = (run for run in report["runs"] if run["status"] == "failed")
+    assert (failed["arm"], failed["seed"], failed["error"]) == ("gaussian", 0, "Unforeseen: such a thing")
+    trace = output / "runs" / "pictures" / "gaussian" / "0.001-0" / "error.txt"
+    assert output / failed["traceback"] == trace and "in failing" in trace.read_text() and str(trace) in caplog.text
+    page = (output / "report.html").read_text()
+    assert "1 of 4 runs failed" in page and failed["error"] in page and failed["traceback"] in page
+    rows = {row["arm"]: (row["runs"], row["failed"]) for row in report["summary"]}
+    assert rows == {"random": (2, 0), "gaussian": (1, 1)}
+    assert "1 of 4 runs failed and are left out; given again" in caplog.text
+
+    assert go(run_toml, output, *arguments) == FINISHED  # tried again, from its beginning
+    assert go(run_toml, tmp_path / "whole", *arguments) == FINISHED
+    assert curves(output) == curves(tmp_path / "whole") and not trace.exists()
+    lines = [
+        len((folder / trace.parent.relative_to(output) / "metrics.jsonl").read_text().splitlines())
+        for folder in (output, tmp_path / "whole")
+    ]
+    assert lines[0] == lines[1] > 4
+
+
+def test_a_full_disk_stops_the_whole(run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [0]
+
+    def full(*_: object) -> None:
+        calls[0] += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop, "_update", full)
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian") == FAILED
+    assert calls == [1] and not [*tmp_path.rglob("result.json")]
+
+
+def test_a_subject_that_cannot_be_encoded_fails_alone(
+    run_toml: Path, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for group in "ab":  # two of one name
+        shutil.copytree(pictures, tmp_path / "subjects" / group / "same")
+    encode = objective.encode
+
+    def failing(plan: Any, *given: Any, **more: Any) -> Any:
+        if Path(plan.config.data.images).parent.name == "b":
+            raise RuntimeError("not this one")
+        return encode(plan, *given, **more)
+
+    monkeypatch.setattr(objective, "encode", failing)
+    arguments = ("--compare", "random", "--subjects", str(tmp_path / "subjects"), "--seeds", "1")
+    assert go(run_toml, tmp_path / "out", *arguments) == FAILED
+    status = {run["subject"]: run["status"] for run in report_of(tmp_path / "out")["runs"]}
+    assert status == {"a/same": "finished", "b/same": "failed"}
+    assert "all 2 runs of b/same failed, the first by RuntimeError: not this one" in caplog.text
+
+
+def test_more_than_ten_prompts_with_any_characters(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples lie with their own prompts, and the page shows them as they are written."""
+    prompts = [f"creature number {number}" for number in range(9)]
+    prompts += ["a \"big\" one, and 'that' <b>too</b> & more", "long " * 60, "creature number 11"]
+    seen = list[tuple[str, bytes]]()
+
+    def cosines(_: str, pictures: list[Image.Image], texts: list[str], *__: object) -> torch.Tensor:
+        seen.extend((text, picture.tobytes()) for text, picture in zip(texts, pictures, strict=True))
+        return torch.zeros(len(pictures))
+
+    monkeypatch.setattr(samples, "text_image_cosines", cosines)
+    monkeypatch.setattr(comparison, "_text_image_problems", lambda _: [])
+    monkeypatch.setattr("trainer.hub.sources.fetch", lambda *_, **__: None)
+    settings = [f"validation.prompts={json.dumps(prompts)}", "validation.text_image_model=siglip", "train.steps=2"]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    rates = ("--seeds", "1", "--learning-rates", "1e-3")
+    assert go(run_toml, tmp_path / "out", "--compare", "random", *rates, *arguments) == FINISHED
+    folder = tmp_path / "out" / "runs" / "pictures" / "random" / "0.001-0" / "samples"
+    assert len(seen) == 2 * 12 * 2  # steps, prompts, noises
+    for place, (text, pixels) in enumerate(seen):
+        step, row, number = place // 24 * 2, place // 2 % 12, place % 2
+        assert text == prompts[row]
+        assert pixels == Image.open(folder / f"step-{step:06d}-{row}-{number}.png").tobytes()
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert "<b>too</b>" not in (tmp_path / "out" / "report.html").read_text()
+    for prompt in prompts:
+        assert json.dumps(prompt) in page
 
 
 def test_the_page_is_made_again_from_the_json(
@@ -212,13 +361,15 @@ def test_all_that_is_wrong_is_told_at_once(
     (subjects / "leaking" / "held_out" / "0.txt").write_text("again")
     (subjects / "empty").mkdir()
     wrong = ("--compare", "random", "i2k", "gaussian", "random", "--subjects", str(subjects), "--seeds", "0")
-    wrong += ("--learning-rates", "0", "--controls", "norm-matched", "nothing", "--set", "validation.every=9")
+    wrong += ("--learning-rates", "0", "-1", "nan", "inf", "1e-3", "1.0000001e-3")
+    wrong += ("--controls", "norm-matched", "nothing", "--set", "validation.every=9")
     assert go(run_toml, tmp_path / "out", *wrong) == BAD_INPUT
     for part in (
         '"i2k" is neither an initializer',
         "random is there twice",
         "--seeds must be at least 1",
-        "0.0 must be above 0",
+        *(f"{rate} must be a finite number above 0" for rate in ("0.0", "-1.0", "nan", "inf")),
+        "--learning-rates: 0.001 is there twice",
         "nothing is not one of norm-matched",
         "--controls are of i2l",
         "every = 9 is more than [train] steps = 4",
@@ -236,6 +387,47 @@ def test_all_that_is_wrong_is_told_at_once(
     assert go(run_toml, tmp_path / "out", "--compare", "random", "--part", "3/2") == BAD_INPUT
     assert go(run_toml, tmp_path / "out", "--compare", "random", "--set", "model.compile=true") == BAD_INPUT
     assert "[model] compile: each run of --compare" in caplog.text
+
+
+def test_starts_that_cannot_be_told_apart_are_refused(
+    run_toml: Path, tmp_path: Path, loras: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "other").mkdir()
+    copies = [str(tmp_path / "copy.safetensors"), str(tmp_path / "random.safetensors")]
+    for copy in copies:
+        shutil.copy(loras[0], copy)
+    shutil.copy(loras[1], tmp_path / "other" / "one.safetensors")
+    given = ("--compare", *loras, str(tmp_path / "other" / "one.safetensors"), *copies)
+    assert go(run_toml, tmp_path / "out", *given) == BAD_INPUT
+    assert f"one is the name of several starts ({loras[0]}, {tmp_path / 'other' / 'one.safetensors'})" in caplog.text
+    assert f"{loras[0]} and {copies[0]} are the same LoRA; leave one out" in caplog.text
+    assert f"{copies[1]} is called as another start is, random; rename the file" in caplog.text
+    assert f"{loras[0]} and {loras[1]} are the same" not in caplog.text
+
+    bias = ("--set", 'init.i2l.experts=["bias"]', "--set", "init.i2l.strength=1")
+    controlled = ("--compare", "i2l", "--controls", "bias-only", *bias)
+    assert go(Path("configs/creatures.toml"), tmp_path / "out", *controlled) == BAD_INPUT
+    assert "--controls bias-only: i2l has no other expert" in caplog.text
+
+
+def test_a_subject_with_one_picture_is_told(
+    run_toml: Path, tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Held out by number, nothing would be left to train on; with a folder of its own, nothing to try strengths on."""
+    for name in ("alone", "tried"):
+        (tmp_path / "subjects" / name).mkdir(parents=True)
+        for suffix in ("png", "txt"):
+            shutil.copy(pictures / f"0.{suffix}", tmp_path / "subjects" / name)
+    (tmp_path / "subjects" / "tried" / "held_out").mkdir()
+    for suffix in ("png", "txt"):
+        shutil.copy(pictures / f"1.{suffix}", tmp_path / "subjects" / "tried" / "held_out")
+    wanted = ("--compare", "random", "i2l", "--subjects", str(tmp_path / "subjects"))
+    assert go(Path("configs/creatures.toml"), tmp_path / "out", *wanted) == BAD_INPUT
+    assert "alone: [data] held_out = 2 leaves nothing to train on" in caplog.text
+    assert 'tried: [init.i2l] strength = "auto" needs at least two pictures' in caplog.text
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "--subjects", str(pictures)) == BAD_INPUT
+    assert "has pictures itself: it must hold a folder for each subject" in caplog.text
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_pictures_need_another_subject(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -298,6 +490,7 @@ def demo_comparison(tmp_path: Path) -> Path:
 def test_i2l_against_its_controls(demo_comparison: Path) -> None:
     """One test, so that only one process has to make the comparison."""
     check_outcomes(report_of(demo_comparison))
+    check_seconds(report_of(demo_comparison))
     check_measures(report_of(demo_comparison))
     check_contact_sheet(demo_comparison)
 
@@ -311,6 +504,59 @@ def check_outcomes(report: dict[str, Any]) -> None:
         assert rows[control]["never"] == 2 and rows[control]["step_0"] > 1.3 * rows["random"]["step_0"]
     assert rows["no-training"]["step_0"] == rows["no-training"]["end"] == rows["i2l"]["step_0"]
     assert rows["i2l"]["seconds"]["value"] > 0  # the initializer's own time counts
+
+
+def check_seconds(report: dict[str, Any]) -> None:
+    """The encoders and the expert ran once for each subject; each start that needs them is charged for them."""
+    runs = {(run["subject"], run["arm"]): run for run in report["runs"]}
+    for subject, other in (("new/300", "new/301"), ("new/301", "new/300")):
+        first = runs[subject, "i2l"]["init"]["first_seconds"]
+        assert first.keys() == {"encoders", "style"} and min(first.values()) > 0.01
+        assert runs[subject, "norm-matched"]["init"]["first_seconds"] == first
+        assert runs[other, "wrong-pictures"]["init"]["first_seconds"] == first
+        for arm in ("i2l", "norm-matched"):
+            assert runs[subject, arm]["init_seconds"] > 0.99 * sum(first.values())
+        assert runs[other, "wrong-pictures"]["init_seconds"] > 0.99 * sum(first.values())
+        assert runs[subject, "random"]["init_seconds"] < 0.05
+    rows = {row["arm"]: row for row in report["summary"]}
+    assert rows["no-training"]["start_seconds"] == rows["i2l"]["start_seconds"]
+
+
+def test_wrong_pictures_start_as_i2l_does_on_them(tmp_path: Path) -> None:
+    """With strengths tried on them, and as many of them as there are, which need not be as many as the subject has."""
+    for index, count in ((300, 2), (301, 5)):
+        folder = creatures.paint(tmp_path / "subjects", "new", index)
+        for number in range(count, 6):
+            (folder / f"{number}.png").unlink(), (folder / f"{number}.txt").unlink()
+    arguments = ["--config", "configs/creatures.toml", "--compare", "i2l", "--controls", "wrong-pictures", "--quiet"]
+    arguments += ["--subjects", str(tmp_path / "subjects"), "--output", str(tmp_path / "out"), "--seeds", "1"]
+    for setting in ("train.steps=2", "validation.every=2", "validation.prompts=[]", "init.i2l.experts=['style']"):
+        arguments += ["--set", setting]
+    assert train.main([*arguments, "--set", "validation.unrelated_prompts=[]", "--learning-rates", "3e-4"]) == FINISHED
+    runs = {(run["subject"], run["arm"]): run["init"] for run in report_of(tmp_path / "out")["runs"]}
+    for subject, other in (("new/300", "new/301"), ("new/301", "new/300")):
+        own, wrong = runs[other, "i2l"], runs[subject, "wrong-pictures"]
+        for name in ("strength", "tried", "pictures", "incoming_rank", "first_seconds"):
+            assert wrong[name] == own[name], name
+
+
+def test_the_first_time_of_a_start_counts_whatever_is_given_again(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    initialize, calls = gaussian.initialize, [0]
+
+    def slow_at_first(*given: Any) -> Seed:
+        calls[0] += 1
+        if calls[0] == 1:
+            time.sleep(1)
+        return initialize(*given)
+
+    monkeypatch.setattr(gaussian, "initialize", slow_at_first)
+    rate = ("--learning-rates", "1e-3")
+    assert go(run_toml, tmp_path / "out", "--compare", "gaussian", *rate, "--seeds", "1") == FINISHED
+    assert go(run_toml, tmp_path / "out", "--compare", "gaussian", *rate, "--part", "2/2") == FINISHED
+    seconds = [run["init_seconds"] for run in report_of(tmp_path / "out")["runs"]]
+    assert len(seconds) == 2 and seconds[0] == seconds[1] > 1
 
 
 def test_a_control_of_equal_norm_has_equal_norm() -> None:

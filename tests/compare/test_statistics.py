@@ -70,6 +70,21 @@ def test_steps_and_seconds_to_the_baselines_best() -> None:
     assert summary["random"]["best_lower_by"]["value"] == 0
 
 
+def test_seconds_that_were_not_measured_are_none_and_not_0() -> None:
+    runs = [run("random", [10, 8]), run("i2l", [9, 7]), {**run("later", [9, 7]), "init_seconds": None}]
+    summary = {row.arm: summarise([row]) for row in outcomes(runs, "random")}
+    assert summary["later"]["seconds"] == {"value": None, "low": None, "high": None}
+    assert summary["later"]["start_seconds"] is None and not summary["later"]["seconds_known"]
+    assert summary["later"]["steps"] == summary["i2l"]["steps"]
+    assert summary["i2l"]["start_seconds"] == 0 and summary["i2l"]["seconds_known"]
+    assert not summarise(outcomes(runs, "later")[:1])["seconds_known"]  # held against what is not known
+
+
+def test_a_rate_at_which_a_run_failed_is_not_taken() -> None:
+    runs = [run("x", [9, 4], rate=1e-4, seed=seed) for seed in (0, 1)]
+    assert best_rates([*runs, run("x", [9, 1], rate=1e-2, seed=0)]) == {("a", "x"): 1e-4}
+
+
 def test_a_seed_is_compared_with_the_baseline_of_the_same_seed() -> None:
     runs = [
         run("random", [10, 8], seed=0),

@@ -8,20 +8,20 @@ a run that is done is not done again: the command goes on where it was stopped, 
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from trainer import config
+from trainer import config, folder
 from trainer.compare.measures import measure_samples, read_pictures
-from trainer.compare.plan import CONTROLS, Comparison, read_result
+from trainer.compare.plan import CONTROLS, SCHEMA, Comparison, Subject, finished, read_result
 from trainer.compare.report import write_report
 from trainer.compare.runs import Workbench
 from trainer.data.dataset import Example
-from trainer.errors import UserError
+from trainer.errors import TrainingError, UserError
 from trainer.files import remove_leftovers, write_json
 from trainer.hardware import machine, parallel
 from trainer.hub import sources
@@ -43,12 +43,21 @@ def own_part() -> tuple[int, int]:
 
 
 def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
-    """Do this process's part; the report's folder if all parts are done. See `loop.train` for what it raises."""
+    """Do this process's part; the report's folder if all parts are done. See `loop.train` for what it raises.
+
+    UserError if another process is doing this part.
+    """
+    number, count = comparison.request.part
+    with folder.held(comparison.output, f"part-{number}-of-{count}"):
+        return _execute(comparison, quiet=quiet)
+
+
+def _execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     output, request = comparison.output, comparison.request
     number, count = request.part
-    units = [(subject, seed) for subject in comparison.subjects for seed in comparison.seeds][number - 1 :: count]
+    units = own_units(comparison)
     cells = [cell for cell in comparison.cells() if (cell.subject, cell.seed) in units]
-    todo = [cell for cell in cells if (read_result(cell) or {}).get("status") != "finished"]
+    todo = [cell for cell in cells if not finished(cell)]
     for cell in todo:
         remove_leftovers(cell.folder)
     bench = Workbench(comparison, quiet)
@@ -58,12 +67,14 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="runs", unit="run", disable=quiet) as bar:
         for cell in todo:
             bar.set_postfix_str(f"{cell.subject.name} {cell.arm.name} {cell.learning_rate:g} seed {cell.seed}")
+            if read_result(cell) is not None:  # it failed: what it left must not be taken for the new run's
+                shutil.rmtree(cell.folder)
             result = bench.run(cell)
             write_json(cell.result_file, result)
             shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)
             bar.update()
             if result["status"] == "failed":
-                log.error("%s: %s", cell.folder, result["error"])
+                log.error("%s; traceback: %s", result["error"], output / result["traceback"])
     bench.close()
     seen = [subject for subject, seed in units if seed == comparison.seeds[0]]  # only the first seed draws
     measure_samples(comparison, seen, bench.device, quiet)
@@ -71,9 +82,38 @@ def execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     if missing or any(read_pictures(comparison, subject) is None for subject in comparison.subjects):
         log.info("part %d of %d is done; %d runs of other parts are missing", number, count, len(missing))
         return None
-    write_report(output, collect(comparison))
+    report = collect(comparison)
+    write_report(output, report)
     log.info("done: %s", output / "report.html")
+    tell_failures(report["runs"], output / "report.html")
     return output
+
+
+def own_units(comparison: Comparison) -> list[tuple[Subject, int]]:
+    """The subjects and seeds of this process's part. The parts are pieces of one row, sorted by subject: then few
+    subjects have to be prepared by two of them."""
+    number, count = comparison.request.part
+    units = [(subject, seed) for subject in comparison.subjects for seed in comparison.seeds]
+    return units[len(units) * (number - 1) // count : len(units) * number // count]
+
+
+def tell_failures(runs: Sequence[Mapping[str, Any]], page: Path) -> None:
+    """Say how many runs failed. TrainingError if none is left of a start, or of a subject: the report is then silent
+    about it, which must not be taken for an answer."""
+    failed = [run for run in runs if run["status"] == "failed"]
+    if not failed:
+        return
+    log.warning(
+        "%d of %d runs failed and are left out; given again, the command tries them again", len(failed), len(runs)
+    )
+    lost = []
+    for kind in ("arm", "subject"):
+        for name in dict.fromkeys(run[kind] for run in failed):
+            own = [run for run in runs if run[kind] == name]
+            if all(run["status"] == "failed" for run in own):
+                lost.append(f"all {len(own)} runs of {name} failed, the first by {own[0]['error']}")
+    if lost:
+        raise TrainingError("\n".join([*lost, f"{page} lists them; when it is solved, give the same command again"]))
 
 
 def collect(comparison: Comparison) -> dict[str, Any]:
@@ -89,7 +129,7 @@ def collect(comparison: Comparison) -> dict[str, Any]:
         runs.append(result)
     request = comparison.request
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "baseline": comparison.baseline,
         "arms": [
             {

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.compare.plan import Comparison, Subject
+from trainer.compare.plan import Comparison, Subject, finished
 from trainer.data.cache import key
 from trainer.data.dataset import load_picture
+from trainer.data.pictures import open_picture
 from trainer.files import write_json
 from trainer.hub.sources import local
 from trainer.validation import sample_files
@@ -25,7 +26,7 @@ CHUNK = 16  # pictures embedded together
 def _pictures_key(comparison: Comparison, subject: Subject) -> str:
     seed = comparison.seeds[0]
     cells = [cell for cell in comparison.cells() if cell.subject is subject and cell.seed == seed]
-    return key([comparison.fingerprint(cell) for cell in cells])
+    return key([[comparison.fingerprint(cell), finished(cell)] for cell in cells])
 
 
 def _pictures_file(comparison: Comparison, subject: Subject) -> Path:
@@ -55,7 +56,7 @@ def _measure(comparison: Comparison, subject: Subject, device: torch.device) -> 
     held_out, training = (
         [load_picture(e) for e in part] for part in (subject.plan.dataset.held_out, subject.plan.dataset.train)
     )
-    sampled = [Image.open(path).convert("RGB") for paths in files.values() for path in paths]
+    sampled = [open_picture(path) for paths in files.values() for path in paths]
     counts = [len(paths) for paths in files.values()]
     similar: dict[str, float] = {}
     runs: dict[str, dict[str, dict[str, float]]] = {name: {} for name, _ in files}
@@ -81,10 +82,10 @@ def _measure(comparison: Comparison, subject: Subject, device: torch.device) -> 
 
 
 def _samples(comparison: Comparison, subject: Subject) -> dict[tuple[str, int], list[Path]]:
-    """(run, step) -> samples, those of a prompt together."""
+    """(run, step) -> samples, those of a prompt together. A run that failed may lack some."""
     files: dict[tuple[str, int], list[Path]] = {}
     for cell in comparison.cells():
-        if cell.subject is subject and cell.seed == comparison.seeds[0]:
+        if cell.subject is subject and cell.seed == comparison.seeds[0] and finished(cell):
             for step, paths in sample_files(cell.folder / "samples").items():
                 files[f"{cell.arm.name}/{cell.folder.name}", step] = paths
     return files

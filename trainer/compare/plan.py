@@ -1,19 +1,24 @@
 """A comparison before it starts: which runs, from which starts, of which subjects; read, checked, described."""
 
+import filecmp
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from trainer import config, plan, qwen_image
+from trainer.adapter import RunFacts
 from trainer.data.cache import key
-from trainer.data.pictures import SUFFIXES
+from trainer.data.pictures import SUFFIXES, pictures_in
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.plan import InitConfig, Initializers, Plan, RunConfig, Start
 
+SCHEMA = 2  # of report.json, and of the results that it is made from
 CONTROLS = {
     "norm-matched": "i2l's singular values with random directions: is it only the size of the seed?",
     "wrong-pictures": "i2L of the next subject's pictures: does it carry the subject, or an average one?",
@@ -126,12 +131,12 @@ class Comparison:
         prepared = self.plan_of(cell)
         models = [self._base_identity, *self._identities[cell.arm.name]]
         other = self.other(cell.subject) if cell.arm.control == "wrong-pictures" else None
-        shown = [example.digest for example in other.plan.dataset.train] if other else []
+        shown = [(example.digest, example.caption) for example in other.plan.dataset.train] if other else []
         held_out = [example.digest for example in prepared.dataset.held_out]
         settings = config.to_dict(self.config.validation)
         run, train = prepared.course(), self.config.train
         lengths = [train.steps, train.gradient_accumulation_steps]
-        return key(run, models, lengths, cell.arm.control, shown, held_out, settings)
+        return key(SCHEMA, run, models, lengths, cell.arm.control, shown, held_out, settings)
 
     @cached_property
     def _base_identity(self) -> Any:
@@ -161,24 +166,8 @@ class Comparison:
 
 def prepare(path: Path, overrides: Sequence[str], request: Request, initializers: Initializers) -> Comparison:
     """Check everything that needs no weights; ConfigError lists every problem at once."""
-    problems = _request_problems(request)
-    settings, arms = None, []
-    wanted: list[tuple[str, str, str | None, tuple[str, ...]]]
-    wanted = [(Path(name).name.removesuffix(".safetensors"), name, None, ()) for name in request.initializers]
-    wanted += [
-        (name, CONTROLLED, name, _CONTROL_SETTINGS.get(name, ())) for name in request.controls if name in CONTROLS
-    ]
-    for name, method, control, extra in wanted:
-        method_override = f"init.method={json.dumps(method, ensure_ascii=False)}"
-        try:
-            settings, start = plan.load_config(path, [*overrides, method_override, *extra], initializers)
-        except config.ConfigError as error:
-            problems += error.problems
-            continue
-        problems += [f"[init.{start.method}] {problem}" for problem in start.problems]
-        arms.append(Arm(name, start, control))
-    names = [arm.name for arm in arms]
-    problems += [f"--compare: {name} is there twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems = _request_problems(request) + _name_problems(request, initializers)
+    settings, arms = _arms(path, overrides, request, initializers, problems)
     if settings is None or not arms:
         raise config.ConfigError(list(dict.fromkeys(problems)))
     if settings.validation.every > settings.train.steps:
@@ -200,11 +189,90 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
             f"--controls wrong-pictures: {name} is alone in its group; give --subjects with two, or only {others}"
             for name in alone
         ]
+    problems += _start_problems(comparison)
     if not problems:
         problems += _foreign_results(comparison)
     if problems:
         raise config.ConfigError(list(dict.fromkeys(problems)))
     return comparison
+
+
+def _arms(
+    path: Path, overrides: Sequence[str], request: Request, initializers: Initializers, problems: list[str]
+) -> tuple[RunConfig | None, list[Arm]]:
+    """The configuration, None if no start can be read, and the starts; what is wrong is added to `problems`."""
+    settings, arms = None, list[Arm]()
+    wanted: list[tuple[str, str, str | None, tuple[str, ...]]]
+    wanted = [(_arm_name(method), method, None, ()) for method in request.initializers]
+    wanted += [
+        (name, CONTROLLED, name, _CONTROL_SETTINGS.get(name, ())) for name in request.controls if name in CONTROLS
+    ]
+    for name, method, control, extra in wanted:
+        method_override = f"init.method={json.dumps(method, ensure_ascii=False)}"
+        try:
+            settings, start = plan.load_config(path, [*overrides, method_override, *extra], initializers)
+        except config.ConfigError as error:
+            problems += error.problems
+            continue
+        problems += [f"[init.{start.method}] {problem}" for problem in start.problems]
+        arms.append(Arm(name, start, control))
+    starts = {arm.name: arm.start.options for arm in arms}
+    if "bias-only" in starts and starts["bias-only"] == starts.get(CONTROLLED):
+        problems.append("--controls bias-only: i2l has no other expert, so it is the same start; leave it out")
+    return settings, arms
+
+
+def _arm_name(method: str) -> str:
+    return Path(method).name.removesuffix(".safetensors")
+
+
+def _name_problems(request: Request, initializers: Initializers) -> list[str]:
+    """Starts that have one name, or are one LoRA."""
+    found = []
+    given = [(name, name) for name in request.initializers] + [(name, "") for name in request.controls]
+    by_name: dict[str, list[str]] = {}
+    for name, method in given:
+        by_name.setdefault(_arm_name(name), []).append(method)
+    for name, methods in by_name.items():
+        if len({Path(method).expanduser().resolve() for method in methods if method}) > 1:
+            listed = ", ".join(dict.fromkeys(methods))
+            found.append(f"--compare: {name} is the name of several starts ({listed}); rename the files")
+        elif len(methods) > 1:
+            found.append(f"--compare: {name} is there twice")
+    files = {name: Path(name).expanduser() for name in dict.fromkeys(request.initializers)}
+    files = {name: file for name, file in files.items() if file.exists() and not _is_method(name, initializers)}
+    for name in files:
+        if _is_method(_arm_name(name), initializers) or _arm_name(name) in CONTROLS:
+            found.append(f"--compare: {name} is called as another start is, {_arm_name(name)}; rename the file")
+    for (one, first), (two, second) in combinations(files.items(), 2):
+        if _arm_name(one) != _arm_name(two) and _same(first, second):
+            found.append(f"--compare: {one} and {two} are the same LoRA; leave one out")
+    return found
+
+
+def _is_method(name: str, initializers: Initializers) -> bool:
+    """Whether it names an initializer, and no file."""
+    try:
+        return initializers.resolve(name)[0] == name
+    except ValueError:
+        return False
+
+
+def _same(one: Path, two: Path) -> bool:
+    if one.is_file() and two.is_file():
+        return filecmp.cmp(one, two, shallow=False)
+    return one.samefile(two)
+
+
+def _start_problems(comparison: Comparison) -> list[str]:
+    """What each start lacks in the pictures of a subject, such as a second one to try strengths on."""
+    found = []
+    for subject in comparison.subjects:
+        images = tuple(example.path for example in subject.plan.dataset.train)
+        facts = RunFacts(images, comparison.config.adapter, can_try=True)
+        for start in (arm.start for arm in comparison.arms):
+            found += [f"{subject.name}: [init.{start.method}] {problem}" for problem in start.check_run(facts)]
+    return found
 
 
 def _image_encoders(path: Path, overrides: Sequence[str], initializers: Initializers) -> Start | None:
@@ -243,9 +311,14 @@ def _request_problems(request: Request) -> list[str]:
     found = []
     if request.seeds < 1:
         found.append("--seeds must be at least 1")
-    found += [f"--learning-rates: {rate} must be above 0" for rate in request.learning_rates if not rate > 0]
-    if len(set(request.learning_rates)) < len(request.learning_rates):
-        found.append("--learning-rates: one is there twice")
+    found += [
+        f"--learning-rates: {rate} must be a finite number above 0"
+        for rate in request.learning_rates
+        if not (math.isfinite(rate) and rate > 0)
+    ]
+    written = [f"{rate:g}" for rate in request.learning_rates]  # as in the names of the runs' folders
+    if twice := sorted({rate for rate in written if written.count(rate) > 1}):
+        found.append(f"--learning-rates: {', '.join(twice)} is there twice, to six digits")
     found += [
         f"--controls: {name} is not one of {', '.join(CONTROLS)}" for name in request.controls if name not in CONTROLS
     ]
@@ -256,6 +329,11 @@ def _request_problems(request: Request) -> list[str]:
         found.append(f"--part {number}/{count}: the first number is from 1 to the second")
     if request.subjects is not None and not request.subjects.is_dir():
         found.append(f"--subjects: there is no folder {request.subjects.absolute()}")
+    elif request.subjects is not None and pictures_in(request.subjects):
+        found.append(
+            f"--subjects: {request.subjects} has pictures itself: it must hold a folder for each subject; for one "
+            "subject, leave --subjects out and name its folder in [data] images"
+        )
     return found
 
 
@@ -282,7 +360,8 @@ def _subjects(settings: RunConfig, start: Start, request: Request, problems: lis
         output = Path(settings.output) / "runs" / name
         own = replace(settings, data=replace(data, cache=cache), output=str(output))
         try:
-            prepared = plan.prepare(own, replace(start, problems=[]), resume=False)
+            # what is wrong with starts is told of all of them together
+            prepared = plan.prepare(own, replace(start, problems=[], check_run=lambda facts: []), resume=False)
         except config.ConfigError as error:
             problems += [f"{name}: {problem}" for problem in error.problems]
             continue
@@ -321,10 +400,15 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
     return json.loads(cell.result_file.read_text(encoding="utf-8")) if cell.result_file.exists() else None
 
 
+def finished(cell: Cell) -> bool:
+    """Not so a run that failed: it is tried again."""
+    return (read_result(cell) or {}).get("status") == "finished"
+
+
 def plan_text(comparison: Comparison) -> str:
     """What would be done."""
     cells = comparison.cells()
-    done = sum((result := read_result(cell)) is not None and result["status"] == "finished" for cell in cells)
+    done = sum(map(finished, cells))
     groups = sorted({subject.group for subject in comparison.subjects})
     return "\n".join(
         [

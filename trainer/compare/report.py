@@ -2,8 +2,10 @@
 
 import base64
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -16,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from trainer.compare.statistics import Outcome, Run, best_rates, outcomes, summarise
+from trainer.data.pictures import DataError, open_picture
 from trainer.files import write_file, write_json, write_text
 from trainer.validation import grid, write_png
 
@@ -32,13 +35,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     rows = outcomes(runs, report["baseline"])
     groups = list(dict.fromkeys(run["group"] for run in runs))
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    summary = []
-    for group in groups:
-        for arm in arms:
-            own = [row for row in rows if (row.group, row.arm) == (group, arm)]
-            if own:
-                summary.append({"group": group, "arm": arm, **summarise(own), "pictures": _measures(runs, own)})
     failures = [run for run in report["runs"] if run["status"] == "failed"]
+    summary = [row for group in groups for arm in arms if (row := _summary(group, arm, runs, rows, failures))]
     report = {**report, "summary": summary, "outcomes": [asdict(row) for row in rows]}
     write_json(folder / "report.json", report)
     write_file(folder / "curves.png", lambda path: path.write_bytes(curves(runs, groups, arms, "light")))
@@ -46,7 +44,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     if sheet is not None:
         write_png(folder / "contact_sheet.png", sheet)
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"percent": _percent, "number": _number, "bounds": _bounds}
+    page.filters |= {"percent": _percent, "number": _number, "bounds": _bounds, "seconds": _seconds}
+    settings = {"config": report["config"], "arms": report["arms"], "versions": report["versions"]}
     text = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         groups=groups,
@@ -55,6 +54,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         summary={(row["group"], row["arm"]): row for row in summary},
         measures=sorted({name for row in summary for name in row["pictures"]}),
         failures=failures,
+        settings=json.dumps(settings, indent=2, ensure_ascii=False),
         figures=[{theme: _data_uri(curves(runs, [group], arms, theme)) for theme in THEMES} for group in groups],
         sheet=_data_uri((folder / "contact_sheet.png").read_bytes()) if sheet is not None else None,
         steps=report["config"]["train"]["steps"],
@@ -72,6 +72,18 @@ def usable(report: Mapping[str, Any]) -> list[Run]:
             end = {**start, "step": run["curve"][-1]["step"]}
             runs.append({**run, "arm": "no-training", "curve": [start, end]})
     return runs
+
+
+def _summary(
+    group: str, arm: str, runs: Sequence[Run], rows: Sequence[Outcome], failures: Sequence[Run]
+) -> dict[str, Any] | None:
+    """An arm in a group; None if no pair of its runs is left."""
+    own = [row for row in rows if (row.group, row.arm) == (group, arm)]
+    if not own:
+        return None
+    stands_for = "i2l" if arm == "no-training" else arm
+    failed = sum((run["group"], run["arm"]) == (group, stands_for) for run in failures)
+    return {"group": group, "arm": arm, "failed": failed, **summarise(own), "pictures": _measures(runs, own)}
 
 
 def _measures(runs: Sequence[Run], rows: Sequence[Outcome]) -> dict[str, dict[str, float]]:
@@ -104,7 +116,8 @@ def _headline(row: Mapping[str, Any], baseline: str) -> str:
     if row["below_at_step_0"]:
         text += f" ({row['below_at_step_0']} of them before the first step)"
     lower = row["best_lower_by"]["value"]
-    return f"{text}; its own best is {abs(lower):.1%} {'lower' if lower >= 0 else 'higher'}."
+    failed = f" {row['failed']} of its runs failed." if row["failed"] else ""
+    return f"{text}; its own best is {abs(lower):.1%} {'lower' if lower >= 0 else 'higher'}.{failed}"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -172,16 +185,23 @@ def contact_sheet(
             if not files:
                 return None
             steps = [int(file.name.split("-")[1]) for file in files]
-            rows.append([Image.open(file) for file in files])
+            rows.append([open_picture(file) for file in files])
             best = min(point["val_loss"] for point in run["curve"])
             losses = f"held-out loss {run['curve'][0]['val_loss']:.3f} at step 0, best {best:.3f}"
             titles.append(f"{subject['name']}, {arm}, learning rate {run['learning_rate']:g}: {losses}")
-        real = [Path(picture["path"]) for picture in (*subject["held_out"], *subject["train"])]
-        pictures = [Image.open(path).convert("RGB") for path in real[: len(steps)] if path.exists()]
-        if pictures:
+        if pictures := _real_pictures(subject, len(steps)):
             rows.append(pictures)
             titles.append(f"{subject['name']}: real pictures, those first that no run has seen")
     return grid(rows, [f"step {step}" for step in steps], titles) if rows else None
+
+
+def _real_pictures(subject: Mapping[str, Any], count: int) -> list[Image.Image]:
+    """The first `count` of a subject's pictures, the held-out ones first, as far as they are still there and usable."""
+    found = []
+    for entry in (*subject["held_out"], *subject["train"])[:count]:
+        with suppress(DataError):
+            found.append(open_picture(Path(entry["path"])))
+    return found
 
 
 def _data_uri(data: bytes) -> str:
@@ -199,6 +219,12 @@ def _number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return "0" if value < 0.05 else f"{value:.1f}"
 
 
 def _bounds(interval: Mapping[str, float | None]) -> str:

@@ -1,27 +1,31 @@
 """The runs of a comparison: one base in memory, on which adapters are put, trained and taken off again."""
 
+import errno
 import json
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer import adapter, loop, objective, qwen_image, run, validation
-from trainer.adapter import AdapterConfig, AdapterWeights, Seed
+from trainer import adapter, loop, objective, qwen_image, run
+from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.compare.measures import NUM_SAMPLES
 from trainer.compare.plan import Arm, Cell, Comparison, Subject
-from trainer.errors import TrainingError
-from trainer.files import write_json
+from trainer.errors import Interrupted
+from trainer.files import write_json, write_text
 from trainer.flow import generator
 from trainer.hardware import machine, parallel
 from trainer.lowrank import truncate, with_random_directions
 from trainer.plan import Plan
 from trainer.tracking import Tracker
+from trainer.validation import Sample, write_sample
+
+TRACEBACK_FILE = "error.txt"  # in the folder of a run that failed
 
 
 def norm_matched(seed: Seed, settings: AdapterConfig, number: int) -> Seed:
@@ -40,6 +44,29 @@ def norm_matched(seed: Seed, settings: AdapterConfig, number: int) -> Seed:
     return replace(seed, weights=shuffled(seed.weights, settings.rank_of), frozen=frozen)
 
 
+def start_seconds(spent: float, report: Mapping[str, Any]) -> float | None:
+    """What a start would cost alone, in seconds: stages of which the result was found in the cache count as what they
+    took when it was computed. None if that is not known.
+
+    report: the initializer's, with `seconds` of stages now, and `first_seconds` of those that a cache keeps.
+    """
+    now, first = report.get("seconds", {}), report.get("first_seconds", {})
+    if None in first.values():
+        return None
+    return round(max(spent - sum(now.get(stage, 0.0) for stage in first), 0.0) + sum(first.values()), 3)
+
+
+def stops_all(error: Exception) -> bool:
+    """Whether no other run would fare better, or none is wanted: the disk is full, or the user has stopped it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or isinstance(seen, Interrupted) or "No space left on device" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 class Workbench:
     """One base in memory, on which adapters are put, trained and taken off again."""
 
@@ -53,12 +80,15 @@ class Workbench:
         self._base_losses: dict[str, float] = {}
         self._base_samples: dict[tuple[int, int], Tensor | None] = {}
         self._seeds: tuple[tuple[str, str, int], Seed] | None = None
+        self._loading_seconds = 0.0
 
     @cached_property
     def _transformer(self) -> Any:
+        began = time.monotonic()
         model, train = self._comparison.config.model, self._comparison.config.train
         transformer = qwen_image.load_transformer(model, self.device)
         qwen_image.set_up(transformer, model, gradient_checkpointing=train.gradient_checkpointing)
+        self._loading_seconds += time.monotonic() - began
         return transformer
 
     @cached_property
@@ -73,52 +103,70 @@ class Workbench:
     def prepare_subject(self, subject: Subject, arms: Sequence[Arm]) -> None:
         """Encode the subject's pictures and captions, and let each initializer predict, before the base is loaded.
 
-        The time of this first prediction is what an initializer costs: the runs find it in the cache.
+        The runs find it all in the cache. What fails here fails again in the runs, which tell of it.
         """
-        encoded = objective.encode(subject.plan, self.device, self._text_encoder, quiet=self._quiet)
-        self._text_encoder.unload()  # an initializer that needs it has to load it: that is part of what it costs
-        self._encoded[subject.name] = encoded
-        for arm in arms:
-            file = self._init_file(subject, arm)
-            if not file.exists():
-                began = time.monotonic()
-                try:
-                    seed = self._initialize(subject, arm, self._comparison.config.seed)
-                except ValueError:  # its runs will fail by it, and tell
-                    continue
-                write_json(file, {"seconds": round(time.monotonic() - began, 3), "report": seed.report})
+        steps: list[Callable[[], object]] = [partial(self._encode, subject)]
+        steps += [partial(self._start, subject, arm) for arm in arms]
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                if stops_all(error):
+                    raise
 
-    def _init_file(self, subject: Subject, arm: Arm) -> Path:
-        return self._comparison.output / "runs" / subject.name / arm.name / "init.json"
+    def _encode(self, subject: Subject) -> objective.Encoded:
+        if subject.name not in self._encoded:
+            encoded = objective.encode(subject.plan, self.device, self._text_encoder, quiet=self._quiet)
+            self._text_encoder.unload()  # an initializer that needs it has to load it: that is part of what it costs
+            self._encoded[subject.name] = encoded
+        return self._encoded[subject.name]
 
-    def _initialize(self, subject: Subject, arm: Arm, seed: int) -> Seed:
-        prepared = subject.plan
-        trials = objective.Trials(prepared, self._encoded[subject.name], self._text_encoder, lambda: self._transformer)
-        cache = self._comparison.output / "cache"  # of its own: what it costs must not be known from elsewhere
-        context = run.init_context(prepared, self.device, trials, self._text_encoder)
-        context = replace(context, seed=seed, log=lambda message: None, cache=cache)
+    def _start(self, subject: Subject, arm: Arm) -> dict[str, Any]:
+        """What the arm's initializer did for the subject, and what it cost: measured when it is first asked, and kept,
+        since it finds everything in the cache from then on."""
+        file = self._comparison.output / "runs" / subject.name / arm.name / "init.json"
+        if not file.exists():
+            context = self._context(subject, arm, self._comparison.config.seed)
+            began, loading = time.monotonic(), self._loading_seconds
+            seed = self._initialize(arm, context)
+            spent = time.monotonic() - began - (self._loading_seconds - loading)  # every run needs the base
+            found = {"seconds": start_seconds(spent, seed.report), "report": seed.report}
+            if not file.exists():  # else another part has been quicker
+                write_json(file, found)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _context(self, subject: Subject, arm: Arm, seed: int) -> InitContext:
+        """What the initializer is told. That of `wrong-pictures` is told of the next subject alone: it finds the start
+        that i2l has there, with the strength that "auto" takes by those pictures. Judged by this subject's pictures,
+        "auto" would reject the seed, and the control would be `random` under another name."""
+        shown = subject
         if arm.control == "wrong-pictures":
             other = self._comparison.other(subject)
             assert other is not None
-            # apart, so that the other subject's own start is not found predicted already, at no cost
-            images = tuple(example.path for example in other.plan.dataset.train)
-            context = replace(context, images=images, cache=cache / "wrong-pictures")
+            shown = other
+        trials = objective.Trials(shown.plan, self._encode(shown), self._text_encoder, lambda: self._transformer)
+        context = run.init_context(shown.plan, self.device, trials, self._text_encoder)
+        # a cache of the comparison's own, for each subject: what is computed in it is measured, and all at once
+        cache = self._comparison.output / "cache" / "starts" / shown.name
+        return replace(context, seed=seed, log=lambda message: None, cache=cache)
+
+    def _initialize(self, arm: Arm, context: InitContext) -> Seed:
         result = arm.start.initialize(context, arm.start.options)
         if arm.control == "norm-matched":
-            return norm_matched(result, self._comparison.config.adapter, seed)
+            return norm_matched(result, self._comparison.config.adapter, context.seed)
         return result
 
     def _seed(self, cell: Cell) -> Seed:
         """Computed once for all learning rates."""
         name = (cell.subject.name, cell.arm.name, cell.seed)
         if self._seeds is None or self._seeds[0] != name:
-            self._seeds = name, self._initialize(cell.subject, cell.arm, cell.seed)
+            self._seeds = None  # two of them need not be in memory
+            self._seeds = name, self._initialize(cell.arm, self._context(cell.subject, cell.arm, cell.seed))
         return self._seeds[1]
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Train, and say what came of it; what is wrong with one run is no reason to stop the others."""
-        file = self._init_file(cell.subject, cell.arm)
-        init = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"seconds": 0.0, "report": {}}
+        """Train, and say what came of it. What is wrong with one run is no reason to stop the others, unless
+        `stops_all`."""
         result = {
             "group": cell.subject.group,
             "subject": cell.subject.name,
@@ -126,15 +174,22 @@ class Workbench:
             "learning_rate": cell.learning_rate,
             "seed": cell.seed,
             "fingerprint": self._comparison.fingerprint(cell),
-            "init_seconds": init["seconds"],
-            "init": init["report"],
-            "base_loss": self._base_loss(cell.subject),
             "hardware": machine.hardware(self.device),
         }
         try:
+            self._encode(cell.subject)
+            start = self._start(cell.subject, cell.arm)
+            result |= {"init_seconds": start["seconds"], "init": start["report"]}
+            result["base_loss"] = self._base_loss(cell.subject)
             return {**result, "status": "finished", **self._train(cell)}
-        except (TrainingError, ValueError, torch.OutOfMemoryError) as error:
-            return {**result, "status": "failed", "error": str(error), "curve": []}
+        except Exception as error:
+            if stops_all(error):
+                raise
+            file = cell.folder / TRACEBACK_FILE
+            write_text(file, traceback.format_exc())
+            where = file.relative_to(self._comparison.output).as_posix()
+            told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            return {**result, "status": "failed", "error": told, "traceback": where, "curve": []}
 
     def _base_loss(self, subject: Subject) -> float:
         """The stable loss of the subject's held-out pictures without any adapter."""
@@ -188,7 +243,8 @@ class Workbench:
             pictures = qwen_image.decode_latents(vae, part)
             tracker.image(step, f"samples/{text}", pictures[0])
             for number, picture in enumerate(pictures):
-                validation.write_png(cell.folder / "samples" / f"step-{step:06d}-{row}-{number}.png", picture)
+                sample = Sample(text, prepared.config.validation.seed + number, picture)
+                write_sample(cell.folder / "samples" / f"step-{step:06d}-{row}-{number}.png", sample)
 
     def _unrelated(self, prepared: Plan) -> Tensor | None:
         """Latents of the samples that drift is measured by."""

@@ -1,8 +1,9 @@
 """What a comparison's curves say: pure functions on numbers.
 
-A *run* is a mapping with `group`, `subject`, `arm`, `learning_rate`, `seed`, `init_seconds` and `curve`: points with
-`step`, `val_loss` and `seconds`, the first at step 0. Every arm is taken at its own best learning rate: a start that
-suits a low rate would otherwise look good, or bad, only for the rate that was chosen (arXiv:2602.04998).
+A *run* is a mapping with `group`, `subject`, `arm`, `learning_rate`, `seed`, `init_seconds` (what the start would cost
+alone, or None) and `curve`: points with `step`, `val_loss` and `seconds`, the first at step 0. Every arm is taken at
+its own best learning rate: a start that suits a low rate would otherwise look good, or bad, only for the rate that was
+chosen (arXiv:2602.04998).
 """
 
 from collections import defaultdict
@@ -39,21 +40,26 @@ class Outcome:
     baseline_area: float
     steps: int | None
     """At the first validation that is at or below the baseline's best; None if there is none."""
+    start_seconds: float | None
+    """What the start would cost alone; None if it was not measured, and then no number of seconds is known."""
     seconds: float | None
-    """The same in seconds of training, with the initializer's."""
-    baseline_seconds: float
+    """As `steps`, in seconds of training, with the start's."""
+    baseline_seconds: float | None
     length: int
     """Steps of the run."""
-    length_seconds: float
+    length_seconds: float | None
 
 
 def best_rates(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
-    """(subject, arm) -> the learning rate whose curves have the lowest best, on average over seeds."""
+    """(subject, arm) -> the learning rate whose curves have the lowest best, on average over seeds; of those with the
+    most seeds, since a rate at which some of the runs failed is none to take."""
     bests: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         lowest = min(point["val_loss"] for point in run["curve"])
         bests[run["subject"], run["arm"]][run["learning_rate"]].append(lowest)
-    return {name: min(rates, key=lambda rate: (mean(rates[rate]), rate)) for name, rates in bests.items()}
+    return {
+        name: min(rates, key=lambda rate: (-len(rates[rate]), mean(rates[rate]), rate)) for name, rates in bests.items()
+    }
 
 
 def outcomes(runs: Sequence[Run], baseline: str) -> list[Outcome]:
@@ -88,13 +94,18 @@ def outcomes(runs: Sequence[Run], baseline: str) -> list[Outcome]:
                 baseline_step=goal["step"],
                 baseline_area=area(reference["curve"]),
                 steps=reached["step"] if reached else None,
-                seconds=run["init_seconds"] + reached["seconds"] if reached else None,
-                baseline_seconds=reference["init_seconds"] + goal["seconds"],
+                start_seconds=run["init_seconds"],
+                seconds=_with_start(run, reached["seconds"]) if reached else None,
+                baseline_seconds=_with_start(reference, goal["seconds"]),
                 length=curve[-1]["step"],
-                length_seconds=run["init_seconds"] + curve[-1]["seconds"],
+                length_seconds=_with_start(run, curve[-1]["seconds"]),
             )
         )
     return found
+
+
+def _with_start(run: Run, seconds: float) -> float | None:
+    return None if run["init_seconds"] is None else float(run["init_seconds"] + seconds)
 
 
 def _best(curve: Sequence[Mapping[str, float]]) -> Mapping[str, Any]:
@@ -140,12 +151,15 @@ def summarise(rows: Sequence[Outcome]) -> dict[str, Any]:
 
     `steps` is the ratio of all steps that the arm needed to reach the baseline's best to all that the baseline itself
     needed. Where it never got there its whole run is counted: then `never` is above 0, and the ratio a lower bound.
+    `seconds` has no value if one of the starts was not measured; `seconds_known` says so.
     """
     return {
         "subjects": len({row.subject for row in rows}),
         "runs": len(rows),
         "below_at_step_0": sum(row.steps == 0 for row in rows),
         "never": sum(row.steps is None for row in rows),
+        "start_seconds": _mean_or_none([row.start_seconds for row in rows]),
+        "seconds_known": all(row.length_seconds is not None and row.baseline_seconds is not None for row in rows),
         "steps": asdict(interval(rows, _steps_ratio)),
         "seconds": asdict(interval(rows, _seconds_ratio)),
         "best_lower_by": asdict(interval(rows, lambda some: mean(gain(row) for row in some))),
@@ -169,8 +183,18 @@ def _steps_ratio(rows: Sequence[Outcome]) -> float:
 
 
 def _seconds_ratio(rows: Sequence[Outcome]) -> float:
-    needed = sum(row.length_seconds if row.seconds is None else row.seconds for row in rows)
-    return _ratio(needed, sum(row.baseline_seconds for row in rows))
+    needed, baseline = 0.0, 0.0
+    for row in rows:
+        if row.length_seconds is None or row.baseline_seconds is None:
+            return float("nan")
+        needed += row.length_seconds if row.seconds is None else row.seconds
+        baseline += row.baseline_seconds
+    return _ratio(needed, baseline)
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def _ratio(x: float, y: float) -> float:

@@ -45,6 +45,16 @@ def open_picture(path: Path) -> Image.Image:
     return decode(path, read(path))[0]
 
 
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """What `open_picture` makes of the same picture in a file. `name`: what an error calls it. DataError as there."""
+    try:
+        made = _to_rgb(image)[0].copy()
+    except Exception as error:  # it may be read only now: decoders raise many kinds
+        raise DataError([f"{name}: cannot be used ({error}); replace or remove it"]) from error
+    made.info.clear()  # a profile that is applied already must not be applied again
+    return made
+
+
 def read(path: Path) -> bytes:
     """The file's bytes, for a digest and for `decode`. DataError if it cannot be read or is empty."""
     if problem := no_file(path):

@@ -248,6 +248,25 @@ def test_what_was_predicted_is_kept_and_nothing_stale_is_read(
         torch.testing.assert_close(pair.a, first.weights.factors[module].a)
 
 
+def test_what_was_computed_before_still_knows_its_seconds(world: Path, tmp_path: Path) -> None:
+    kept = replace(context(world), cache=tmp_path / "cache")
+    first = initialize(kept, config(world, "style", "coarse", "bias")).report
+    assert first["first_seconds"].keys() == {"style", "coarse", "encoders", "qwen_vl"}
+    for stage, seconds in first["first_seconds"].items():
+        assert 0 < seconds <= first["seconds"][stage] + 1e-3
+    second = initialize(kept, config(world, "style", "coarse", "bias")).report
+    assert second["first_seconds"] == first["first_seconds"] and "encoders" not in second["seconds"]
+    fewer = initialize(kept, config(world, "style")).report["first_seconds"]
+    assert fewer == {stage: first["first_seconds"][stage] for stage in ("style", "encoders")}
+
+    more = replace(kept, images=kept.images[:2])  # encoded before, along with another
+    found = initialize(more, config(world, "style")).report["first_seconds"]
+    assert found["encoders"] is None and found["style"] > 0
+    shutil.rmtree(tmp_path / "cache" / "i2l" / "seconds")  # as if it came from an older version
+    assert set(initialize(kept, config(world, "style")).report["first_seconds"].values()) == {None}
+    assert initialize(replace(kept, cache=None), config(world, "bias")).report["first_seconds"] == {}
+
+
 def test_only_what_is_new_is_encoded(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[tuple[str, int, int]] = []  # at how many pictures, by which encoders, at which resolution
     encode, read = encoders.encode_pictures, encoders.qwen_vl_residuals
