@@ -232,7 +232,7 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process left half written under `folder`. Not while another process writes there."""
     for path in [*folder.rglob(".*")]:
         if re.fullmatch(r"\..+\.\d+\.(partial|old)", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)  # it may have gone with its folder
 
 
 class LayoutError(UserError):

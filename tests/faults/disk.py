@@ -146,6 +146,7 @@ PLAIN: _Kinds = (
 )
 OF_I2L: _Kinds = ("a prediction of i2L",)
 OF_MERGE: _Kinds = ("frozen.safetensors",)
+SLOW = ("a sample", "the contact sheet")  # which are written as all others are
 _STEPS = "the steps since the last checkpoint"
 _NOTHING_YET = ("a shard of the cache", "a prediction of i2L", "frozen.safetensors", "run.json", "the adapter")
 
@@ -154,7 +155,7 @@ def _fault(toml: str, what: str, each: bool) -> Fault:
     lost = "nothing" if what in _NOTHING_YET else _STEPS
     name = f"at each write of {what}" if each else f"at the first write of {what}"
     do = functools.partial(full, toml, what, each)
-    return Fault(KIND, name, do, FAILED, "No space left on device", lost, slow=each)
+    return Fault(KIND, name, do, FAILED, "No space left on device", lost, slow=each or toml != RANDOM or what in SLOW)
 
 
 FAULTS = [

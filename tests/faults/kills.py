@@ -7,11 +7,13 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.table import Fault
 from tests.faults.world import RANDOM, Outcome, adapter, half_written, patched, run
 from tests.helpers import FINISHED
+from trainer import files
 from trainer.data import cache
 from trainer.files import ABANDONED
 
@@ -97,14 +99,34 @@ def killed_while_it_encodes() -> Outcome:
     return done
 
 
+def killed_while_it_saves() -> Outcome:
+    """A file is half written in a folder that is half written."""
+    flush = files._flush
+
+    def die(path: Path) -> None:
+        if path.name.startswith(".optimizer"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(path)
+
+    with patched(files, "_flush", die):
+        assert _was_killed(_child())
+    assert len(half_written()) == 2, half_written()
+    done = _go("new")
+    assert done.code == FINISHED and adapter(Path("new")) == _through(), done
+    return done
+
+
 def _through() -> bytes:
     assert _go("through").code == FINISHED
     return adapter(Path("through"))
 
 
-FAULTS = [
-    Fault(KIND, f"SIGKILL at {moments} random moments", functools.partial(killed, moments, moments), FINISHED, "",
-          "the steps since the last checkpoint", slow=moments > 10, posix=True)
-    for moments in (10, 100)
-] + [Fault(KIND, "SIGKILL while the first shard of the cache is written", killed_while_it_encodes, FINISHED, "",
-           "what was encoded in the last minute", posix=True)]  # fmt: skip
+_STEPS = "the steps since the last checkpoint"
+ROWS: list[tuple[str, Callable[[], Outcome], str]] = [
+    ("SIGKILL while the first shard of the cache is written", killed_while_it_encodes,
+     "what was encoded in the last minute"),
+    ("SIGKILL while a file of a checkpoint is written", killed_while_it_saves, _STEPS),
+    ("SIGKILL at 10 random moments", functools.partial(killed, 10, 10), _STEPS),
+    ("SIGKILL at 100 random moments", functools.partial(killed, 100, 100), _STEPS),
+]  # fmt: skip
+FAULTS = [Fault(KIND, what, do, FINISHED, "", lost, slow="100" in what, posix=True) for what, do, lost in ROWS]
