@@ -84,6 +84,30 @@ MUTANTS = (
             "tests/test_objective.py::test_a_dropped_caption_is_the_empty_one",
         ),
         (
+            "another seed has the same noise",
+            'flow.generator(run.seed, "noise"',
+            'flow.generator(0, "noise"',
+            "tests/test_objective.py::test_pictures_captions_and_noise_are_those_of_the_seed",
+        ),
+        (
+            "another seed has the same batches",
+            "batch_size, seed=run.seed",
+            "batch_size, seed=0",
+            "tests/test_objective.py::test_pictures_captions_and_noise_are_those_of_the_seed",
+        ),
+        (
+            "another seed drops the same captions",
+            "drops_caption(share, seed=run.seed",
+            "drops_caption(share, seed=0",
+            "tests/test_objective.py::test_pictures_captions_and_noise_are_those_of_the_seed",
+        ),
+        (
+            "samples are squares whatever the pictures are",
+            "size=self._plan.dataset.train[0].bucket",
+            "size=(64, 64)",
+            "tests/test_objective.py::test_samples_have_the_shape_of_the_training_pictures",
+        ),
+        (
             "batches repeat under gradient accumulation",
             "processes + part",
             "processes",
@@ -696,6 +720,12 @@ MUTANTS = (
             "strength is tried on other pictures than those that were chosen",
             "indices[index])",
             "index)",
+            "tests/initializers/i2l/test_initializer.py::test_strength_is_tried_on_the_pictures_that_were_chosen",
+        ),
+        (
+            "strength is tried without the experts' weights",
+            "predictions.combine(config.expert_weights, others)",
+            "predictions.combine({}, others)",
             "tests/initializers/i2l/test_initializer.py::test_strength_is_tried_on_the_pictures_that_were_chosen",
         ),
         (

@@ -475,12 +475,13 @@ def test_strength_is_tried_on_the_pictures_that_were_chosen(world: Path) -> None
         return 0.0
 
     options = replace(config(world, "style"), strength="auto", pictures=("2.png", "1.png"))
+    options = replace(options, expert_weights={"style": 3.0})
     initialize(replace(context(world), try_seed=loss), options)
     assert [index for index, _ in tried] == [2] * 5 + [1] * 5
     strengths = [strength for strength in initializer.STRENGTHS if strength]
     for (index, found), strength in zip(tried, strengths * 2, strict=True):
         other = single[{2: 1, 1: 2}[index]][module]
-        torch.testing.assert_close(found, strength * (other.b @ other.a), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, 3 * strength * (other.b @ other.a), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
