@@ -84,6 +84,30 @@ MUTANTS = (
             "tests/test_objective.py::test_a_dropped_caption_is_the_empty_one",
         ),
         (
+            "another seed has the same noise",
+            'flow.generator(run.seed, "noise"',
+            'flow.generator(0, "noise"',
+            "tests/test_objective.py::test_pictures_captions_and_noise_are_those_of_the_seed",
+        ),
+        (
+            "another seed has the same batches",
+            "batch_size, seed=run.seed",
+            "batch_size, seed=0",
+            "tests/test_objective.py::test_pictures_captions_and_noise_are_those_of_the_seed",
+        ),
+        (
+            "another seed drops the same captions",
+            "drops_caption(share, seed=run.seed",
+            "drops_caption(share, seed=0",
+            "tests/test_objective.py::test_pictures_captions_and_noise_are_those_of_the_seed",
+        ),
+        (
+            "samples are squares whatever the pictures are",
+            "size=self._plan.dataset.train[0].bucket",
+            "size=(64, 64)",
+            "tests/test_objective.py::test_samples_have_the_shape_of_the_training_pictures",
+        ),
+        (
             "batches repeat under gradient accumulation",
             "processes + part",
             "processes",
@@ -257,6 +281,12 @@ MUTANTS = (
             'f"{seed} {e.path}"',
             "tests/data/test_dataset.py::test_a_number_of_pictures_is_held_out_by_seed",
         ),
+        (
+            "buckets are compared by the difference of their ratios",
+            "abs(math.log(size[0] / size[1]) - math.log(option[0] / option[1]))",
+            "abs(size[0] / size[1] - option[0] / option[1])",
+            "tests/data/test_dataset.py::test_a_picture_and_the_same_one_turned_have_the_same_bucket_turned",
+        ),
     ),
     *_mutants(
         "trainer/flow.py",
@@ -374,6 +404,12 @@ MUTANTS = (
             "lost[name] = before",
             "tests/test_adapter.py::test_the_report_says_what_is_random_and_what_is_lost",
         ),
+        (
+            "rows that have no effect yet are drawn anew",
+            "(factors.a != 0).any(dim=1) | (factors",
+            "(factors.a != 0).any(dim=1) & (factors",
+            "tests/test_adapter.py::test_rows_that_have_no_effect_yet_stay_as_they_are",
+        ),
     ),
     *_mutants(
         "trainer/checkpoint.py",
@@ -457,6 +493,24 @@ MUTANTS = (
             "if module in trained:",
             "if trained:",
             "tests/formats/test_trainers.py::test_modules_that_are_dropped_are_not_left",
+        ),
+        (
+            "rows that are filled in are the same in all modules",
+            'pad(nothing, given.rank, generator("hand off", module))',
+            'pad(nothing, given.rank, generator("hand off"))',
+            "tests/formats/test_trainers.py::test_rows_that_are_filled_in_are_each_module_s_own",
+        ),
+        (
+            "the energy that is kept is told as lost",
+            "(1 - kept[module])",
+            "kept[module]",
+            "tests/formats/test_trainers.py::test_the_shares_that_are_told_are_those_of_the_file",
+        ),
+        (
+            "half of the rounding is told",
+            "LowRank(x.a.to(dtype).float(), ",
+            "LowRank(x.a, ",
+            "tests/formats/test_trainers.py::test_the_shares_that_are_told_are_those_of_the_file",
         ),
     ),
     *_mutants(
@@ -653,6 +707,24 @@ MUTANTS = (
             "1.0",
             "tests/initializers/i2l/test_initializer.py::test_weights_of_the_experts",
         ),
+        (
+            "the order of ranks depends on what was predicted before",
+            "for kind in ORDER if kind in by_picture",
+            "for kind in by_picture",
+            "tests/initializers/i2l/test_initializer.py::test_ranks_are_in_the_published_order_whatever_was_predicted_before",
+        ),
+        (
+            "NaN in an embedding goes on",
+            "if not bool(row.isfinite().all())",
+            "if False",
+            "tests/initializers/i2l/test_initializer.py::test_a_picture_that_encoders_cannot_read_is_named",
+        ),
+        (
+            "the text encoder stays beside the image encoders",
+            "context.text_encoder.unload()",
+            "pass",
+            "tests/initializers/i2l/test_initializer.py::test_the_text_encoder_is_gone_before_the_image_encoders_come",
+        ),
     ),
     *_mutants(
         "initializers/i2l/initializer.py",
@@ -660,6 +732,12 @@ MUTANTS = (
             "strength is tried on other pictures than those that were chosen",
             "indices[index])",
             "index)",
+            "tests/initializers/i2l/test_initializer.py::test_strength_is_tried_on_the_pictures_that_were_chosen",
+        ),
+        (
+            "strength is tried without the experts' weights",
+            "predictions.combine(config.expert_weights, others)",
+            "predictions.combine({}, others)",
             "tests/initializers/i2l/test_initializer.py::test_strength_is_tried_on_the_pictures_that_were_chosen",
         ),
         (

@@ -268,6 +268,21 @@ def test_a_smaller_seed_is_balanced() -> None:
         torch.testing.assert_close(x.b[:, :2].norm(dim=0).square(), values, rtol=1e-4, atol=0)
 
 
+def test_rows_that_have_no_effect_yet_stay_as_they_are() -> None:
+    """At the adapter's rank a seed is taken as it is: only rows that are zero in both factors are drawn anew."""
+    model, config = tiny(), AdapterConfig(rank=6)
+    seed = random_seed(model, 6, config).weights.factors
+    for a, b in seed.values():
+        b[:, 1] = 0
+        a[4] = 0
+        a[5] = b[:, 5] = 0
+    adapter.inject(model, config)
+    adapter.apply_seed(model, Seed(AdapterWeights(seed), {}), random_seed=0)
+    for name, (a, b) in adapter.read(model).factors.items():
+        assert torch.equal(a[:5], seed[name].a[:5]) and torch.equal(b[:, :5], seed[name].b[:, :5])
+        assert a[5].abs().max() > 0 and not b[:, 5].any()
+
+
 def test_a_seed_s_ranks_go_before_the_configuration_s() -> None:
     settings = AdapterConfig(rank=4, rank_pattern={"x": 2, "y": 3})
     found = adapter.settings_for(Seed(AdapterWeights({}), {}, rank=8, rank_pattern={"y": 5, "z": 6}), settings)

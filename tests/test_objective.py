@@ -12,7 +12,7 @@ from torch import Tensor
 
 import initializers
 from trainer import adapter, flow, objective, qwen_image, validation
-from trainer.data.dataset import drops_caption
+from trainer.data.dataset import batch, drops_caption
 from trainer.flow import generator
 from trainer.objective import Encoded, LoraObjective, stable_losses
 from trainer.plan import Plan, load_config, prepare
@@ -85,6 +85,23 @@ def test_a_dropped_caption_is_the_empty_one(run_toml: Path) -> None:
             assert same(inputs.prompt_embeds[i, :length], prompts[text])
             assert inputs.mask is None or inputs.mask[i].tolist() == [n < length for n in range(inputs.mask.shape[1])]
     assert 4 < nothing < 20  # of 24
+
+
+def test_pictures_captions_and_noise_are_those_of_the_seed(run_toml: Path) -> None:
+    noises = []
+    for seed in (0, 3):
+        plan = make_plan(run_toml, f"seed={seed}", "data.held_out=0", "data.caption_dropout=0.5")
+        trained, prompts = make_objective(plan), made_up(plan).prompts
+        for step in range(4):
+            inputs = trained.inputs(step, 0)
+            examples = batch(plan.dataset.train, 2, seed=seed, index=step)
+            assert inputs.names == [str(example.path) for example in examples]
+            for i, example in enumerate(examples):
+                dropped = drops_caption(0.5, seed=seed, index=step, position=i)
+                text = qwen_image.NO_CAPTION if dropped else example.caption
+                assert same(inputs.prompt_embeds[i, : len(prompts[text])], prompts[text])
+            noises.append(str(inputs.noise.flatten()[:4].tolist()))
+    assert len({*noises}) == 8
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -178,6 +195,14 @@ def test_samples_are_drawn_as_configured_each_prompt_from_its_own_noise(
     found = [Image.open(plan.output / "samples" / f"step-000007-{row}.png").tobytes() for row in range(4)]
     assert len({*found}) == 4  # the first and the last have the same prompt
     assert tracker.shown == {f"7 samples/{text}": picture for text, picture in zip(texts, found, strict=True)}
+
+
+def test_samples_have_the_shape_of_the_training_pictures(run_toml: Path, pictures: Path) -> None:
+    for path in pictures.glob("*.png"):
+        Image.open(path).resize((80, 48)).save(path)
+    plan = make_plan(run_toml, "validation.prompts=['one']")
+    make_objective(plan).validate(0, Pictures())
+    assert Image.open(plan.output / "samples" / "step-000000-0.png").size == (80, 48)
 
 
 def test_the_stable_losses_are_of_so_many_pictures(run_toml: Path) -> None:

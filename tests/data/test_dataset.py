@@ -334,6 +334,17 @@ def test_a_picture_covers_its_bucket_and_keeps_its_centre(folder):
     assert "a.png" in note_on(dataset, "cut off by the crop")
 
 
+def test_a_picture_and_the_same_one_turned_have_the_same_bucket_turned(folder):
+    """Ratios of sides are compared as factors: by their differences tall pictures would lie nearer to one another."""
+    for side in range(40, 101, 3):
+        put(folder, f"tall-{side:03}.png", size=(side, 100))
+        put(folder, f"wide-{side:03}.png", size=(100, side))
+    examples = scanned(folder).train
+    tall, wide = ([e.bucket for e in examples if e.path.name.startswith(kind)] for kind in ("tall", "wide"))
+    assert len(tall) == 21 and wide == [(height, width) for width, height in tall]
+    assert set(tall) == {size for size in buckets(64, 16) if size[0] <= size[1]}
+
+
 def test_a_picture_of_the_buckets_size_is_loaded_as_it_is(folder):
     put(folder, "a.png")
     dataset = scanned(folder)

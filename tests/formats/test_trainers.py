@@ -396,6 +396,32 @@ def test_modules_that_are_dropped_are_not_left(tmp_path: Path) -> None:
     assert done.lines[0].startswith("4 modules, rank 3") and len(trained) == len(load_pairs(done.file)) == 4
 
 
+def told(lines: list[str], before: str, after: str = "%") -> float:
+    """The share that stands after a word."""
+    (line,) = (line for line in lines if before in line)
+    return float(line.split(before)[1].split(after)[0]) / 100
+
+
+def test_the_shares_that_are_told_are_those_of_the_file(tmp_path: Path) -> None:
+    done = made_for("diffusers", tmp_path / "made", rank=2, dtype="bf16")
+    whole, best, found = deltas(weights()), deltas(weights(), 2), deltas(read_lora(done.file)[0])
+    total = sum(float(delta.square().sum()) for delta in whole.values())
+    lost = sum(float((whole[name] - delta).square().sum()) for name, delta in best.items()) / total
+    assert told(done.lines, "truncated to the rank: ") == pytest.approx(lost, abs=1e-4)
+    rounding = max(float((found[name] - delta).norm() / delta.norm()) for name, delta in best.items())
+    assert told(done.lines, "differs by at most ") == pytest.approx(rounding, abs=6e-4)
+
+
+def test_rows_that_are_filled_in_are_each_module_s_own(tmp_path: Path) -> None:
+    """In modules that the LoRA lacks, and in those whose rank it does not fill."""
+    few = {name: x for name, x in weights(2).factors.items() if name.endswith(("to_q", "to_k"))}
+    recipe = read_recipe(recipe_of("onetrainer", tmp_path), "onetrainer")
+    done = made_for("onetrainer", tmp_path / "made", AdapterWeights(few), recipe=recipe)
+    rows = [x.a[2:] if name in few else x.a for name, x in load_pairs(done.file).items()]
+    assert len(rows) == SELECTED["onetrainer"] > len(few)
+    assert len({str(row.flatten()[:8].tolist()) for row in rows}) == len(rows)
+
+
 def test_rounding_is_told(tmp_path: Path) -> None:
     done = made_for("comfyui", tmp_path / "made", dtype="bf16")
     assert any("rounded to bf16" in line for line in done.lines)

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -455,6 +456,31 @@ def test_kept_hidden_states_are_of_the_resolution_that_is_asked_for(world: Path,
         torch.testing.assert_close(found[size], alone, rtol=1e-3, atol=1e-4)
 
 
+def test_ranks_are_in_the_published_order_whatever_was_predicted_before(world: Path, tmp_path: Path) -> None:
+    coarse = predicted(world, "coarse", cache=tmp_path / "kept")
+    style = predicted(world, "style", cache=None)
+    for module, pair in predicted(world, "coarse", "style", cache=tmp_path / "kept").items():
+        torch.testing.assert_close(pair.a, torch.cat([style[module].a, coarse[module].a]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_text_encoder_is_gone_before_the_image_encoders_come(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no expert reads its hidden states: it may still be loaded, from the captions."""
+    order: list[str] = []
+    encode = encoders.encode_pictures
+    monkeypatch.setattr(encoders, "encode_pictures", lambda *given: order.append("encoded") or encode(*given))
+    loaded = SimpleNamespace(unload=lambda: order.append("unloaded"))
+    predicted(world, "style", cache=None, text_encoder=loaded)
+    assert order == ["unloaded", "encoded"]
+
+
+def test_a_picture_that_encoders_cannot_read_is_named(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = torch.ones(NUM_PICTURES, STYLE.embedding_size)
+    embeddings[1, 3] = torch.nan
+    monkeypatch.setattr(encoders, "encode_pictures", lambda *_: embeddings)
+    with pytest.raises(ValueError, match=r"1\.png: NaN or infinity in its image embeddings"):
+        predicted(world, "style", cache=None)
+
+
 def test_strength_is_tried_on_the_pictures_that_were_chosen(world: Path) -> None:
     """By their places among all training pictures, whose captions and latents the trial uses."""
     single = [predicted(world, "style", cache=world / "cache", images=(path,)) for path in context(world).images]
@@ -468,12 +494,13 @@ def test_strength_is_tried_on_the_pictures_that_were_chosen(world: Path) -> None
         return 0.0
 
     options = replace(config(world, "style"), strength="auto", pictures=("2.png", "1.png"))
+    options = replace(options, expert_weights={"style": 3.0})
     initialize(replace(context(world), try_seed=loss), options)
     assert [index for index, _ in tried] == [2] * 5 + [1] * 5
     strengths = [strength for strength in initializer.STRENGTHS if strength]
     for (index, found), strength in zip(tried, strengths * 2, strict=True):
         other = single[{2: 1, 1: 2}[index]][module]
-        torch.testing.assert_close(found, strength * (other.b @ other.a), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, 3 * strength * (other.b @ other.a), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
