@@ -347,6 +347,12 @@ def test_the_page_is_made_again_from_the_json(
     assert str(output / "report.html") in capsys.readouterr().out
     assert main(["report", str(tmp_path)]) == BAD_INPUT
     page = made["report.html"].decode()
+    assert "<td>0</td>" in page and "not measured" not in page  # what random costs
+    report = report_of(output)
+    report["runs"] = [{**run, "init_seconds": None} if run["arm"] == "gaussian" else run for run in report["runs"]]
+    (output / "report.json").write_text(json.dumps(report))
+    assert main(["report", str(output)]) == FINISHED
+    assert (output / "report.html").read_text().count("<td>not measured</td>") == 2  # the ratio, and the start
     assert page.count("data:image/png;base64,") == 3  # a figure in two themes, one contact sheet
     assert not re.search(r'(src|href|srcset)="(?!data:)', page)  # nothing is fetched
 
