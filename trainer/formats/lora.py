@@ -7,6 +7,7 @@ from `.alpha`, else from PEFT's adapter_config.json beside the file or from diff
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.adapter import AdapterWeights
+from trainer.adapter import AdapterWeights, pattern_of_ranks
 from trainer.config import first_few
 from trainer.files import write_json, write_tensors
 from trainer.formats import kinds
@@ -141,8 +142,8 @@ def interface_metadata(
 def peft_description(weights: AdapterWeights, base: str | None = None) -> dict[str, Any]:
     """adapter_config.json of effective factors, whose ranks may differ."""
     ranks = {name: rank(x) for name, x in weights.factors.items() if rank(x)}
-    most = max(set(ranks.values()), key=[*ranks.values()].count)
-    others = {name: value for name, value in ranks.items() if value != most}
+    most = Counter(ranks.values()).most_common(1)[0][0]
+    others = pattern_of_ranks({name: value for name, value in ranks.items() if value != most})
     config = LoraConfig(r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=others)
     own = {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(ranks)}
     return plain({**config.to_dict(), **own})
@@ -173,15 +174,9 @@ def find_lora(path: Path) -> Path:
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1 and files[0].name not in kinds.CHECKPOINT_FILES:
         return files[0]
-    others = f"{len(files)} other .safetensors files are: name one of them"
-    raise FormatError(
-        f"{path}: "
-        + (
-            kinds.other_folder(path)
-            or f"neither {PEFT_FILE} nor {DIFFUSERS_FILE} is in this folder, and "
-            + (others if files else "no other .safetensors file")
-        )
-    )
+    found = f"{len(files)} other .safetensors files are: name one of them" if files else "no other .safetensors file"
+    missing = f"neither {PEFT_FILE} nor {DIFFUSERS_FILE} is in this folder, and {found}"
+    raise FormatError(f"{path}: {kinds.other_folder(path) or missing}")
 
 
 def open_lora(path: Path) -> LoraFile:
