@@ -17,6 +17,7 @@ class Config:
 def initialize(context: InitContext, config: Config) -> Seed:
     factors = {}
     for name, (in_features, out_features) in context.modules.items():
-        a = torch.randn(context.rank, in_features, generator=generator(context.seed, "gaussian", name)) / context.rank
-        factors[name] = LowRank(a, torch.zeros(out_features, context.rank))
+        rank = context.rank_of(name)
+        a = torch.randn(rank, in_features, generator=generator(context.seed, "gaussian", name)) / rank
+        factors[name] = LowRank(a, torch.zeros(out_features, rank))
     return Seed(AdapterWeights(factors), {"method": "gaussian", "modules": len(factors)})

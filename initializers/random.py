@@ -15,7 +15,7 @@ class Config:
 def initialize(context: InitContext, config: Config) -> Seed:
     """The same values that `apply_seed` puts into a module that a seed does not cover: equal for every initializer."""
     factors = {
-        name: pad(zeros(in_features, out_features), context.rank, generator(context.seed, "adapter", name))
+        name: pad(zeros(in_features, out_features), context.rank_of(name), generator(context.seed, "adapter", name))
         for name, (in_features, out_features) in context.modules.items()
     }
     return Seed(AdapterWeights(factors), {"method": "random", "modules": len(factors)})

@@ -1,25 +1,32 @@
 """The adapter on a tiny real transformer, against PEFT's own merge and forward, and diffusers' own loader."""
 
+import copy
 import json
 import re
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from trainer import adapter
 from trainer.adapter import TARGETS, AdapterConfig, AdapterError, AdapterWeights, Seed
+from trainer.files import write_json, write_tensors
 from trainer.flow import generator
+from trainer.formats.lora import plain, read_lora, write_lora
 from trainer.lowrank import LowRank, concatenate
 
 SETTINGS = [
     AdapterConfig(rank=6),
     AdapterConfig(rank=6, alpha=1.5),
     AdapterConfig(rank=6, alpha=24.0, use_rslora=True),
+    AdapterConfig(rank=6, use_rslora=True),
 ]
 
 
@@ -128,6 +135,26 @@ def test_types_that_match_nothing_are_all_named_with_what_is_near() -> None:
     assert '"attn.to_qq"' in first and "attn.to_q" in first.replace("attn.to_qq", "")
     assert '"text_mlp.net.2"' in second and "txt_mlp.net.2" in second
     assert '"attn"' in third and "not a Linear layer" in third
+
+
+def test_ranks_of_modules_without_an_adapter_are_all_named() -> None:
+    strangers = {f"transformer_blocks.{block}.attn.to_q": 3 for block in range(2, 9)}
+    untrained = "transformer_blocks.1.img_mlp.net.0.proj"
+    pattern = {untrained: 3, "transformer_blocks.1.attn.to_k": 3, "to_v": 5, **strangers}
+    with pytest.raises(AdapterError) as caught:
+        adapter.inject(tiny(), AdapterConfig(rank_pattern=pattern))
+    lines = str(caught.value).splitlines()
+    near = "; near are transformer_blocks.0.attn.to_v, transformer_blocks.1.attn.to_v"
+    assert lines[0] == f'rank_pattern: there is no module "to_v"{near}'
+    left_out = f'rank_pattern: "{untrained}" gets no adapter, as target_modules leave it out'
+    assert lines[1].startswith(f"{left_out}; near are transformer_blocks.1.img_mlp.net.2")
+    assert lines[2].startswith(
+        'rank_pattern: there is no module "transformer_blocks.2.attn.to_q"; near are transformer'
+    )
+    assert lines[5].startswith("rank_pattern: 4 more get no adapter: transformer_blocks.5.attn.to_q, ")
+    assert len(lines) == 6
+    assert "attn.to_k" not in str(caught.value)  # which has an effect
+    adapter.inject(tiny(), AdapterConfig(target_modules="all", rank_pattern={untrained: 3}))
 
 
 @pytest.mark.parametrize(
@@ -523,3 +550,82 @@ def test_the_adapter_comes_off_without_a_trace() -> None:
         assert [name for name, _ in transformer.named_modules()] == names
         after = transformer.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+RANKS = {  # of some modules, two of them equal
+    "transformer_blocks.0.attn.to_q": 2,
+    "transformer_blocks.1.attn.to_q": 9,
+    "transformer_blocks.0.img_mod.1": 2,
+    "transformer_blocks.1.txt_mlp.net.2": 1,
+}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_modules_with_ranks_of_their_own_have_the_scale_that_is_said(use_rslora: bool, alpha: float | None) -> None:
+    """By default 1; with alpha, alpha / rank or alpha / sqrt(rank)."""
+    config = AdapterConfig(rank=6, alpha=alpha, use_rslora=use_rslora, rank_pattern=RANKS)
+    ours, peft = tiny(), tiny()
+    adapter.inject(ours, config)
+    alphas = {name: rank**0.5 if use_rslora else rank for name, rank in RANKS.items()}
+    theirs = LoraConfig(  # a pattern for each module, as one would write it by hand
+        r=6,
+        lora_alpha=alpha or (6**0.5 if use_rslora else 6),
+        target_modules=list(config.module_types),
+        use_rslora=use_rslora,
+        rank_pattern=RANKS,
+        alpha_pattern=alphas if alpha is None else {},
+    )
+    peft.add_adapter(theirs)
+    for name, layer in layers(ours).items():
+        rank = RANKS.get(name, 6)
+        assert layer.r["default"] == layers(peft)[name].r["default"] == rank
+        assert layer.scaling["default"] == layers(peft)[name].scaling["default"]
+        expected = 1.0 if alpha is None else alpha / (rank**0.5 if use_rslora else rank)
+        assert layer.scaling["default"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_folder_with_ranks_by_module_loads_in_plain_peft(use_rslora: bool, tmp_path: Path) -> None:
+    """What is written of ranks and alpha, `pattern_of_ranks` and all, against the effect of the adapter."""
+    config = AdapterConfig(rank=6, use_rslora=use_rslora, rank_pattern=RANKS)
+    model = tiny()
+    adapter.inject(model, config)
+    adapter.apply_seed(model, random_seed(model, 20, config, size=0.1), random_seed=0)
+    expected = output(model)
+    description = {**adapter.peft_config(config).to_dict(), "target_modules": sorted(config.module_types)}
+    write_json(tmp_path / "adapter_config.json", plain(description))
+    found = {
+        f"base_model.model.{name.replace('.default', '')}": tensor for name, tensor in adapter.tensors(model).items()
+    }
+    write_tensors(tmp_path / "adapter_model.safetensors", found)
+    loaded: Any = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(output(loaded), expected)
+    for name, factors in read_lora(tmp_path)[0].factors.items():
+        assert len(factors.a) == RANKS.get(name, 6)
+        assert torch.equal(factors.b, adapter.read(model).factors[name].b)
+    write_lora(tmp_path / "own" / "adapter_model.safetensors", adapter.read(model), {}, layout="peft")
+    again: Any = PeftModel.from_pretrained(tiny(), tmp_path / "own")
+    assert torch.allclose(output(again), expected, rtol=0, atol=1e-5)
+
+
+def test_a_rank_for_each_module_costs_no_more_than_one_for_all() -> None:
+    """PEFT tries every pattern on every module."""
+    with torch.device("meta"):
+        model: Any = QwenImageTransformer2DModel(num_layers=60, num_attention_heads=2, attention_head_dim=8)
+    modules = [*adapter.target_modules(model, AdapterConfig())]
+    pattern = {name: 1 + number % 40 for number, name in enumerate(modules)}
+    assert len(modules) == 720
+
+    def seconds(config: AdapterConfig) -> float:
+        fresh = copy.deepcopy(model)
+        began = time.process_time()
+        adapter.inject(fresh, config)
+        assert {name: layer.r["default"] for name, layer in layers(fresh).items()} == {
+            name: config.rank_of(name) for name in modules
+        }
+        return time.process_time() - began
+
+    seconds(AdapterConfig(rank=20))  # imports
+    one, own = seconds(AdapterConfig(rank=20)), seconds(AdapterConfig(rank=20, rank_pattern=pattern))
+    assert own < 3 * one

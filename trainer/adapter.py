@@ -5,6 +5,7 @@ alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by th
 """
 
 import difflib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from trainer.hardware.threads import parallel_map
 from trainer.lowrank import LowRank, energy, energy_kept, pad, rank, relative_difference, truncate, zeros
 
 NAME = "default"  # of the adapter in PEFT
+NAMED = 5  # names in `rank_pattern` without effect that an error gives with what is near
 TOLERANCE = 1e-5  # of `verify`: fp32 rounds at 6e-8, a wrong scale or a swapped module is off by far more
 
 _IMAGE_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
@@ -51,18 +53,19 @@ class AdapterConfig:
     rank: int = 16
     """The rank of the LoRA. 16 to 32 is common; a larger one can learn more, and overfits sooner."""
     alpha: float | None = None
-    """The effect of the LoRA is alpha / rank * b a. By default alpha is the rank, so that the scale is 1. A seed keeps
-    its effect whatever alpha is."""
+    """The effect of the LoRA is alpha / rank * b a. By default alpha is the rank (with use_rslora its square root), so
+    that the scale is 1. A seed keeps its effect whatever alpha is."""
     dropout: float = 0.0
     """The probability that an input of the adapter is set to zero while training."""
     target_modules: str | tuple[str, ...] = "i2l"
     """"i2l" (the 12 module types that i2L covers), "all" (14), "attention" (8), "diffusers" (4: its default), or a list
     of module types or names, such as ["attn.to_q", "transformer_blocks.0.img_mod.1"]."""
     rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
-    """Layers with a rank of their own, by name: "transformer_blocks.0.attn.to_q" = 4. If alpha is not set, theirs is
-    that rank."""
+    """Layers with a rank of their own, by their whole name: "transformer_blocks.0.attn.to_q" = 4. If alpha is not set,
+    their scale is 1, too."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank (rank-stabilised LoRA, arXiv:2312.03732)."""
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rank-stabilised LoRA, arXiv:2312.03732). It matters only
+    with alpha set: by default the scale is 1 either way."""
     use_dora: bool = False
     """Train the magnitude and the direction of the weights separately (DoRA, arXiv:2402.09353). Slower, and most other
     programs cannot read the result."""
@@ -93,9 +96,11 @@ class AdapterConfig:
     def rank_of(self, module: str) -> int:
         return self.rank_pattern.get(module, self.rank)
 
-    @property
-    def effective_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
+    def alpha_of(self, rank: int) -> float:
+        """The alpha of a module of this rank: by default that with scale 1."""
+        if self.alpha is not None:
+            return float(self.alpha)
+        return math.sqrt(rank) if self.use_rslora else float(rank)
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,7 @@ class InitContext:
     modules: dict[str, tuple[int, int]]
     """in_features and out_features of each target module."""
     rank: int
+    """The rank of the adapter, in modules that have none of their own."""
     seed: int
     device: torch.device
     base: str
@@ -150,6 +156,11 @@ class InitContext:
     """`qwen_image.TextEncoder` of the base, if it may be loaded already. Whoever needs its memory calls `unload`."""
     try_seed: Callable[[AdapterWeights, int], float] | None = None
     """The stable loss of training picture `index` with these weights on the base; None where that cannot be had."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Modules that have a rank of their own."""
+
+    def rank_of(self, module: str) -> int:
+        return self.rank_pattern.get(module, self.rank)
 
 
 class Initializer(Protocol):
@@ -162,24 +173,36 @@ def target_modules(transformer: nn.Module, config: AdapterConfig) -> dict[str, t
     """in_features and out_features of every module that gets an adapter; before or after `inject`, on any device.
 
     A type matches the module of that name and all whose name ends in "." and it, as PEFT does it. AdapterError names
-    all types that match nothing, or something else than a Linear layer, and what is near.
+    all types that match nothing, or something else than a Linear layer, all modules of `rank_pattern` that get no
+    adapter, and what is near.
     """
-    sizes, others = linears(transformer), _other_names(transformer)
+    sizes = linears(transformer)
+    ends, other_ends = _by_end(sizes), _by_end(_other_names(transformer))
     found: set[str] = set()
     problems = []
-    for name in config.rank_pattern:
-        if name not in sizes:
-            problems.append(f'rank_pattern: there is no module "{name}"; {_nearest(name, sizes)}')
     for wanted in config.module_types:
-        matching = {name for name in sizes if matches(name, wanted)}
-        if wrong := sorted(name for name in others if matches(name, wanted)):
-            problems.append(f'target_modules: "{wanted}" matches {wrong[0]}, which is not a Linear layer')
-        elif not matching:
-            problems.append(f'target_modules: "{wanted}" matches no module; {_nearest(wanted, sizes)}')
-        found |= matching
+        if wrong := other_ends.get(wanted):
+            problems.append(f'target_modules: "{wanted}" matches {min(wrong)}, which is not a Linear layer')
+        elif wanted not in ends:
+            problems.append(f'target_modules: "{wanted}" matches no module; {_nearest(wanted, ends)}')
+        found.update(ends.get(wanted, ()))
+    problems += _without_effect(config.rank_pattern, found, ends)
     if problems:
         raise AdapterError("\n".join(problems))
     return {name: size for name, size in sizes.items() if name in found}
+
+
+def _without_effect(pattern: Mapping[str, int], trained: set[str], ends: Mapping[str, list[str]]) -> list[str]:
+    """A problem for each of the first names in `rank_pattern` that get no adapter, and one for the others together."""
+    unused, problems = sorted(pattern.keys() - trained), []
+    for name in unused[:NAMED]:
+        near = [one for one in ends.get(name, ()) if one in trained][:3] or _nearest_names(name, trained)
+        left_out = f'"{name}" gets no adapter, as target_modules leave it out'
+        what = left_out if name in ends.get(name, ()) else f'there is no module "{name}"'
+        problems.append(f"rank_pattern: {what}" + (f"; near are {', '.join(near)}" if near else ""))
+    if more := unused[NAMED:]:
+        problems.append(f"rank_pattern: {len(more)} more get no adapter: {first_few(more)}")
+    return problems
 
 
 def settings_for(seed: Seed, settings: AdapterConfig) -> AdapterConfig:
@@ -388,16 +411,27 @@ def load_tensors(transformer: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 def peft_config(config: AdapterConfig) -> LoraConfig:
     """PEFT's form of it."""
+    ranks = pattern_of_ranks(config.rank_pattern)
+    alphas = {pattern: config.alpha_of(rank) for pattern, rank in ranks.items()}
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.effective_alpha,  # PEFT says int and takes any number
+        lora_alpha=config.alpha_of(config.rank),  # PEFT says int and takes any number
         lora_dropout=config.dropout,
         target_modules=list(config.module_types),
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.rank_pattern) if config.alpha is None else {},
+        rank_pattern=ranks,
+        alpha_pattern=alphas if config.alpha is None else {},
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
+
+
+def pattern_of_ranks(ranks: Mapping[str, int]) -> dict[str, int]:
+    """PEFT's `rank_pattern` for modules by their names: one regular expression for each rank. PEFT tries all of them on
+    each module, and compiles them anew where there are hundreds."""
+    names: dict[int, list[str]] = {}
+    for name, wanted in ranks.items():
+        names.setdefault(wanted, []).append(name)
+    return {"|".join(group): wanted for wanted, group in names.items()}
 
 
 def linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -426,11 +460,24 @@ def matches(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted)
 
 
-def _nearest(wanted: str, names: Iterable[str]) -> str:
-    """The names most like `wanted`, counting the ends of names as names."""
-    ends = {".".join(parts[start:]) for name in names for parts in [name.split(".")] for start in range(len(parts))}
-    near = difflib.get_close_matches(wanted, sorted(ends), n=3, cutoff=0.5)
+def _by_end(names: Iterable[str]) -> dict[str, list[str]]:
+    """What `matches` each end of a name: a name is an end of itself."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            found.setdefault(".".join(parts[start:]), []).append(name)
+    return found
+
+
+def _nearest(wanted: str, ends: Iterable[str]) -> str:
+    """The ends of names most like `wanted`."""
+    near = _nearest_names(wanted, ends)
     return f"near are {', '.join(near)}" if near else f"this model has {first_few(sorted(TARGETS['all']))}"
+
+
+def _nearest_names(wanted: str, names: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(wanted, sorted(names), n=3, cutoff=0.5)
 
 
 def _layers(transformer: nn.Module, adapter_name: str = NAME) -> Iterator[tuple[str, Any]]:

@@ -238,7 +238,7 @@ def _no_lora(content: Tensors) -> None:
         (_alpha, "not one number", True),
         (_alpha_zero, "alpha 0", True),
         (_foreign, r"no such modules: single_transformer_blocks\.3\.attn\.to_q", True),
-        (_text_encoder, "no such modules: lora_te_", True),
+        (_text_encoder, r"beside the transformer's LoRA it holds a LoRA for a text encoder \(1, as lora_te_", True),
         (_twice, r"transformer_blocks\.0\.attn\.to_q is in it twice", True),
         (_stray, r"not part of a plain LoRA: .*diff_b", True),
         (_lokr, "LoKr", True),

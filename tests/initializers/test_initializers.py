@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import initializers
-from trainer.adapter import AdapterWeights, InitContext
+from trainer import adapter
+from trainer.adapter import AdapterConfig, AdapterWeights, InitContext
 from trainer.formats import FormatError, write_lora
 from trainer.lowrank import LowRank
 
@@ -63,6 +65,25 @@ def test_random_starts_are_functions_of_seed_and_module(name: str) -> None:
     assert torch.equal(alone[module].a, among[module].a)
     assert not torch.equal(alone[module].a, factors(4, MODULES)[module].a)
     assert not torch.equal(among[module].a, among["transformer_blocks.0.attn.to_q"].a)
+
+
+@pytest.mark.parametrize("name", ["random", "gaussian"])
+def test_random_starts_heed_a_module_s_own_rank(name: str) -> None:
+    """And what they give is in the adapter afterwards, with the standard deviation of that rank."""
+    model: Any = QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=128)
+    own = {"transformer_blocks.0.attn.to_q": 4, "transformer_blocks.0.img_mod.1": 32}
+    config = AdapterConfig(rank=8, rank_pattern=own)
+    some = replace(context(), modules=adapter.target_modules(model, config), rank_pattern=own)
+    seed = initializers.get(name)(some, initializers.config_class(name)())
+    adapter.inject(model, config)
+    adapter.apply_seed(model, seed, random_seed=0)
+    for module, factors in adapter.read(model).factors.items():
+        rank = own.get(module, 8)
+        given = seed.weights.factors[module]
+        assert given.a.shape[0] == given.b.shape[1] == rank
+        assert torch.equal(factors.a, given.a)
+        expected = 1 / rank if name == "gaussian" else (3 * factors.a.shape[1]) ** -0.5
+        assert float(factors.a.std()) == pytest.approx(expected, rel=0.15)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def judge(path: Path, trainer: str, modules: Mapping[str, tuple[int, int]], reci
         if why is not None:
             verdict.ignored[name] = why
             continue
-        arriving = _scale(name, file, rules, recipe) / file.scale(name)
+        arriving = _scale(name, file, rules, recipe) / file.scales[name]
         verdict.scales[name] = arriving
         resized, dead = _resize(factors, recipe.rank, rules)
         verdict.loaded[name] = scale(resized, arriving)
@@ -102,7 +102,7 @@ def _scale(name: str, file: LoraFile, rules: Rules, recipe: Recipe) -> float:
         return recipe.alpha / recipe.rank
     if rules.scale == "one" or (file.modules[name].alpha is None and not rules.reads_peft_metadata):
         return 1.0
-    return file.scale(name)
+    return file.scales[name]
 
 
 def _resize(factors: LowRank, wanted: int, rules: Rules) -> tuple[LowRank, int]:

@@ -5,9 +5,13 @@ A key is prefix + module + half, and optionally there is an `.alpha` for each mo
     prefix     none | "transformer." | "diffusion_model." | "base_model.model."    module names with dots
                "lora_unet_" (kohya)                                                module names with underscores
     half       lora_A | lora_down | lora.down (rank, in_features);  lora_B | lora_up | lora.up (out_features, rank)
-               then optionally ".default", then ".weight"
+               then optionally the adapter's name, such as ".default", then ".weight"
 
-To add a layout, add an entry to `LAYOUTS`, and its keys to the golden list in tests/formats/test_layouts.py.
+We write the layouts of `LAYOUTS`. `module_name` and `sort_keys` read more: any of the prefixes that are in use, alone
+or after one another, names of wrappers such as `_orig_mod.` anywhere, dots or underscores.
+
+To add a layout, add an entry to `LAYOUTS`, and its keys to the golden list in tests/formats/test_layouts.py. To read a
+prefix, add it to `_PREFIXES`.
 """
 
 import re
@@ -59,12 +63,30 @@ LAYOUTS: dict[str, Layout] = {
 only one that its old versions take."""
 
 _KEY = re.compile(
-    r"(?P<module>.+)\.(?:(?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?(?:\.weight)?|(?P<alpha>alpha))"
+    r"(?P<module>.+)\.(?:(?P<half>lora_A|lora_B|lora_down|lora_up|(?:lora|lora_linear_layer)\.(?:down|up))"
+    r"(?:\.default|(?:\.(?P<adapter>[^.]+))?\.weight)?|(?P<alpha>alpha))"
 )
-_PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.")
-_IS_A = {"lora_A": True, "lora_down": True, "lora.down": True, "lora_B": False, "lora_up": False, "lora.up": False}
+_PREFIXES = (
+    "base_model_model",  # PEFT
+    "diffusion_model",  # ComfyUI
+    "model",
+    "transformer",  # diffusers
+    "unet",
+    "lora_unet",  # kohya
+    "lora_transformer",
+    "lycoris",
+    "pipe",  # DiffSynth-Studio: pipe.dit
+    "dit",
+)
+"""What stands before a module's name, with underscores for dots."""
 _FLAT_TYPES = {name.replace(".", "_"): name for name in TARGETS["all"]}
 _FLAT_OUTER = {name.replace(".", "_"): name for name in OUTER_MODULES}
+_MODULE = re.compile(
+    rf"(?:(?:{'|'.join(_PREFIXES)})_)*"
+    rf"(?:transformer_blocks_(?P<block>\d+)_(?P<kind>{'|'.join(_FLAT_TYPES)})|(?P<outer>{'|'.join(_FLAT_OUTER)}))"
+)
+_WRAPPER = re.compile(r"(?<![^_])(?:orig_mod|(?:(?:fsdp|checkpoint)_wrapped_)?module)_")
+"""What torch.compile, FSDP, checkpointing and DDP put into names."""
 
 
 @dataclass
@@ -78,17 +100,15 @@ class ModuleKeys:
 
 def module_name(name: str) -> str | None:
     """The transformer's own name of a module in a file, or None if Qwen-Image has no such module."""
-    if name.startswith(KOHYA_PREFIX):
-        flat = name.removeprefix(KOHYA_PREFIX)
-        if match := re.fullmatch(r"transformer_blocks_(\d+)_(.+)", flat):
-            kind = _FLAT_TYPES.get(match[2])
-            return f"transformer_blocks.{match[1]}.{kind}" if kind else None
-        return _FLAT_OUTER.get(flat)
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    match = re.fullmatch(r"transformer_blocks\.\d+\.(.+)", name)
-    known = match[1] in TARGETS["all"] if match else name in OUTER_MODULES
-    return name if known else None
+    flat = _WRAPPER.sub("", re.sub(r"[._$]+", "_", name).lstrip("_"))  # "$$" is ai-toolkit's dot
+    match = _MODULE.fullmatch(flat)
+    if match is None:
+        return None
+    return (
+        _FLAT_OUTER[match["outer"]]
+        if match["outer"]
+        else f"transformer_blocks.{match['block']}.{_FLAT_TYPES[match['kind']]}"
+    )
 
 
 @dataclass(frozen=True)
@@ -102,11 +122,13 @@ class Sorted:
     """Keys that are not part of a LoRA."""
     twice: list[tuple[str, str]]
     """A module, and the key that repeats a part of it."""
+    adapters: list[str]
+    """The names of adapters in the keys, "" where there is none."""
 
 
 def sort_keys(keys: Collection[str]) -> Sorted:
-    modules: dict[str, ModuleKeys] = {}
-    found = Sorted(modules, [], [], [])
+    modules, adapters = dict[str, ModuleKeys](), set[str]()
+    found = Sorted(modules, [], [], [], [])
     for key in sorted(keys):
         match = _KEY.fullmatch(key)
         if match is None:
@@ -114,10 +136,13 @@ def sort_keys(keys: Collection[str]) -> Sorted:
         elif (name := module_name(match["module"])) is None:
             found.foreign.append(match["module"])
         else:
-            part = "alpha" if match["alpha"] else "a" if _IS_A[match["half"]] else "b"
+            part = "alpha" if match["alpha"] else "a" if match["half"].endswith(("A", "down")) else "b"
+            if part != "alpha":
+                adapters.add(match["adapter"] or "")
             if getattr(modules.setdefault(name, ModuleKeys()), part) is not None:
                 found.twice.append((name, key))
             setattr(modules[name], part, key)
+    found.adapters.extend(sorted(adapters))
     return found
 
 

@@ -6,6 +6,8 @@ from `.alpha`, else from PEFT's adapter_config.json beside the file or from diff
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,11 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.adapter import AdapterWeights
+from trainer.adapter import AdapterWeights, pattern_of_ranks
 from trainer.config import first_few
 from trainer.errors import UserError
 from trainer.files import write_json, write_tensors
+from trainer.formats import kinds
 from trainer.formats.layouts import LAYOUTS, PEFT_PREFIX, ModuleKeys, sort_keys
 from trainer.lowrank import LowRank, rank
 
@@ -30,13 +33,8 @@ PEFT_FILE, PEFT_CONFIG, DIFFUSERS_FILE = (
 )
 ALPHA_KEY = "warm_start_alpha"
 """In the metadata of our files: the trainer that the file is for multiplies by this / rank."""
-_OTHER_METHODS = {
-    "lora_magnitude_vector": "DoRA, whose magnitudes no low-rank change can express",
-    "dora_scale": "DoRA, whose magnitudes no low-rank change can express",
-    "lokr_": "LoKr",
-    "hada_": "LoHa",
-    "oft_": "OFT",
-}
+_PEFT_KEY = re.compile(rf"(?:(?:_orig_mod|module)\.)*{re.escape(PEFT_PREFIX)}")
+"""As PEFT itself writes keys: its configuration holds alpha."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -51,10 +49,8 @@ class LoraFile:
     path: Path
     modules: dict[str, ModuleKeys]
     shapes: dict[str, tuple[int, ...]]
-    alphas: dict[str, float | None]
-    """The alphas that are in the file, by module."""
-    config: dict[str, Any]
-    """PEFT's, empty if there is none."""
+    scales: dict[str, float]
+    """What the file's own trainer multiplies b a by, by module."""
     metadata: dict[str, str]
 
     def sizes(self) -> dict[str, tuple[int, int, int]]:
@@ -65,17 +61,13 @@ class LoraFile:
             found[name] = (self.shapes[keys.a][1], self.shapes[keys.b][0], self.shapes[keys.a][0])
         return found
 
-    def scale(self, module: str) -> float:
-        """What the file's own trainer multiplies b a by."""
-        return _scale(module, self.sizes()[module][2], self.alphas.get(module), self.config)
-
     def read(self) -> tuple[AdapterWeights, dict[str, str]]:
         """Effective factors in fp32 by module name, and metadata. FormatError if there is NaN in them."""
-        factors, problems, sizes = {}, [], self.sizes()
+        factors, problems = {}, []
         with safe_open(self.path, framework="pt") as tensors:
             for name, keys in self.modules.items():
                 a, b = tensors.get_tensor(keys.a).float(), tensors.get_tensor(keys.b).float()
-                scale = _scale(name, sizes[name][2], self.alphas.get(name), self.config)
+                scale = self.scales[name]
                 if not (bool(a.isfinite().all()) and bool(b.isfinite().all()) and math.isfinite(scale)):
                     problems.append(f"{name} contains NaN or infinity")
                 factors[name] = LowRank(a, b * scale)
@@ -151,8 +143,8 @@ def interface_metadata(
 def peft_description(weights: AdapterWeights, base: str | None = None) -> dict[str, Any]:
     """adapter_config.json of effective factors, whose ranks may differ."""
     ranks = {name: rank(x) for name, x in weights.factors.items() if rank(x)}
-    most = max(set(ranks.values()), key=[*ranks.values()].count)
-    others = {name: value for name, value in ranks.items() if value != most}
+    most = Counter(ranks.values()).most_common(1)[0][0]
+    others = pattern_of_ranks({name: value for name, value in ranks.items() if value != most})
     config = LoraConfig(r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=others)
     own = {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(ranks)}
     return plain({**config.to_dict(), **own})
@@ -172,8 +164,8 @@ def plain(value: Any) -> Any:
 def find_lora(path: Path) -> Path:
     """The file to read: `path`, or the one in this folder."""
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise FormatError(f"{path}: only .safetensors files are read; convert it, or choose another file")
+        if problem := kinds.other_file(path):
+            raise FormatError(f"{path}: {problem}")
         return path
     if not path.is_dir():
         raise FormatError(f"{path}: there is no such file or folder")
@@ -181,16 +173,11 @@ def find_lora(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        raise FormatError(
-            f"{path}: neither {PEFT_FILE} nor {DIFFUSERS_FILE} is in this folder, and "
-            + (
-                f"{len(files)} other .safetensors files are: name one of them"
-                if files
-                else "no other .safetensors file"
-            )
-        )
-    return files[0]
+    if len(files) == 1 and files[0].name not in kinds.CHECKPOINT_FILES:
+        return files[0]
+    found = f"{len(files)} other .safetensors files are: name one of them" if files else "no other .safetensors file"
+    missing = f"neither {PEFT_FILE} nor {DIFFUSERS_FILE} is in this folder, and {found}"
+    raise FormatError(f"{path}: {kinds.other_folder(path) or missing}")
 
 
 def open_lora(path: Path) -> LoraFile:
@@ -200,70 +187,34 @@ def open_lora(path: Path) -> LoraFile:
         with safe_open(file, framework="pt") as tensors:
             shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
             metadata = dict(tensors.metadata() or {})
-            try:
-                modules = _sort(shapes)
-                _check_shapes(modules, shapes)
-                config = _peft_config(file, metadata)
-                if not config and any((m.a or "").startswith(PEFT_PREFIX) and not m.alpha for m in modules.values()):
-                    raise FormatError(
-                        f"{PEFT_CONFIG} is missing beside it, and with it alpha: put both into one folder"
-                    )
-            except FormatError as error:
-                raise FormatError(f"{file}: {error}") from None
+            modules = _sort(shapes)
+            _check_shapes(modules, shapes)
             own = float(metadata[ALPHA_KEY]) if ALPHA_KEY in metadata else None
             alphas = {
                 name: float(tensors.get_tensor(keys.alpha).float().reshape(-1)[0]) if keys.alpha else own
                 for name, keys in modules.items()
-                if keys.alpha or own
             }
-            if none := [name for name, alpha in alphas.items() if not alpha]:
-                raise FormatError(
-                    f"{file}: {none[0]} has alpha 0, which some programs read as no effect, others as rank"
-                )
+            scales = _scales(modules, shapes, alphas, _peft_config(file, modules, metadata))
+    except FormatError as error:
+        raise FormatError(f"{file}: {error}") from None
     except (SafetensorError, OSError) as error:
         raise FormatError(
             f"{file}: this is not a whole safetensors file ({error}). Download or copy it again."
         ) from error
-    return LoraFile(file, modules, shapes, alphas, config, metadata)
+    return LoraFile(file, modules, shapes, scales, metadata)
 
 
 def _sort(shapes: Mapping[str, Any]) -> dict[str, ModuleKeys]:
-    for mark, method in _OTHER_METHODS.items():
-        if any(mark in key for key in shapes):
-            raise FormatError(f"this is {method}: a plain LoRA is needed")
     found = sort_keys(shapes)
+    if problem := kinds.other_kind(found, shapes):
+        raise FormatError(problem)
+    if len(found.adapters) > 1:
+        raise FormatError(kinds.several_adapters(found.adapters))
     if found.twice:
         raise FormatError("{} is in it twice, the second time as {}".format(*found.twice[0]))
-    if not found.modules and not found.foreign:
-        raise FormatError(f"this is not a LoRA: {first_few(found.unread) or 'it is empty'}")
-    if found.foreign:
-        names = list(dict.fromkeys(found.foreign))
-        raise FormatError(f"Qwen-Image has no such modules: {first_few(names)}. {_other_model(names)}")
     if found.unread:
         raise FormatError(f"these tensors are not part of a plain LoRA: {first_few(found.unread)}")
     return found.modules
-
-
-_OTHER_MODELS = {
-    "single_transformer_blocks": "Flux",
-    "double_blocks": "Flux",
-    "single_blocks": "Flux",
-    "down_blocks": "Stable Diffusion or SDXL",
-    "up_blocks": "Stable Diffusion or SDXL",
-    "input_blocks": "Stable Diffusion or SDXL",
-    "output_blocks": "Stable Diffusion or SDXL",
-    "joint_blocks": "Stable Diffusion 3",
-    "lora_te": "another model's text encoder",
-    "text_model": "another model's text encoder",
-    "self_attn": "Wan or a text model",
-}
-
-
-def _other_model(names: list[str]) -> str:
-    for mark, model in _OTHER_MODELS.items():
-        if any(mark in name for name in names):
-            return f"It looks like a LoRA for {model}."
-    return "Is it for another model?"
 
 
 def _check_shapes(modules: Mapping[str, ModuleKeys], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -286,15 +237,19 @@ def _check_shapes(modules: Mapping[str, ModuleKeys], shapes: Mapping[str, tuple[
         raise FormatError(first_few(problems, "; "))
 
 
-def _peft_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What PEFT's adapter_config.json says of a file of PEFT, or diffusers' metadata in the file."""
+def _peft_config(file: Path, modules: Mapping[str, ModuleKeys], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What PEFT's adapter_config.json says of a file of PEFT, or diffusers' metadata in the file; empty if neither is
+    there. FormatError if PEFT's is needed and missing."""
     beside = file.with_name(PEFT_CONFIG)
+    of_peft = [keys for keys in modules.values() if _PEFT_KEY.match(keys.a or "")]
     try:
-        if file.name == PEFT_FILE and beside.is_file():
+        if (file.name == PEFT_FILE or of_peft) and beside.is_file():
             config = json.loads(beside.read_text(encoding="utf-8"))
         elif "lora_adapter_metadata" in metadata:
             entries = json.loads(metadata["lora_adapter_metadata"])
             config = {key.removeprefix("transformer."): value for key, value in entries.items()}
+        elif any(not keys.alpha for keys in of_peft):
+            raise FormatError(f"{PEFT_CONFIG} is missing beside it, and with it alpha: put both into one folder")
         else:
             return {}
         if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
@@ -302,7 +257,7 @@ def _peft_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
         raise FormatError(f"its PEFT configuration cannot be read ({error})") from error
     if config.get("use_dora"):
-        raise FormatError(f"this is {_OTHER_METHODS['dora_scale']}: a plain LoRA is needed")
+        raise FormatError(f"this is {kinds.OTHER_METHODS['dora_scale']}: a plain LoRA is needed")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
         raise FormatError(
@@ -311,15 +266,32 @@ def _peft_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-def _scale(module: str, rank: int, alpha: float | None, config: Mapping[str, Any]) -> float:
-    if alpha is not None:
-        return alpha / rank
-    if not config:
-        return 1.0
-    alpha = config["lora_alpha"]
-    if patterns := config.get("alpha_pattern"):
-        from peft.utils.other import get_pattern_key
-
-        alpha = patterns.get(get_pattern_key(list(patterns), module), alpha)
-    assert alpha is not None
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+def _scales(
+    modules: Mapping[str, ModuleKeys],
+    shapes: Mapping[str, tuple[int, ...]],
+    alphas: Mapping[str, float | None],
+    config: Mapping[str, Any],
+) -> dict[str, float]:
+    """What the file's own trainer multiplies b a by. Patterns of PEFT are tried one by one, as PEFT does it."""
+    try:
+        patterns = [
+            (re.compile(rf"(.*\.)?({key})$"), alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()
+        ]
+    except (re.error, AttributeError) as error:
+        raise FormatError(f"its PEFT configuration cannot be read (alpha_pattern: {error})") from error
+    found = {}
+    for name, keys in modules.items():
+        assert keys.a
+        alpha, rank = alphas[name], shapes[keys.a][0]
+        if alpha is None and not config:
+            found[name] = 1.0
+            continue
+        rooted = config.get("use_rslora") and alpha is None
+        if alpha is None:
+            own = _PEFT_KEY.sub("", keys.a).rpartition(".lora")[0]  # PEFT's name of it, if it wrapped more than ours
+            matching = (value for pattern, value in patterns if pattern.match(name) or pattern.match(own))
+            alpha = next(matching, config["lora_alpha"])
+        if not alpha:
+            raise FormatError(f"{name} has alpha 0, which some programs read as no effect, others as rank")
+        found[name] = alpha / math.sqrt(rank) if rooted else alpha / rank
+    return found
