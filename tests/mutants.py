@@ -574,8 +574,8 @@ MUTANTS = (
         ),
         (
             "wrong pictures are the right ones",
-            "images=images, ",
-            "",
+            "            shown = other\n",
+            "            shown = subject\n",
             "tests/compare/test_runs.py::test_each_arm_predicts_from_the_subject_s_pictures_with_the_run_s_seed",
         ),
         (
@@ -607,8 +607,8 @@ MUTANTS = (
         "trainer/compare/statistics.py",
         (
             "the best rate is that of the luckiest seed",
-            "(mean(rates[rate]), rate)",
-            "(min(rates[rate]), rate)",
+            "mean(rates[rate]), rate)",
+            "min(rates[rate]), rate)",
             "tests/compare/test_statistics.py::test_neither_a_lucky_nor_an_unlucky_seed_chooses_the_rate",
         ),
         (
@@ -619,8 +619,8 @@ MUTANTS = (
         ),
         (
             "the initializer's time costs nothing",
-            'run["init_seconds"] + reached["seconds"]',
-            'reached["seconds"]',
+            'float(run["init_seconds"] + seconds)',
+            "float(seconds)",
             "tests/compare/test_statistics.py::test_steps_and_seconds_to_the_baselines_best",
         ),
         (
@@ -691,8 +691,8 @@ MUTANTS = (
         ),
         (
             "hidden states at another resolution are read from the cache",
-            "device.type, resolution, digests[i])",
-            "device.type, digests[i])",
+            "model, device, resolution, digest)",
+            "model, device, digest)",
             "tests/initializers/i2l/test_initializer.py::test_kept_hidden_states_are_of_the_resolution_that_is_asked_for",
         ),
         (

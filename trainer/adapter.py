@@ -350,6 +350,8 @@ def attach_frozen(transformer: nn.Module, weights: AdapterWeights) -> list[Remov
     for name, (a, b) in weights.factors.items():
         if name not in sizes:
             problems.append(f"this model has no {name}")
+        elif not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+            problems.append(f"{name} contains NaN or infinity")
         elif (a.shape[1], b.shape[0]) != sizes[name]:
             problems.append(
                 "{} is {} -> {} in the seed and {} -> {} in the model".format(

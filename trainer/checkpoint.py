@@ -1,5 +1,6 @@
 """The state of a run, saved whole: trainable tensors and optimizer in safetensors, the rest in JSON."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from trainer.config import first_few
 from trainer.errors import UserError
-from trainer.files import new_folder, write_json, write_tensors
+from trainer.files import new_folder, sha256, write_json, write_tensors
 
 PICTURES, MODELS = "pictures", "models"  # the keys of a course that are not settings
+TENSORS = "trainable.safetensors", "optimizer.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -65,9 +67,10 @@ def save(
     path = root / f"step-{step:08d}"
     optimizer_tensors, optimizer_rest = _split(optimizer)
     with new_folder(path) as folder:
-        write_tensors(folder / "trainable.safetensors", tensors)
-        write_tensors(folder / "optimizer.safetensors", optimizer_tensors)
-        write_json(folder / "state.json", {"step": step, "optimizer": optimizer_rest, **state})
+        for name, values in zip(TENSORS, (tensors, optimizer_tensors), strict=True):
+            write_tensors(folder / name, values)
+        hashes = {name: sha256(folder / name) for name in TENSORS}
+        write_json(folder / "state.json", {"step": step, "optimizer": optimizer_rest, "sha256": hashes, **state})
     for old in [*_folders(root)[:-keep], *root.glob(".step-*")]:
         shutil.rmtree(old)
     return path
@@ -173,10 +176,14 @@ def load(path: Path) -> Checkpoint:
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        file = path / "trainable.safetensors"
-        tensors = load_bytes(file.read_bytes())
-        file = path / "optimizer.safetensors"
-        optimizer = _join(load_bytes(file.read_bytes()), state.pop("optimizer"))
+        hashes, found = state.pop("sha256"), []
+        for name in TENSORS:
+            data = (file := path / name).read_bytes()
+            if hashlib.sha256(data).hexdigest() != hashes[name]:
+                raise ValueError("its content is not what was written")
+            found.append(load_bytes(data))
+        tensors, optimizer_tensors = found
+        optimizer = _join(optimizer_tensors, state.pop("optimizer"))
         return Checkpoint(path, state.pop("step"), tensors, optimizer, state)
     except Exception as error:
         raise CheckpointError(

@@ -235,6 +235,16 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)  # it may have gone with its folder
 
 
+def read_json(path: Path) -> Any:
+    """UserError, with the file's name, if it is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Put it back, or delete it and give the same command again"
+        ) from error
+
+
 class LayoutError(UserError):
     """A file of weights is damaged, or its tensors are not those that are expected under its name."""
 
@@ -290,14 +300,14 @@ def content_hash(path: Path) -> str:
     path = path.resolve()
     state = path.stat()
     if state.st_size < KEPT_FROM:
-        return _sha256(path)
+        return sha256(path)
     known = {"path": str(path), "size": state.st_size, "time": state.st_mtime_ns}
     kept = _hashes() / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, KeyError):
         found = json.loads(kept.read_text(encoding="utf-8"))
         if {name: found[name] for name in known} == known:
             return str(found["sha256"])
-    digest = _sha256(path)
+    digest = sha256(path)
     if time.time_ns() - state.st_mtime_ns > 2e9:  # later changes will show in the time
         with suppress(OSError):  # without a folder to write to, it is read again next time
             write_json(kept, {**known, "sha256": digest})
@@ -311,7 +321,7 @@ def _hashes() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen-image-warm-start" / "hashes"
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest, total = hashlib.sha256(), path.stat().st_size
     title, quick = f"reading {path.name}, once", total < 1 << 30
     with (

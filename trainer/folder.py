@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from trainer import checkpoint
 from trainer.errors import Interrupted, UserError
-from trainer.files import write_json
+from trainer.files import file_in_the_way, write_json
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -30,6 +30,13 @@ def is_begun(folder: Path) -> bool:
 
 def problems(folder: Path, *, resume: bool, steps: int) -> list[str]:
     """Why a run of so many steps cannot begin there, or go on."""
+    if way := file_in_the_way(folder):
+        return [f"output: {way} is a file: choose another --output"]
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        return [f"output: {there} cannot be written to: change its permissions, or choose another --output"]
+    if any(folder.glob(".part-*.lock")):
+        return [f"output: {folder} holds a comparison; choose another --output"]
     if is_used(folder) and not resume:
         return [f"output: {folder} already holds a run; continue it with --resume, or choose another --output"]
     if resume and not is_used(folder):

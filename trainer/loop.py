@@ -232,6 +232,11 @@ class _Training:
         result, settings = self.result, self._job.checkpoint
         result.step, result.seconds = step, time.monotonic() - self._begin
         tensors = parallel.unsharded(self._objective.tensors())
+        if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            raise TrainingError(
+                f"step {step}: NaN or infinity in the weights, such as {bad[0]}: they are not saved. "
+                "Lower the learning rate, or leave fp16."
+            )
         optimizer = parallel.unsharded(self._optimizer.state_dict())
         if self._accelerator.is_main_process:
             state = {"course": self._course, "seconds": result.seconds, "validations": result.validations}

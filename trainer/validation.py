@@ -1,5 +1,6 @@
 """See whether training helps: the stable loss, and sample pictures with fixed seeds on one contact sheet."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from trainer import flow, qwen_image
+from trainer.data.captions import CaptionError, clean
 from trainer.files import write_file
 
+log = logging.getLogger("trainer")
 NUM_SIGMAS = 8
 
 
@@ -41,7 +44,14 @@ class ValidationConfig:
     def problems(self) -> list[str]:
         # two inference steps: the scheduler moves its last sigma, and were it also the first, it would divide 0 by 0
         least = {"every": 1, "num_inference_steps": 2, "num_pictures": 1, "true_cfg_scale": 1}
-        return [f"{name} must be at least {value}" for name, value in least.items() if getattr(self, name) < value]
+        found = [f"{name} must be at least {value}" for name, value in least.items() if getattr(self, name) < value]
+        for name in ("prompts", "unrelated_prompts"):
+            for prompt in getattr(self, name):
+                try:
+                    clean(prompt)
+                except CaptionError as error:
+                    found.append(f'{name}: "{prompt}" {error}')
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,8 +134,8 @@ def sample_rows(folder: Path) -> dict[int, tuple[str, str]]:
     files = {_numbers(path)[1]: path for paths in sample_files(folder).values() for path in paths}
     found = {}
     for row in sorted(files):
-        with Image.open(files[row]) as picture:
-            found[row] = str(picture.info.get("prompt", "")), str(picture.info.get("seed", ""))
+        told = picture.info if (picture := _opened(files[row])) else {}
+        found[row] = str(told.get("prompt", "")), str(told.get("seed", ""))
     return found
 
 
@@ -155,7 +165,16 @@ def contact_sheet(folder: Path) -> Image.Image | None:
 
 
 def _opened(file: Path) -> Image.Image | None:
-    return Image.open(file) if file.exists() else None
+    """None if it is not there, or is damaged: a sheet is no reason to stop a run."""
+    if not file.exists():
+        return None
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+        return picture
+    except (OSError, SyntaxError, ValueError) as error:
+        log.warning("%s is damaged, and left out of the contact sheet (%s)", file, error)
+        return None
 
 
 def grid(rows: Sequence[Sequence[Image.Image | None]], columns: Sequence[str], titles: Sequence[str]) -> Image.Image:

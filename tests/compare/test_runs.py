@@ -87,11 +87,11 @@ def test_each_arm_predicts_from_the_subject_s_pictures_with_the_run_s_seed(run_t
     comparison = compared(run_toml, subjects, own, wrong)
     bench, (x, y) = ready(comparison), comparison.subjects
     for subject, which, seed in ((x, own, 0), (x, own, 1), (x, wrong, 1), (y, wrong, 0)):
-        bench._initialize(subject, which, seed)
+        bench._initialize(which, bench._context(subject, which, seed))
     assert [context.images for context in told] == [images(x), images(x), images(y), images(x)]
     assert [context.seed for context in told] == [0, 1, 1, 0]
-    cache = comparison.output / "cache"
-    assert [context.cache for context in told] == [cache, cache, cache / "wrong-pictures", cache / "wrong-pictures"]
+    shown = [x, x, y, x]
+    assert [context.cache for context in told] == [comparison.output / "cache" / "starts" / one.name for one in shown]
 
 
 def test_the_control_of_equal_norm_is_made_of_the_arm_s_own_seed(run_toml: Path, subjects: Path) -> None:
@@ -99,7 +99,9 @@ def test_the_control_of_equal_norm_is_made_of_the_arm_s_own_seed(run_toml: Path,
     control = Arm("norm-matched", seeded.start, "norm-matched")
     comparison = compared(run_toml, subjects, seeded, control)
     bench, subject = ready(comparison), comparison.subjects[0]
-    whole, found, other = (bench._initialize(subject, *of) for of in ((seeded, 0), (control, 0), (control, 1)))
+    whole, found, other = (
+        bench._initialize(of[0], bench._context(subject, *of)) for of in ((seeded, 0), (control, 0), (control, 1))
+    )
     for name, x in whole.weights.factors.items():
         values, expected = singular_values(found.weights.factors[name]), singular_values(x)[:4]  # the adapter's rank
         assert torch.allclose(values, expected, rtol=1e-4)
@@ -207,7 +209,12 @@ def test_drift_is_how_far_unrelated_samples_are_from_the_base_s(run_toml: Path, 
     bench, subject = ready(comparison), comparison.subjects[0]
     curve = bench.run(comparison.cell(subject, seeded, 1e-2, 0))["curve"]
     plain = bench._latents(subject.plan, ["a house"], 1)
-    run.install(bench._transformer, bench._initialize(subject, seeded, 0), AdapterConfig(rank=4), random_seed=0)
+    run.install(
+        bench._transformer,
+        bench._initialize(seeded, bench._context(subject, seeded, 0)),
+        AdapterConfig(rank=4),
+        random_seed=0,
+    )
     drawn = bench._latents(subject.plan, ["a house"], 1)
     assert curve[0]["drift"] == pytest.approx(float((drawn - plain).square().mean()), rel=1e-4)
     assert curve[0]["drift"] > 0

@@ -201,23 +201,12 @@ UNSEEN_ROWS: list[tuple[str, str, Callable[[], Outcome]]] = [
     ("frozen.safetensors of a run", "out-merge/frozen.safetensors",
      functools.partial(run, MERGE, resume=True)),
 ]  # fmt: skip
-_UNSUMMED = "a checkpoint has no checksum of its tensors"
-_UNNAMED = "the message does not name the file"
-_SHEET = "the contact sheet cannot be drawn, and the run stops at each validation"
-DEFECTS = {
-    f"trainable.safetensors of a checkpoint, {_NUMBER}": _UNSUMMED,
-    f"optimizer.safetensors of a checkpoint, {_NUMBER}": _UNSUMMED,
-    **{f"run.json of a run, {way}": _UNNAMED for way in _BOTH},
-    **{f"a sample of a run, {way}": _SHEET for way in _BOTH},
-    **{f"{name}.json of a comparison, {way}": _UNNAMED for name in ("result", "init", "report") for way in _BOTH},
-}
-"""What the program does not do yet."""
 LOST = {"checkpoint": "the steps since the checkpoint before it", "metrics": "the damaged line of the curve"}
 
 
 def _fault(what: str, do: Callable[[], Outcome], code: int, says: str, *, slow: bool = False) -> Fault:
     lost = next((lost for word, lost in LOST.items() if word in what), "nothing")
-    return Fault(KIND, what, do, code, says, lost, slow=slow, defect=DEFECTS.get(what, ""))
+    return Fault(KIND, what, do, code, says, lost, slow=slow)
 
 
 FAULTS = [

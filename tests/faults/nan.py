@@ -159,7 +159,7 @@ ROWS: list[tuple[str, Callable[[], Outcome], int, str]] = [
     ("in a frozen seed",
      functools.partial(_during, gaussian, "initialize", lambda: _anew(RANDOM, "init.method=gaussian", *_PLAIN),
                        lambda seed: _seed(True)(seed)),
-     BAD_INPUT, "transformer_blocks.0.attn.to_q has values"),
+     BAD_INPUT, "transformer_blocks.0.attn.to_q contains NaN or infinity"),
     ("in a LoRA to start from", _in_a_file, BAD_INPUT, "bad.safetensors: "),
     ("in the forward pass of a step",
      functools.partial(_in_step_2, lambda loss: Loss(loss.value * float("nan"), loss.batch)), FAILED, _PICTURE),
@@ -172,10 +172,8 @@ ROWS: list[tuple[str, Callable[[], Outcome], int, str]] = [
      "validation after step 0: val_loss = nan"),
     ("in what is exported", _in_export, BAD_INPUT, "NaN or infinity"),
 ]  # fmt: skip
-DEFECTS = {"in the weights after a step": "a checkpoint with NaN in it is saved, if no validation lies before it"}
 
 FAULTS = [
-    Fault(KIND, what, do, code, says, "the steps since the last checkpoint" if "step" in what else "nothing",
-          defect=DEFECTS.get(what, ""))
+    Fault(KIND, what, do, code, says, "the steps since the last checkpoint" if "step" in what else "nothing")
     for what, do, code, says in ROWS
 ]  # fmt: skip

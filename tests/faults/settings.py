@@ -205,19 +205,10 @@ FILES: list[tuple[str, Callable[[], Outcome], str]] = [
     ("a folder without pictures", _empty_folder, "[data] empty: there is no picture in it"),
     ("a model without weights", _without_weights, "[model] base: "),
 ]
-DEFECTS = {
-    "an output without a name": "the run is written into the current folder",
-    "a file for the output": "it is found when the first file is written, after models were loaded",
-    "an output below a file": "it is found when the first file is written, after models were loaded",
-    "a special token in a prompt": "prompts of samples are not checked as captions are",
-    "a comparison in a run's folder": "it takes the folder, and writes over the run's contact sheet",
-}
-"""What is not yet found before a model loads."""
 
 
 def _fault(what: str, do: Callable[[], Outcome], says: str) -> Fault:
-    defect = DEFECTS.get(what, "")
-    return Fault(KIND, what, do, BAD_INPUT, says, stable=not defect, defect=defect)
+    return Fault(KIND, what, do, BAD_INPUT, says, stable=True)
 
 
 FAULTS = [

@@ -1,7 +1,6 @@
 """`python -m trainer.compare report FOLDER`"""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from trainer.cli import guarded
 from trainer.compare.report import write_report
 from trainer.errors import UserError
+from trainer.files import read_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = options.folder / "report.json"
         if not file.exists():
             raise UserError(f"{file} is missing: run the comparison to its end first")
-        write_report(options.folder, json.loads(file.read_text(encoding="utf-8")))
+        write_report(options.folder, read_json(file))
         print(options.folder / "report.html")
 
     return guarded(program)

@@ -1,6 +1,5 @@
 """Samples of a comparison, measured by image encoders."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from trainer.compare.plan import Comparison, Subject, finished
 from trainer.data.cache import key
 from trainer.data.dataset import load_picture
 from trainer.data.pictures import open_picture
-from trainer.files import write_json
+from trainer.files import read_json, write_json
 from trainer.hub.sources import local
 from trainer.validation import sample_files
 
@@ -35,7 +34,7 @@ def _pictures_file(comparison: Comparison, subject: Subject) -> Path:
 
 def read_pictures(comparison: Comparison, subject: Subject) -> dict[str, Any] | None:
     file = _pictures_file(comparison, subject)
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    found = read_json(file) if file.exists() else None
     return found if found is not None and found["key"] == _pictures_key(comparison, subject) else None
 
 

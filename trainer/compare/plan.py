@@ -10,10 +10,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from trainer import config, plan, qwen_image
+from trainer import config, folder, plan, qwen_image
 from trainer.adapter import RunFacts
 from trainer.data.cache import key
 from trainer.data.pictures import SUFFIXES, pictures_in
+from trainer.files import read_json
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.plan import InitConfig, Initializers, Plan, RunConfig, Start
@@ -190,6 +191,8 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
             for name in alone
         ]
     problems += _start_problems(comparison)
+    if folder.is_used(comparison.output):
+        problems.append(f"output: {comparison.output} holds a run; choose another --output")
     if not problems:
         problems += _foreign_results(comparison)
     if problems:
@@ -397,7 +400,7 @@ def _foreign_results(comparison: Comparison) -> list[str]:
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
-    return json.loads(cell.result_file.read_text(encoding="utf-8")) if cell.result_file.exists() else None
+    return dict(read_json(cell.result_file)) if cell.result_file.exists() else None
 
 
 def finished(cell: Cell) -> bool:

@@ -1,7 +1,6 @@
 """The runs of a comparison: one base in memory, on which adapters are put, trained and taken off again."""
 
 import errno
-import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.compare.measures import NUM_SAMPLES
 from trainer.compare.plan import Arm, Cell, Comparison, Subject
 from trainer.errors import Interrupted
-from trainer.files import write_json, write_text
+from trainer.files import read_json, write_json, write_text
 from trainer.flow import generator
 from trainer.hardware import machine, parallel
 from trainer.lowrank import truncate, with_random_directions
@@ -133,7 +132,7 @@ class Workbench:
             found = {"seconds": start_seconds(spent, seed.report), "report": seed.report}
             if not file.exists():  # else another part has been quicker
                 write_json(file, found)
-        return json.loads(file.read_text(encoding="utf-8"))
+        return dict(read_json(file))
 
     def _context(self, subject: Subject, arm: Arm, seed: int) -> InitContext:
         """What the initializer is told. That of `wrong-pictures` is told of the next subject alone: it finds the start
