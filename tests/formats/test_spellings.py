@@ -181,6 +181,10 @@ OTHER_FILES: dict[str, tuple[dict[str, Tensor], str]] = {
         {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": SOME},
         "Qwen-Image has no such modules: diffusion_model.blocks.0.self_attn.q. It looks like a LoRA for Wan",
     ),
+    "a LoRA of a ControlNet": (
+        {"controlnet.transformer_blocks.0.attn.to_q.lora_A.weight": SOME},
+        "Qwen-Image has no such modules: controlnet.transformer_blocks.0.attn.to_q. It looks like a LoRA for a Control",
+    ),
     "a bias beside": (
         {**LORA, "transformer.transformer_blocks.0.attn.to_q.lora_B.bias": SOME},
         "these tensors are not part of a plain LoRA: transformer.transformer_blocks.0.attn.to_q.lora_B.bias",

@@ -53,6 +53,7 @@ _KINDS = (
 """What is in some key, what the file then is, and what to do."""
 
 _OTHER_MODELS = {
+    "controlnet": "a ControlNet",
     "single_transformer_blocks": "Flux",
     "double_blocks": "Flux",
     "single_blocks": "Flux",
