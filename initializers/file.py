@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.adapter import AdapterWeights, InitContext, Seed
 from trainer.files import content_hash
 from trainer.formats import FormatError, check_lora, read_lora
+from trainer.formats.lora import PEFT_CONFIG
 from trainer.lowrank import rank, scale
 
 
@@ -41,8 +42,11 @@ def check(config: Config) -> list[str]:
 
 
 def identity(config: Config) -> list[str]:
+    """Hashes of the file, and of PEFT's description beside it, which holds alpha."""
     path = Path(config.path).expanduser()
-    return [content_hash(file) for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
+    files = [path, path.with_name(PEFT_CONFIG)] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files += [] if path.is_file() else [path / PEFT_CONFIG]
+    return [f"{file.name} {content_hash(file)}" for file in files if file.is_file()]
 
 
 def initialize(context: InitContext, config: Config) -> Seed:

@@ -172,10 +172,12 @@ def _training_only(own: Any, target: _Adapter) -> list[str]:
 
 def _context(model: nn.Module, target: _Adapter, options: WarmStartOptions, pictures: tuple[Path, ...]) -> InitContext:
     """What the initializer may know of the model and the pictures. AdapterError if a target module does not exist."""
+    ranks = _ranks(model, target.name) if target.present else target.settings.rank_pattern
     return InitContext(
         images=pictures,
         modules=_sizes(model, target.name) if target.present else adapter.target_modules(model, target.settings),
-        rank=_rank(model, target.name) if target.present else target.settings.rank,
+        rank=max(ranks.values()) if target.present else target.settings.rank,
+        rank_pattern=ranks,
         seed=options.seed,
         device=next(model.parameters()).device,
         base=options.base or str(getattr(model.config, "_name_or_path", "") or "Qwen/Qwen-Image"),
@@ -255,8 +257,10 @@ def _sizes(model: nn.Module, name: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _rank(model: nn.Module, name: str) -> int:
-    return max(layer.r[name] for layer in model.modules() if isinstance(layer, BaseTunerLayer) and name in layer.r)
+def _ranks(model: nn.Module, name: str) -> dict[str, int]:
+    """The rank of each layer that has this adapter."""
+    layers = ((module, layer) for module, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
+    return {module: layer.r[name] for module, layer in layers if name in layer.r}
 
 
 def _picture_paths(images: Images | None, folder: Path, problems: list[str]) -> tuple[Path, ...]:

@@ -168,6 +168,7 @@ def init_context(plan: Plan, device: torch.device, trials: Trials | None, text_e
         images=tuple(example.path for example in plan.dataset.train),
         modules=plan.modules,
         rank=plan.config.adapter.rank,
+        rank_pattern=plan.config.adapter.rank_pattern,
         seed=plan.config.seed,
         device=device,
         base=plan.config.model.base,

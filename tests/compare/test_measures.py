@@ -17,6 +17,7 @@ from trainer import validation
 from trainer.compare import measures
 from trainer.compare.plan import Comparison, Request, prepare
 from trainer.data.dataset import load_picture
+from trainer.files import write_json
 
 CPU = torch.device("cpu")
 PROMPTS = ("one", "two")
@@ -43,6 +44,7 @@ def comparison(run_toml: Path) -> Comparison:
     found = replace(found, initializers=Encoders(), image_encoders=found.arms[0].start)  # type: ignore[arg-type]
     random = np.random.default_rng(0)
     for cell in found.cells():
+        write_json(cell.result_file, {"status": "finished"})
         for step in (0, 10):
             for row in range(len(PROMPTS)):
                 for number in range(measures.NUM_SAMPLES):
