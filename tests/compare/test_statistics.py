@@ -70,6 +70,20 @@ def test_steps_and_seconds_to_the_baselines_best() -> None:
     assert summary["random"]["best_lower_by"]["value"] == 0
 
 
+def test_a_run_that_never_gets_there_counts_whole_with_its_initializer() -> None:
+    runs = [run("random", [10, 8, 6], init_seconds=0.5), run("i2l", [9, 8, 7], init_seconds=3)]
+    (row,) = (row for row in outcomes(runs, "random") if row.arm == "i2l")
+    assert (row.length, row.length_seconds, row.baseline_seconds) == (20, 3 + 2.0, 0.5 + 2.0)
+    found = summarise([row])
+    assert found["seconds"]["value"] == 5 / 2.5 and found["steps"]["value"] == 20 / 20 and found["never"] == 1
+    assert found["area_ratio"]["value"] == pytest.approx(8 / 8)
+
+
+def test_the_ratio_of_areas_is_the_arm_s_by_the_baseline_s() -> None:
+    rows = [row for row in outcomes([run("random", [8, 8]), run("i2l", [4, 2])], "random") if row.arm == "i2l"]
+    assert summarise(rows)["area_ratio"]["value"] == 3 / 8
+
+
 def test_a_seed_is_compared_with_the_baseline_of_the_same_seed() -> None:
     runs = [
         run("random", [10, 8], seed=0),
