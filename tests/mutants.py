@@ -180,6 +180,18 @@ MUTANTS = (
             "tests/test_qwen_image.py::test_gradient_checkpointing_keeps_less_and_changes_nothing",
         ),
         (
+            "the transformer is told the share of the picture instead of the noise's",
+            "timestep=sigmas.to(latents)",
+            "timestep=(1 - sigmas).to(latents)",
+            "tests/test_qwen_image.py::test_velocity_is_what_the_pipeline_s_loop_asks_the_transformer_for",
+        ),
+        (
+            "weak guidance is none",
+            "true_cfg_scale > 1 and",
+            "true_cfg_scale > 2 and",
+            "tests/test_qwen_image.py::test_guidance_leads_away_from_the_negative_prompt",
+        ),
+        (
             "another tokenizer is the same model",
             'in ("vae", "text_encoder", "tokenizer") for path',
             'in ("vae", "text_encoder") for path',
@@ -657,6 +669,12 @@ MUTANTS = (
             "the initializer's time is free where a run never gets there",
             'run["init_seconds"] + curve[-1]["seconds"]',
             'curve[-1]["seconds"]',
+            "tests/compare/test_statistics.py::test_a_run_that_never_gets_there_counts_whole_with_its_initializer",
+        ),
+        (
+            "a run that never gets there takes no time",
+            "row.length_seconds if row.seconds is None",
+            "0 if row.seconds is None",
             "tests/compare/test_statistics.py::test_a_run_that_never_gets_there_counts_whole_with_its_initializer",
         ),
         (
