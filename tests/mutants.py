@@ -180,6 +180,18 @@ MUTANTS = (
             "tests/test_qwen_image.py::test_gradient_checkpointing_keeps_less_and_changes_nothing",
         ),
         (
+            "the transformer is told the share of the picture instead of the noise's",
+            "timestep=sigmas.to(latents)",
+            "timestep=(1 - sigmas).to(latents)",
+            "tests/test_qwen_image.py::test_velocity_is_what_the_pipeline_s_loop_asks_the_transformer_for",
+        ),
+        (
+            "weak guidance is none",
+            "true_cfg_scale > 1 and",
+            "true_cfg_scale > 2 and",
+            "tests/test_qwen_image.py::test_guidance_leads_away_from_the_negative_prompt",
+        ),
+        (
             "another tokenizer is the same model",
             'ENCODERS = ("vae", "text_encoder", "tokenizer")',
             'ENCODERS = ("vae", "text_encoder")',
@@ -534,6 +546,36 @@ MUTANTS = (
             "tests/compare/test_plan.py::test_a_setting_of_all_runs_is_part_of_all_fingerprints",
         ),
         (
+            "another base is the same run",
+            "[self._base_identity, *self",
+            "[*self",
+            "tests/compare/test_plan.py::test_other_models_of_the_same_names_make_other_runs",
+        ),
+        (
+            "another expert is the same run",
+            ", *self._identities[cell.arm.name]]",
+            "]",
+            "tests/compare/test_plan.py::test_other_models_of_the_same_names_make_other_runs",
+        ),
+        (
+            "other held-out pictures are the same run",
+            "shown, held_out, settings",
+            "shown, settings",
+            "tests/compare/test_plan.py::test_another_picture_or_caption_makes_other_runs_of_those_who_see_it",
+        ),
+        (
+            "other wrong pictures are the same run",
+            "control, shown, ",
+            "control, ",
+            "tests/compare/test_plan.py::test_another_picture_or_caption_makes_other_runs_of_those_who_see_it",
+        ),
+        (
+            "wrong pictures are of another group",
+            " if one.group == subject.group]",
+            "]",
+            "tests/compare/test_plan.py::test_wrong_pictures_are_those_of_the_next_subject_of_the_group",
+        ),
+        (
             "controls have the fingerprint of what they control",
             "cell.arm.control, shown",
             "shown",
@@ -571,6 +613,18 @@ MUTANTS = (
             "context, seed=seed, ",
             "context, ",
             "tests/compare/test_runs.py::test_each_arm_predicts_from_the_subject_s_pictures_with_the_run_s_seed",
+        ),
+        (
+            "an arm trains another arm's seed",
+            "cell.subject.name, cell.arm.name, cell.seed)",
+            "cell.subject.name, cell.seed)",
+            "tests/compare/test_runs.py::test_a_seed_is_asked_for_once_and_never_taken_for_another_s",
+        ),
+        (
+            "a subject is compared with another's base",
+            "if subject.name not in self._base_losses:",
+            "if not self._base_losses:",
+            "tests/compare/test_runs.py::test_the_loss_of_the_base_is_that_of_each_subject_s_held_out_pictures",
         ),
         (
             "wrong pictures are the right ones",
@@ -622,6 +676,24 @@ MUTANTS = (
             'float(run["init_seconds"] + seconds)',
             "float(seconds)",
             "tests/compare/test_statistics.py::test_steps_and_seconds_to_the_baselines_best",
+        ),
+        (
+            "the initializer's time is free where a run never gets there",
+            'run["init_seconds"] + curve[-1]["seconds"]',
+            'curve[-1]["seconds"]',
+            "tests/compare/test_statistics.py::test_a_run_that_never_gets_there_counts_whole_with_its_initializer",
+        ),
+        (
+            "a run that never gets there takes no time",
+            "row.length_seconds if row.seconds is None",
+            "0 if row.seconds is None",
+            "tests/compare/test_statistics.py::test_a_run_that_never_gets_there_counts_whole_with_its_initializer",
+        ),
+        (
+            "the ratio of areas is upside down",
+            "row.area / row.baseline_area",
+            "row.baseline_area / row.area",
+            "tests/compare/test_statistics.py::test_the_ratio_of_areas_is_the_arm_s_by_the_baseline_s",
         ),
         (
             "the interval holds 90 of 100",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from demo import painter, text_encoder
-from trainer import qwen_image
+from trainer import flow, qwen_image
 from trainer.flow import generator
 from trainer.hub import hubs, sources
 from trainer.qwen_image import ModelConfig
@@ -99,6 +100,28 @@ def test_padding_a_prompt_changes_no_velocity(
         wrong = qwen_image.predict_velocity(transformer, latents, sigmas, embeds, None)
     assert together.shape == latents.shape
     assert (wrong[1:] - together[1:]).abs().max() > 1e-4  # the mask is what makes the difference
+
+
+def test_velocity_is_what_the_pipeline_s_loop_asks_the_transformer_for(
+    pipeline: QwenImagePipeline, transformer: QwenImageTransformer2DModel, prompts: list[torch.Tensor]
+) -> None:
+    """At each step of a sample: the scheduler's sigmas, not those of the way back."""
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(_: object, given: tuple[object, ...], named: dict[str, torch.Tensor], found: tuple[torch.Tensor]) -> None:
+        asked.append((named["hidden_states"], found[0]))
+
+    handle = pipeline.transformer.register_forward_hook(note, with_kwargs=True)
+    pipeline(PROMPTS[0], width=48, height=64, num_inference_steps=4, output_type="latent", true_cfg_scale=1.0)
+    handle.remove()
+    sigmas = pipeline.scheduler.sigmas[:-1]
+    assert len(asked) == len(sigmas) == 4 and sigmas[0] == 1
+    for (tokens, expected), sigma in zip(asked, sigmas, strict=True):
+        with torch.no_grad():
+            found = qwen_image.predict_velocity(
+                transformer, qwen_image.unpack(tokens, 8, 6), sigma[None], prompts[0][None], None
+            )
+        torch.testing.assert_close(qwen_image.pack(found), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_velocity_depends_on_sigma_prompt_and_place(
@@ -204,6 +227,36 @@ def test_samples_are_those_of_the_whole_pipeline(
         negative_prompt=prompts[1],
     )
     assert (other - latents).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("guidance", [1.5, 4.0])
+def test_guidance_leads_away_from_the_negative_prompt(
+    guidance: float, tiny_base: Path, transformer: QwenImageTransformer2DModel, prompts: list[torch.Tensor]
+) -> None:
+    """Two steps written out: v = n + s (p - n), at the length of p, as the pipeline has it."""
+    found = qwen_image.Sampler(str(tiny_base)).latents(
+        transformer,
+        prompts[:1],
+        size=(64, 64),
+        seeds=[7],
+        num_inference_steps=2,
+        true_cfg_scale=guidance,
+        negative_prompt=prompts[1],
+    )
+    latents = torch.randn(1, 16, 1, 8, 8, generator=generator(7, "sample"))
+    scheduler = qwen_image.Sampler(str(tiny_base))._scheduler
+    mu = flow.resolution_mu(16)
+    scheduler.set_timesteps(sigmas=[1.0, 0.5], mu=mu)
+    for sigma, after in pairwise(scheduler.sigmas):
+        with torch.no_grad():
+            positive, negative = (
+                qwen_image.pack(qwen_image.predict_velocity(transformer, latents, sigma[None], prompt[None], None))
+                for prompt in prompts[:2]
+            )
+        velocity = negative + guidance * (positive - negative)
+        velocity *= positive.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True)
+        latents = latents + (after - sigma) * qwen_image.unpack(velocity, 8, 8)
+    torch.testing.assert_close(found, latents, rtol=1e-3, atol=1e-4)
 
 
 def test_samples_depend_on_their_seed_alone(

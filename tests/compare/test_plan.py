@@ -1,12 +1,13 @@
 """Which runs a comparison has: what each arm is, and what makes a run another one."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import initializers
-from trainer import config
+from trainer import config, qwen_image
 from trainer.compare.plan import Comparison, Request, prepare
 
 CREATURES = Path("configs/creatures.toml")
@@ -81,3 +82,56 @@ def test_a_run_has_the_rate_the_seed_and_the_start_of_its_cell(tmp_path: Path) -
         assert plan.output == cell.folder
         rest = config.to_dict(plan.config.train) | {"learning_rate": None}
         assert rest == config.to_dict(found.config.train) | {"learning_rate": None}
+
+
+def test_other_models_of_the_same_names_make_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fingerprints(compared(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("initializers.i2l.identity", lambda options: ["another"])
+        second = fingerprints(compared(tmp_path))
+    assert {name for name in first if first[name] != second[name]} == {"i2l 0", "i2l 1"}
+    monkeypatch.setattr(qwen_image, "identity", lambda base: ["another"])
+    third = fingerprints(compared(tmp_path))
+    assert {name for name in first if first[name] != third[name]} == {*first}
+
+
+@pytest.fixture
+def subjects(tmp_path: Path) -> Path:
+    """Two groups of two subjects, with two pictures for training and one held out each."""
+    for number, name in enumerate(("g/x", "g/y", "h/v", "h/w")):
+        folder = tmp_path / "subjects" / name
+        (folder / "held_out").mkdir(parents=True)
+        for place, index in ((folder, 2 * number), (folder, 2 * number + 1), (folder / "held_out", 2 * number + 2)):
+            for suffix in (".png", ".txt"):
+                shutil.copy(f"demo/images/zorp/{index % 8}{suffix}", place)
+    return tmp_path / "subjects"
+
+
+def test_wrong_pictures_are_those_of_the_next_subject_of_the_group(subjects: Path, tmp_path: Path) -> None:
+    found = compared(tmp_path, subjects=subjects, controls=("wrong-pictures",))
+    others = {subject.name: found.other(subject) for subject in found.subjects}
+    names = {name: other.name for name, other in others.items() if other is not None}
+    assert names == {"g/x": "g/y", "g/y": "g/x", "h/v": "h/w", "h/w": "h/v"}
+
+
+def of_subjects(found: Comparison) -> dict[tuple[str, str], str]:
+    return {(cell.subject.name, cell.arm.name): found.fingerprint(cell) for cell in found.cells()}
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("h/v/4.png", {("h/v", "random"), ("h/v", "i2l"), ("h/v", "wrong-pictures"), ("h/w", "wrong-pictures")}),
+        ("h/v/held_out/6.png", {("h/v", "random"), ("h/v", "i2l"), ("h/v", "wrong-pictures")}),
+        ("h/v/4.txt", {("h/v", "random"), ("h/v", "i2l"), ("h/v", "wrong-pictures")}),
+    ],
+)
+def test_another_picture_or_caption_makes_other_runs_of_those_who_see_it(
+    file: str, changed: set[tuple[str, str]], subjects: Path, tmp_path: Path
+) -> None:
+    given = {"subjects": subjects, "controls": ("wrong-pictures",), "seeds": 1}
+    first = of_subjects(compared(tmp_path, **given))
+    with (subjects / file).open("ab") as content:
+        content.write(b" more")
+    second = of_subjects(compared(tmp_path, **given))
+    assert {name for name in first if first[name] != second[name]} == changed

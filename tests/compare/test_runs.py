@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import initializers
-from trainer import adapter, objective, qwen_image, run
+from trainer import adapter, objective, qwen_image, run, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.compare.plan import Arm, Comparison, Request, Subject, prepare
 from trainer.compare.runs import Workbench, norm_matched
@@ -119,6 +119,41 @@ def test_the_control_of_equal_norm_has_the_ranks_that_the_seed_asks_for() -> Non
             found = control.weights.factors[name]
             assert torch.linalg.svdvals((found.b @ found.a).double())[: ranks[name]] == pytest.approx(values, rel=1e-4)
             assert float((found.b @ found.a).norm()) == pytest.approx(float(values.norm()), rel=1e-4)
+
+
+def test_a_seed_is_asked_for_once_and_never_taken_for_another_s(run_toml: Path, subjects: Path) -> None:
+    asked: list[tuple[tuple[Path, ...], int]] = []
+
+    def telling(name: str) -> Callable[[InitContext], Seed]:
+        def make(context: InitContext) -> Seed:
+            asked.append((context.images, context.seed))
+            return Seed(AdapterWeights({}), {"of": (name, context.images, context.seed)})
+
+        return make
+
+    comparison = compared(run_toml, subjects, arm("one", telling("one")), arm("two", telling("two")))
+    bench = ready(comparison)
+    (one, two), (x, y) = comparison.arms, comparison.subjects
+    order = ((x, one, 0), (x, two, 0), (y, two, 0), (y, two, 1))  # one thing changes at a time
+    cells = [comparison.cell(subject, which, 1e-2, seed) for subject, which, seed in order]
+    for cell in cells:
+        for rate in (1e-3, 1e-2):
+            report = bench._seed(replace(cell, learning_rate=rate)).report
+            assert report["of"] == (cell.arm.name, images(cell.subject), cell.seed)
+    assert len(asked) == len(cells)
+
+
+def test_the_loss_of_the_base_is_that_of_each_subject_s_held_out_pictures(run_toml: Path, subjects: Path) -> None:
+    comparison = compared(run_toml, subjects, arm("random", nothing))
+    bench, transformer = ready(comparison), qwen_image.load_transformer(comparison.config.model, CPU)
+    losses = [bench._base_loss(subject) for subject in (*comparison.subjects, *comparison.subjects)]
+    assert losses[:2] == losses[2:] and losses[0] != losses[1]
+    for subject, loss in zip(comparison.subjects, losses, strict=False):
+        encoder = qwen_image.TextEncoder(comparison.config.model.base, CPU)
+        encoded = objective.encode(subject.plan, CPU, encoder, quiet=True)
+        items = [encoded.item(example) for example in subject.plan.dataset.held_out]
+        expected = validation.stable_errors(transformer, items, CPU, torch.float32).mean()
+        assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
 # --- where the adapters start, and what they leave --------------------------------------------------------

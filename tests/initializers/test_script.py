@@ -222,7 +222,7 @@ def test_i2l_of_the_demo_by_folder_paths_and_pictures(tmp_path: Path) -> None:
         ({"images": "demo/images/zorp", "weights": "nowhere"}, "nowhere"),
         ({"init": "random", "rank": 0}, "rank must be at least 1"),
         ({"init": "random", "target_modules": "everything"}, "there is no set"),
-        ({"init": "absent.safetensors"}, "neither an initializer"),
+        ({"init": "absent.safetensors"}, "there is no such file or folder"),
     ],
 )
 def test_bad_arguments_are_told(given: dict[str, Any], said: str) -> None:
