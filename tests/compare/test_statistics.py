@@ -70,7 +70,6 @@ def test_steps_and_seconds_to_the_baselines_best() -> None:
     assert summary["random"]["best_lower_by"]["value"] == 0
 
 
-<<<<<<< HEAD
 def test_seconds_that_were_not_measured_are_none_and_not_0() -> None:
     runs = [run("random", [10, 8]), run("i2l", [9, 7]), {**run("later", [9, 7]), "init_seconds": None}]
     summary = {row.arm: summarise([row]) for row in outcomes(runs, "random")}
@@ -84,7 +83,8 @@ def test_seconds_that_were_not_measured_are_none_and_not_0() -> None:
 def test_a_rate_at_which_a_run_failed_is_not_taken() -> None:
     runs = [run("x", [9, 4], rate=1e-4, seed=seed) for seed in (0, 1)]
     assert best_rates([*runs, run("x", [9, 1], rate=1e-2, seed=0)]) == {("a", "x"): 1e-4}
-=======
+
+
 def test_a_run_that_never_gets_there_counts_whole_with_its_initializer() -> None:
     runs = [run("random", [10, 8, 6], init_seconds=0.5), run("i2l", [9, 8, 7], init_seconds=3)]
     (row,) = (row for row in outcomes(runs, "random") if row.arm == "i2l")
@@ -97,7 +97,6 @@ def test_a_run_that_never_gets_there_counts_whole_with_its_initializer() -> None
 def test_the_ratio_of_areas_is_the_arm_s_by_the_baseline_s() -> None:
     rows = [row for row in outcomes([run("random", [8, 8]), run("i2l", [4, 2])], "random") if row.arm == "i2l"]
     assert summarise(rows)["area_ratio"]["value"] == 3 / 8
->>>>>>> 512510bab0fe7d74b2fb960f41f97fb86af90bbc
 
 
 def test_a_seed_is_compared_with_the_baseline_of_the_same_seed() -> None:
