@@ -679,7 +679,7 @@ MUTANTS = (
         ),
         (
             "the initializer's time is free where a run never gets there",
-            'run["init_seconds"] + curve[-1]["seconds"]',
+            '_with_start(run, curve[-1]["seconds"])',
             'curve[-1]["seconds"]',
             "tests/compare/test_statistics.py::test_a_run_that_never_gets_there_counts_whole_with_its_initializer",
         ),
