@@ -55,6 +55,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
 
+    def problems(self) -> list[str]:
+        return [] if self.output.strip() else ["output must name a folder"]
+
 
 class Initializers(Protocol):
     """What a run asks of the package `initializers`, which is handed in, since it lies on a floor above."""

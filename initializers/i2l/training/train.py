@@ -64,6 +64,9 @@ class HypernetworkConfig:
     validation: ValidationConfig = ValidationConfig(every=500)
     checkpoint: CheckpointConfig = CheckpointConfig(every=500)
 
+    def problems(self) -> list[str]:
+        return [] if self.output.strip() else ["output must name a folder"]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
