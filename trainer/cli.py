@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,8 +87,10 @@ def _how_to_go_on(error: BaseException, again: str) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Their bars, their warnings about optional packages and a line for each request would bury ours."""
-    for name in ("diffusers", "transformers", "accelerate", "httpx", "httpx2"):
+    """Their bars, their warnings about optional packages and a line for each request would bury ours. What is worth a
+    word in a picture is said by notes."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    for name in ("PIL", "diffusers", "transformers", "accelerate", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -25,7 +25,7 @@ import train
 from demo import creatures, painter
 from initializers import gaussian
 from tests.helpers import BAD_INPUT, FAILED, FINISHED, INTERRUPTED, files, kill_me, killed
-from trainer import loop, objective
+from trainer import folder, loop, objective
 from trainer.adapter import AdapterConfig, AdapterWeights, Seed
 from trainer.compare import execute as compare
 from trainer.compare import measures as samples
@@ -630,3 +630,11 @@ def check_contact_sheet(demo_comparison: Path) -> None:
     side = 128  # 64 pixels, enlarged
     assert sheet.height // (side + 26) == 6  # random, i2l, three controls that are run, real pictures; titles and gaps
     assert sheet.width // side == 3  # steps 0, 2, 4
+
+
+def test_a_part_is_done_by_one_process(run_toml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = ["--config", str(run_toml), "--output", str(tmp_path / "out"), "--compare", "random", "gaussian"]
+    with folder.held(tmp_path / "out", "part-1-of-2"):
+        assert train.main([*arguments, "--part", "1/2", "--quiet"]) == BAD_INPUT
+    assert "is in use by process" in caplog.text
+    assert not (tmp_path / "out" / "runs").exists()

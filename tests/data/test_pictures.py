@@ -1,5 +1,8 @@
 """One picture, opened in any way: from a file, by a script's PIL, for a thumbnail. The pixels are the same."""
 
+import logging
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from initializers import warm_start
+from tests.data.made import encoded, noise
 from tests.test_adapter import tiny
+from trainer import cli
 from trainer.adapter import AdapterWeights, InitContext, Seed
 from trainer.compare.report import contact_sheet
 from trainer.data.pictures import DataError, open_picture, upright
@@ -100,3 +105,19 @@ def test_thumbnails_of_a_report_show_pictures_as_they_are_trained_on(kind: str, 
     open_picture(path).save(tmp_path / "plain.png")
     assert sheet(path) == sheet(tmp_path / "plain.png")
     assert sheet(path) != sheet(tmp_path / "gone.png")  # which is left out
+
+
+def test_no_warning_of_the_library_reaches_the_console(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a program; scripts keep their own filters."""
+    picture = encoded(noise(), "TIFF")
+    path = tmp_path / "a.tif"
+    path.write_bytes(picture[:4] + bytes([8, 0, 0, 0]) + picture[8:])
+    cli.guarded(lambda: None)
+    for _ in range(2):  # what the library says itself, and what it may say one day
+        with suppress(DataError):
+            open_picture(path)
+        warnings.warn_explicit("Corrupt EXIF data", UserWarning, "Image.py", 1, module="PIL.Image")
+        logging.getLogger("PIL.TiffImagePlugin").warning("More samples per pixel than can be decoded: 5")
+    assert not [*recwarn] and not caplog.records
