@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trainer import adapter, qwen_image
 from trainer.adapter import AdapterWeights
+from trainer.errors import UserError
 from trainer.files import DTYPES
 from trainer.flow import generator
 from trainer.formats.check import judge, verdict_text
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return _check(options) if options.command == "check" else _convert(options)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
 
