@@ -116,14 +116,19 @@ def compared(pattern: str, way: str) -> Outcome:
     """A comparison whose file is damaged, given again."""
     arguments = [*_COMPARE, "--learning-rates", "1e-3", "--set", "validation.prompts=[]"]
     assert say(*arguments).code == FINISHED
-    before = json.loads(Path("compared/report.json").read_text())["summary"]
+    before = _curves()
     spoil(pattern, way)
     if pattern.endswith("report.json"):
         with patched(train, "main", compare.main):
             return say("report", "compared")
     done = say(*arguments)
-    assert done.code != FINISHED or json.loads(Path("compared/report.json").read_text())["summary"] == before
+    assert done.code != FINISHED or _curves() == before
     return done
+
+
+def _curves() -> list[list[float]]:
+    runs = json.loads(Path("compared/report.json").read_text())["runs"]
+    return [[point["val_loss"] for point in run["curve"]] for run in runs]
 
 
 def metadata(way: str) -> Outcome:
@@ -184,8 +189,8 @@ ROWS: list[_Row] = [
      (_CUT, _HEADER, _NUMBER), resume_from_the_one_before, BAD_INPUT, "optimizer.safetensors"),
     ("state.json of a checkpoint", "out/checkpoints/step-00000002/state.json", _BOTH, resume_from_the_one_before,
      BAD_INPUT, "state.json"),
-    ("frozen.safetensors of a run", "out-merge/frozen.safetensors", _WEIGHTS, functools.partial(resume, MERGE),
-     BAD_INPUT, "out-merge/frozen.safetensors"),
+    ("frozen.safetensors of a run", "out-merge/frozen.safetensors", (_CUT, _HEADER, _NUMBER),
+     functools.partial(resume, MERGE), BAD_INPUT, "out-merge/frozen.safetensors"),
     ("run.json of a run", "out/run.json", _BOTH, functools.partial(resume, RANDOM), BAD_INPUT, "out/run.json"),
     ("metrics.jsonl of a run", "out/metrics.jsonl", _BOTH, resume_without, FINISHED, ""),
     ("a sample of a run", "out/samples/step-000000-0.png", _BOTH, longer, FINISHED, "step-000000-0.png"),
@@ -198,8 +203,6 @@ UNSEEN_ROWS: list[tuple[str, str, Callable[[], Outcome]]] = [
     ("Bias of i2L", "i2l/*Bias*", anew_i2l),
     ("an image encoder's weights", "encoders/SigLIP2-G384/*.safetensors", anew_i2l),
     ("a LoRA to start from", "out/adapter/adapter_model.safetensors", from_adapter),
-    ("frozen.safetensors of a run", "out-merge/frozen.safetensors",
-     functools.partial(run, MERGE, resume=True)),
 ]  # fmt: skip
 LOST = {"checkpoint": "the steps since the checkpoint before it", "metrics": "the damaged line of the curve"}
 
@@ -219,12 +222,12 @@ FAULTS = [
           UNSEEN_TEXT),
     *(_fault(f"metadata.jsonl, {way}", functools.partial(metadata, way), BAD_INPUT, "line") for way in _BOTH),
     *(
-        _fault(f"{name} of a comparison, {way}", functools.partial(compared, f"compared/{pattern}", way), code, name,
+        _fault(f"{name} of a comparison, {way}", functools.partial(compared, f"compared/{pattern}", way), code, says,
                slow=True)
-        for name, pattern, code in (
-            ("result.json", "runs/*/random/*/result.json", FINISHED),
-            ("init.json", "runs/*/random/init.json", FINISHED),
-            ("report.json", "report.json", BAD_INPUT),
+        for name, pattern, code, says in (
+            ("result.json", "runs/*/random/*/result.json", FINISHED, "result.json"),
+            ("init.json", "runs/*/random/init.json", FINISHED, ""),  # the runs are done, and need it no more
+            ("report.json", "report.json", BAD_INPUT, "report.json"),
         )
         for way in _BOTH
     ),

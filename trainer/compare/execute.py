@@ -67,7 +67,7 @@ def _execute(comparison: Comparison, *, quiet: bool) -> Path | None:
     with tqdm(total=len(cells), initial=len(cells) - len(todo), desc="runs", unit="run", disable=quiet) as bar:
         for cell in todo:
             bar.set_postfix_str(f"{cell.subject.name} {cell.arm.name} {cell.learning_rate:g} seed {cell.seed}")
-            if read_result(cell) is not None:  # it failed: what it left must not be taken for the new run's
+            if cell.result_file.exists():  # it failed: what it left must not be taken for the new run's
                 shutil.rmtree(cell.folder)
             result = bench.run(cell)
             write_json(cell.result_file, result)

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +15,15 @@ from trainer import config, folder, plan, qwen_image
 from trainer.adapter import RunFacts
 from trainer.data.cache import key
 from trainer.data.pictures import SUFFIXES, pictures_in
+from trainer.errors import UserError
 from trainer.files import read_json
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.plan import InitConfig, Initializers, Plan, RunConfig, Start
 
 SCHEMA = 2  # of report.json, and of the results that it is made from
+log = logging.getLogger("trainer")
+
 CONTROLS = {
     "norm-matched": "i2l's singular values with random directions: is it only the size of the seed?",
     "wrong-pictures": "i2L of the next subject's pictures: does it carry the subject, or an average one?",
@@ -400,7 +404,14 @@ def _foreign_results(comparison: Comparison) -> list[str]:
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
-    return dict(read_json(cell.result_file)) if cell.result_file.exists() else None
+    """None if there is none, or it is damaged: then the run is done again."""
+    if not cell.result_file.exists():
+        return None
+    try:
+        return dict(read_json(cell.result_file))
+    except UserError as error:
+        log.warning("%s; without it the run is done again", error)
+        return None
 
 
 def finished(cell: Cell) -> bool:
