@@ -5,10 +5,12 @@ import os
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import train
 
@@ -40,11 +42,20 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def fork() -> int:
+    """os.fork. torch's threads are not in the copy, and it says so at the first time that their number is set."""
+    child = os.fork()
+    if child == 0:
+        with suppress(RuntimeError):
+            torch.set_num_threads(1)
+    return child
+
+
 def killed(work: Callable[[], object]) -> bool:
     """Do `work` in a copy of this process; whether it was ended by SIGKILL. Imports need not be paid for again."""
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork")
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             work()

@@ -320,7 +320,8 @@ def test_a_seed_s_ranks_go_before_the_configuration_s() -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_layer_with_a_rank_of_its_own_has_that_alpha_unless_alpha_is_set(rslora: bool) -> None:
     name = "transformer_blocks.0.attn.to_q"
-    for alpha, expected in ((None, {4: 4.0, 9: 9.0}), (2.0, {4: 2.0, 9: 2.0})):
+    default = {4: 2.0, 9: 3.0} if rslora else {4: 4.0, 9: 9.0}
+    for alpha, expected in ((None, default), (2.0, {4: 2.0, 9: 2.0})):
         model, config = tiny(), AdapterConfig(rank=4, alpha=alpha, rank_pattern={name: 9}, use_rslora=rslora)
         adapter.inject(model, config)
         for module, scale in adapter.scales(model).items():

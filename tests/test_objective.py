@@ -1,5 +1,6 @@
 """What a step is trained on, what a validation measures and draws: against the settings, and drawn again one by one."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ def made_up(plan: Plan) -> Encoded:
     """Random latents and prompt_embeds instead of encoded ones. The captions have different lengths."""
     examples = (*plan.dataset.train, *plan.dataset.held_out)
     names = {objective._name(example): example.bucket for example in examples}
-    texts = {e.caption for e in examples} | {*PROMPTS, qwen_image.NO_CAPTION, qwen_image.NEGATIVE_PROMPT}
+    texts = {e.caption for e in examples} | {*PROMPTS, qwen_image.EMPTY_PROMPT}
     return Encoded(
         {
             name: torch.randn(16, 1, height // 8, width // 8, generator=generator("latents", name))
@@ -76,10 +77,10 @@ def test_a_dropped_caption_is_the_empty_one(run_toml: Path) -> None:
     for step in range(12):
         inputs = trained.inputs(step, 0)
         texts = [
-            qwen_image.NO_CAPTION if drops_caption(0.5, seed=0, index=step, position=i) else captions[name]
+            qwen_image.EMPTY_PROMPT if drops_caption(0.5, seed=0, index=step, position=i) else captions[name]
             for i, name in enumerate(inputs.names)
         ]
-        nothing += texts.count(qwen_image.NO_CAPTION)
+        nothing += texts.count(qwen_image.EMPTY_PROMPT)
         for i, text in enumerate(texts):
             length = len(prompts[text])
             assert same(inputs.prompt_embeds[i, :length], prompts[text])
@@ -98,7 +99,7 @@ def test_pictures_captions_and_noise_are_those_of_the_seed(run_toml: Path) -> No
             assert inputs.names == [str(example.path) for example in examples]
             for i, example in enumerate(examples):
                 dropped = drops_caption(0.5, seed=seed, index=step, position=i)
-                text = qwen_image.NO_CAPTION if dropped else example.caption
+                text = qwen_image.EMPTY_PROMPT if dropped else example.caption
                 assert same(inputs.prompt_embeds[i, : len(prompts[text])], prompts[text])
             noises.append(str(inputs.noise.flatten()[:4].tolist()))
     assert len({*noises}) == 8
@@ -160,6 +161,9 @@ class Pictures(Tracker):
 
     def __init__(self) -> None:
         self.shown: dict[str, bytes] = {}
+
+    def each(self, items: Sequence[Any], what: str) -> Iterator[Any]:
+        yield from items
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         self.shown[f"{step} {name}"] = picture.tobytes()

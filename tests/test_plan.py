@@ -20,7 +20,7 @@ def course(*overrides: str) -> dict[str, Any]:
     ("change", "name"),
     [
         ("init.i2l.strength=0.5", "init.i2l.strength"),
-        ('init.i2l.experts=["style"]', "init.i2l.experts"),
+        ('init.i2l.experts=["style"]', "models"),  # known by what is in their files
         ("init.i2l.expert_weights={coarse = 0.5}", "init.i2l.expert_weights.coarse"),
         ('init.i2l.mode="merge"', "init.i2l.mode"),
         ("init.i2l.pictures=2", "init.i2l.pictures"),

@@ -41,14 +41,14 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     """
     accelerator = parallel.make_accelerator(plan.config.model.dtype)
     machine.check(plan, accelerator.device)
+    with accelerator.local_main_process_first():  # the others find it all on the disk
+        sources.fetch(plan.needs, quiet=quiet)
     with folder.occupied(plan.output, main=accelerator.is_main_process):
         return _execute(plan, accelerator, resume=resume, quiet=quiet)
 
 
 def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool) -> Path:
     began, settings = time.monotonic(), plan.config
-    with accelerator.local_main_process_first():  # the others find it all on the disk
-        sources.fetch(plan.needs, quiet=quiet)
     for note in notes(plan):
         log.info("note: %s", note)
     job = Job(plan.output, settings.train, settings.checkpoint, settings.validation.every, plan.course())

@@ -6,13 +6,14 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.table import Fault
 from tests.faults.world import RANDOM, Outcome, adapter, half_written, patched, run
-from tests.helpers import FINISHED
+from tests.helpers import FINISHED, fork
 from trainer import files
 from trainer.data import cache
 from trainer.files import ABANDONED
@@ -37,10 +38,11 @@ def _go(output: str) -> Outcome:
 
 def _child() -> int:
     """A run in a copy of this process, in which all is imported already."""
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
-            _go("new")
+            done = _go("new")
+            print(f"the run was over: {done}", file=sys.stderr, flush=True)
         finally:
             os._exit(0)
     return child

@@ -235,7 +235,7 @@ def test_pickles_and_folders_of_models_are_named(tmp_path: Path) -> None:
         path = tmp_path / "pickles" / f"lora{suffix}"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
-        with pytest.raises(FormatError, match=r"this is a pickle, .* only \.safetensors files are read: load it with"):
+        with pytest.raises(FormatError, match=r"this is a pickle, .* only \.safetensors files are read: load it by"):
             read_lora(path)
     with pytest.raises(FormatError, match=r"no \.safetensors file in it, only lora\.bin, .*: this is a pickle"):
         read_lora(path.parent)

@@ -129,7 +129,7 @@ def other_file(path: Path) -> str | None:
     if path.suffix in PICKLES:
         return (
             "this is a pickle, and to read one can run any program that is in it, so only .safetensors files are read: "
-            "load it with torch.load(FILE, weights_only=True), and write it with save_file of safetensors.torch"
+            "load it by torch with weights_only=True, and write it with save_file of safetensors.torch"
         )
     if path.suffix != ".safetensors":
         return "only .safetensors files are read; convert it, or choose another file"

@@ -164,6 +164,8 @@ def execute(settings: HypernetworkConfig, *, resume: bool, quiet: bool) -> Path:
     """
     subjects = prepare(settings, resume=resume)
     accelerator = parallel.make_accelerator(settings.model.dtype)
+    with accelerator.local_main_process_first():  # the other processes find the files on the disk
+        sources.fetch(_needs(settings), quiet=quiet)
     with folder.occupied(Path(settings.output), main=accelerator.is_main_process):
         return _execute(settings, subjects, accelerator, resume=resume, quiet=quiet)
 
@@ -177,8 +179,6 @@ def _execute(
     quiet: bool,
 ) -> Path:
     output = Path(settings.output)
-    with accelerator.local_main_process_first():  # the other processes find the files on the disk
-        sources.fetch(_needs(settings), quiet=quiet)
     job = loop.Job(output, settings.train, settings.checkpoint, settings.validation.every, _course(settings, subjects))
     if resume:  # before run.json is written, which holds the settings that a resumed run must have
         loop.latest(job, accelerator)
