@@ -18,7 +18,6 @@ EXIT_CODES = (
 )
 
 CPU_MEMORY = "DefaultCPUAllocator"  # in the message of torch, which has no class for it
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "ncclRemoteError")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, example: str) -> None:
@@ -40,6 +39,7 @@ def guarded(program: Callable[[], object], *, again: str = "give the same comman
     """
     import torch
 
+    from trainer.hardware import parallel
     from trainer.hub.sources import DownloadError
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -68,8 +68,8 @@ def guarded(program: Callable[[], object], *, again: str = "give the same comman
     except OSError as error:
         logging.error("%s\nwhen this is solved: %s", error, _how_to_go_on(error, again))
     except RuntimeError as error:
-        if any(sign in str(error) for sign in LOST_PEER):
-            what = "another process of this run has ended; its own message is above"
+        if parallel.lost_a_process(error):
+            what = "another process of this run has ended"
         elif isinstance(error, torch.OutOfMemoryError):
             what = f"the GPU's memory is full: {error}\n--plan --vram GB lists settings that fit"
         elif CPU_MEMORY in str(error):

@@ -145,6 +145,7 @@ def train(
             validate_again=training.lacks_validation(start),
             stopping=lambda: alone and bool(stop),
         ) as tracker,
+        _said_at_once(),
     ):
         if training.lacks_validation(start):
             training.validate(start, tracker)
@@ -313,6 +314,17 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
         kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
         kind = kinds[config.optimizer]
     return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+@contextmanager
+def _said_at_once() -> Iterator[None]:
+    """The launcher ends all processes as soon as one has ended: what happened is said before that."""
+    try:
+        yield
+    except RuntimeError as error:
+        if parallel.lost_a_process(error):
+            log.error("another process of this run has ended; its own message is above")
+        raise
 
 
 def _any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -22,6 +22,8 @@ class Fault:
     """Words that must be in what the program says."""
     lost: str = "nothing"
     slow: bool = False
+    by_command: bool = False
+    """Whether only the command lets it happen, and no test: it takes minutes."""
     posix: bool = False
     """Whether processes are forked or pipes made, which Windows has not."""
     stable: bool = False

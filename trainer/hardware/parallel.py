@@ -25,6 +25,14 @@ log = logging.getLogger("trainer")
 WAITING = timedelta(hours=6)  # of the others while one process downloads, encodes and predicts
 
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "ncclRemoteError")
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether torch says by this error that it waited for another process in vain."""
+    return any(sign in str(error) for sign in _LOST)
+
+
 def make_accelerator(dtype: str) -> Accelerator:
     """fp16 needs loss scaling; in bf16 the frozen base runs in bf16 and the adapter in fp32, without autocast."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers leaves models empty on other processes
