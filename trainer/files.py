@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -299,18 +300,25 @@ def content_hash(path: Path) -> str:
     """
     path = path.resolve()
     state = path.stat()
-    if state.st_size < KEPT_FROM:
+    if time.time_ns() - state.st_mtime_ns < 2e9:  # it may be changed once more without a change of its time
         return sha256(path)
-    known = {"path": str(path), "size": state.st_size, "time": state.st_mtime_ns}
+    return _kept_hash(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _kept_hash(path: Path, size: int, changed: int) -> str:
+    """Kept by the process, and that of a large file on the disk."""
+    if size < KEPT_FROM:
+        return sha256(path)
+    known = {"path": str(path), "size": size, "time": changed}
     kept = _hashes() / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, KeyError):
         found = json.loads(kept.read_text(encoding="utf-8"))
         if {name: found[name] for name in known} == known:
             return str(found["sha256"])
     digest = sha256(path)
-    if time.time_ns() - state.st_mtime_ns > 2e9:  # later changes will show in the time
-        with suppress(OSError):  # without a folder to write to, it is read again next time
-            write_json(kept, {**known, "sha256": digest})
+    with suppress(OSError):  # without a folder to write to, it is read again next time
+        write_json(kept, {**known, "sha256": digest})
     return digest
 
 

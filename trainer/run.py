@@ -139,15 +139,19 @@ def _restore(plan: Plan, accelerator: Accelerator) -> _Started:
 def _saved_report(file: Path) -> dict[str, Any]:
     """The part `init` of a run.json."""
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))["init"]
-        if not {"adapter", "frozen", "sources"} <= report.keys():
-            raise KeyError("init")
-        return dict(report)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        report = dict(json.loads(file.read_text(encoding="utf-8"))["init"])
+        if missing := {"adapter", "frozen", "sources"} - report.keys():
+            raise KeyError(", ".join(sorted(missing)))
+        return report
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error!r}), and with it what the adapter was started from. Put it back, or "
+            f"{file} cannot be read ({_short(error)}), and with it what the adapter was started from. Put it back, or "
             "choose another --output."
         ) from error
+
+
+def _short(error: Exception) -> str:
+    return f"there is no {error.args[0]}" if isinstance(error, KeyError) else str(error)
 
 
 def install(

@@ -134,23 +134,13 @@ class Comparison:
     def fingerprint(self, cell: Cell) -> str:
         """A hash of all that decides a run's result, the content of models and experts included."""
         prepared = self.plan_of(cell)
-        models = [self._base_identity, *self._identities[cell.arm.name]]
         other = self.other(cell.subject) if cell.arm.control == "wrong-pictures" else None
         shown = [(example.digest, example.caption) for example in other.plan.dataset.train] if other else []
         held_out = [example.digest for example in prepared.dataset.held_out]
         settings = config.to_dict(self.config.validation)
         run, train = prepared.course(), self.config.train
         lengths = [train.steps, train.gradient_accumulation_steps]
-        return key(SCHEMA, run, models, lengths, cell.arm.control, shown, held_out, settings)
-
-    @cached_property
-    def _base_identity(self) -> Any:
-        return qwen_image.identity(self.config.model.base)
-
-    @cached_property
-    def _identities(self) -> dict[str, list[str]]:
-        """Hashes of the files that each arm reads."""
-        return {arm.name: self.initializers.identity(arm.start.method, arm.start.options) for arm in self.arms}
+        return key(SCHEMA, run, lengths, cell.arm.control, shown, held_out, settings)
 
     @property
     def needs(self) -> list[Need]:
