@@ -542,7 +542,7 @@ MUTANTS = (
         (
             "another length is the same run",
             "run, lengths, ",
-            "run, models, ",
+            "run, ",
             "tests/compare/test_plan.py::test_a_setting_of_all_runs_is_part_of_all_fingerprints",
         ),
         (
