@@ -181,7 +181,7 @@ def load(path: Path) -> Checkpoint:
             data = (file := path / name).read_bytes()
             if hashlib.sha256(data).hexdigest() != hashes[name]:
                 raise ValueError("its content is not what was written")
-            found.append(load_bytes(data))
+            found.append(dict(sorted(load_bytes(data).items())))  # which has no order: all processes need the same
         tensors, optimizer_tensors = found
         optimizer = _join(optimizer_tensors, state.pop("optimizer"))
         return Checkpoint(path, state.pop("step"), tensors, optimizer, state)
