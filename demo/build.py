@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pretrain(objective: Objective, config: TrainConfig, output: Path, validate_every: int) -> None:
     """Train to the end, from the newest checkpoint if there is one."""
-    saved = checkpoint.latest(output / "checkpoints")
+    saved = checkpoint.latest(output / checkpoint.FOLDER)
     if saved and saved.step == config.steps:
         objective.load_tensors(saved.tensors)
         return
@@ -185,7 +185,7 @@ def train_expert(kind: str, work: Path, images: str, **options: Path) -> Path:
     settings = configuration.load(train.HypernetworkConfig, CONFIGS / f"i2l_creatures_{kind}.toml", overrides)
     output = Path(settings.output)
     train.execute(settings, resume=(output / "run.json").exists(), quiet=not sys.stderr.isatty())
-    saved = checkpoint.latest(output / "checkpoints")
+    saved = checkpoint.latest(output / checkpoint.FOLDER)
     assert saved is not None
     last = saved.state["validations"][-1]
     write_json(work / f"{kind}.json", {name: round(value, 4) for name, value in last.items() if name != "seconds"})

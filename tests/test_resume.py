@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 import initializers
 import initializers.random
 from tests.helpers import BAD_INPUT, FAILED, FINISHED, INTERRUPTED, adapter_bytes, files, metrics, run
-from trainer import cli, folder, objective, qwen_image
+from trainer import cli, folder, loop, objective, qwen_image
 from trainer.adapter import AdapterWeights, Seed
 from trainer.errors import Interrupted, TrainingError, UserError
 from trainer.files import write_json
@@ -154,10 +155,13 @@ def test_what_only_saves_memory_or_time_may_change(
     for key, value, before in (("train.learning_rate", "0.002", "0.001"), ("model.dtype", '"bf16"', '"fp32"')):
         assert run(run_toml, tmp_path / "out", *PLAIN, f"{key}={value}", resume=True) == BAD_INPUT
         assert f"{key} is {value}, the checkpoint has {before}" in caplog.text
+        assert status(tmp_path / "out")["status"] == "interrupted"  # a refused command changes nothing
     courses = []
     for optimizer in ("adamw", "adamw8bit", "paged_adamw8bit"):
         settings, start = load_config(run_toml, [f"train.optimizer={optimizer}", "model.compile=true"], initializers)
-        courses.append(prepare(replace(settings, output=str(tmp_path / "x")), start, resume=False).course())
+        plan = prepare(replace(settings, output=str(tmp_path / "x")), start, resume=False)
+        job = loop.Job(plan.output, settings.train, settings.checkpoint, 1, plan.course())
+        courses.append(loop._course(job, Accelerator()))
     assert courses[1] == courses[2] != courses[0]
 
 

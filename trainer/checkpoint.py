@@ -16,6 +16,7 @@ from trainer.config import first_few
 from trainer.errors import UserError
 from trainer.files import new_folder, sha256, write_json, write_tensors
 
+FOLDER = "checkpoints"  # in the output
 PICTURES, MODELS = "pictures", "models"  # the keys of a course that are not settings
 TENSORS = "trainable.safetensors", "optimizer.safetensors"
 _NAME = re.compile(r"step-(\d{8})")

@@ -15,17 +15,16 @@ from trainer.errors import Interrupted, UserError
 from trainer.files import file_in_the_way, write_json
 
 RUN_FILE = "run.json"
-CHECKPOINTS = "checkpoints"
 
 
 def is_used(folder: Path) -> bool:
     """Whether a run has been started in it."""
-    return (folder / RUN_FILE).exists() or (folder / CHECKPOINTS).exists()
+    return (folder / RUN_FILE).exists() or (folder / checkpoint.FOLDER).exists()
 
 
 def is_begun(folder: Path) -> bool:
     """Whether it holds a checkpoint."""
-    return checkpoint.newest_step(folder / CHECKPOINTS) is not None
+    return checkpoint.newest_step(folder / checkpoint.FOLDER) is not None
 
 
 def problems(folder: Path, *, resume: bool, steps: int) -> list[str]:
@@ -41,7 +40,7 @@ def problems(folder: Path, *, resume: bool, steps: int) -> list[str]:
         return [f"output: {folder} already holds a run; continue it with --resume, or choose another --output"]
     if resume and not is_used(folder):
         return [f"output: {folder} holds no run to resume; start it without --resume"]
-    if resume and (done := checkpoint.newest_step(folder / CHECKPOINTS) or 0) > steps:
+    if resume and (done := checkpoint.newest_step(folder / checkpoint.FOLDER) or 0) > steps:
         return [f"[train] steps = {steps}: the run in {folder} has done {done} already; set steps to at least {done}"]
     return []
 
@@ -91,9 +90,6 @@ def ending_told(folder: Path) -> Iterator[None]:
     """If the block ends by an error: run.json says so, and a note on the error says how to go on."""
     try:
         yield
-    except UserError as error:
-        _record(folder, "failed", str(error))
-        raise
     except BaseException as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         _record(folder, "interrupted" if stopped else "failed", str(error) or type(error).__name__)
@@ -102,17 +98,18 @@ def ending_told(folder: Path) -> Iterator[None]:
 
 
 def _record(folder: Path, status: str, text: str) -> None:
-    """Nothing, where run.json was not written yet, or cannot be: the error itself is what matters."""
+    """Only of a run that has begun, or begun again: a refused one leaves what is there. If run.json cannot be written,
+    the error itself is what matters."""
     with suppress(OSError, ValueError):
         file = folder / RUN_FILE
         report = json.loads(file.read_text(encoding="utf-8"))
-        if report["status"] != "finished":
+        if report["status"] == "running":
             write_json(file, {**report, "status": status, "ended_by": text})
 
 
 def how_to_go_on(folder: Path) -> str:
     """What is safe in the folder, and what to type."""
-    if step := checkpoint.newest_step(folder / CHECKPOINTS):
+    if step := checkpoint.newest_step(folder / checkpoint.FOLDER):
         return f"the checkpoint of step {step} is whole: continue with --resume"
     if is_used(folder):
         return "no checkpoint was saved yet: --resume starts from the beginning"

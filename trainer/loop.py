@@ -166,13 +166,18 @@ def train(
 
 def latest(job: Job, accelerator: Accelerator) -> Checkpoint | None:
     """The checkpoint to resume from, or None. CheckpointError if it is damaged, or of another course."""
-    return checkpoint.latest(job.output / "checkpoints", _course(job, accelerator))
+    return checkpoint.latest(job.output / checkpoint.FOLDER, _course(job, accelerator))
 
 
 def _course(job: Job, accelerator: Accelerator) -> dict[str, Any]:
-    """The batches of a step may be divided otherwise when a run is resumed, as long as they are as many."""
+    """The batches of a step may be divided otherwise when a run is resumed, as long as they are as many. Where the
+    moments of 8-bit AdamW lie does not matter."""
     batches = job.train.gradient_accumulation_steps * accelerator.num_processes
-    return {**job.course, "train.gradient_accumulation_steps x processes": batches}
+    return {
+        **job.course,
+        "train.optimizer": job.train.optimizer.removeprefix("paged_"),
+        "train.gradient_accumulation_steps x processes": batches,
+    }
 
 
 class _Training:
@@ -241,7 +246,7 @@ class _Training:
         optimizer = parallel.unsharded(self._optimizer.state_dict())
         if self._accelerator.is_main_process:
             state = {"course": self._course, "seconds": result.seconds, "validations": result.validations}
-            root = self._job.output / "checkpoints"
+            root = self._job.output / checkpoint.FOLDER
             self._saved = checkpoint.save(root, step, tensors, optimizer, state, settings.keep)
         self._accelerator.wait_for_everyone()
 

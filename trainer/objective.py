@@ -17,7 +17,6 @@ from trainer.adapter import AdapterWeights
 from trainer.data.cache import Cache
 from trainer.data.dataset import Example, batch, drops_caption
 from trainer.data.encode import encode_pictures, encode_prompts
-from trainer.errors import TrainingError
 from trainer.files import DTYPES
 from trainer.hardware import parallel
 from trainer.loop import Loss
@@ -152,7 +151,7 @@ class LoraObjective:
             if self._accelerator.is_main_process:
                 self._write_samples(step, latents, tracker)
         except RuntimeError as error:  # of memory, too
-            if self._accelerator.num_processes > 1 or isinstance(error, TrainingError):
+            if self._accelerator.num_processes > 1:
                 raise
             qwen_image.free_memory()
             tracker.warn("no sample pictures of step %d: %s; the training goes on without them", step, error)

@@ -131,7 +131,6 @@ class Plan:
         method = self.start.method
         values = config.to_dict(self.config)
         values["init"] = {"method": method, method: config.to_dict(self.start.options)}
-        values["train"]["optimizer"] = self.config.train.optimizer.removeprefix("paged_")
         free = {*FREE, *(f"init.{method}.{name}" for name in self.start.file_keys)}
         if self.config.train.lr_schedule == "constant":
             free.add("train.steps")

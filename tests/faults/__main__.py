@@ -35,8 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _row(fault: Fault) -> tuple[str, str]:
     """The fault's line, and what is not as it should be."""
-    if fault.defect:
-        return page.row(fault, None), ""
     try:
         done = fault.do()
     except AssertionError as error:

@@ -19,8 +19,7 @@ takes about ten minutes and fails if anything is not as the table says:
 python -m tests.faults
 ```
 
-Exit codes: 0 done, 1 training failed, 2 something in the configuration or the data is wrong. What is *not yet* as it
-should be is said so.
+Exit codes: 0 done, 1 training failed, 2 something in the configuration or the data is wrong.
 """
 SECTIONS = {
     "a configuration": "Found by the check of the configuration: no model was loaded, and nothing was written.",
@@ -35,10 +34,8 @@ SECTIONS = {
 }
 
 
-def row(fault: Fault, done: Outcome | None) -> str:
-    """The fault's line of the page. done: None if the program does not do yet what it should."""
-    if done is None:
-        return f"| {fault.what} | | *not yet:* {fault.defect} | |"
+def row(fault: Fault, done: Outcome) -> str:
+    """The fault's line of the page."""
     return f"| {fault.what} | {done.code} | {_said(fault, done.message)} | {fault.lost} |"
 
 

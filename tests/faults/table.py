@@ -28,8 +28,6 @@ class Fault:
     """Whether processes are forked or pipes made, which Windows has not."""
     stable: bool = False
     """Whether the page's row is the same on each machine, and quick to make: then a test compares it."""
-    defect: str = ""
-    """Why the program does not do so yet."""
 
     @property
     def name(self) -> str:

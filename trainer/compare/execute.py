@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trainer import config, folder
+from trainer import checkpoint, config, folder
 from trainer.compare.measures import measure_samples, read_pictures
 from trainer.compare.plan import CONTROLS, SCHEMA, Comparison, Subject, finished, read_result
 from trainer.compare.report import write_report
@@ -71,7 +71,7 @@ def _execute(comparison: Comparison, *, quiet: bool) -> Path | None:
                 shutil.rmtree(cell.folder)
             result = bench.run(cell)
             write_json(cell.result_file, result)
-            shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(cell.folder / checkpoint.FOLDER, ignore_errors=True)
             bar.update()
             if result["status"] == "failed":
                 log.error("%s; traceback: %s", result["error"], output / result["traceback"])

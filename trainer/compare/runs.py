@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import adapter, loop, objective, qwen_image, run
+from trainer import adapter, checkpoint, loop, objective, qwen_image, run
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.compare.measures import NUM_SAMPLES
 from trainer.compare.plan import Arm, Cell, Comparison, Subject
@@ -221,7 +221,7 @@ class Workbench:
             training = objective.LoraObjective(prepared, transformer, encoded, self._accelerator, sample)
             every = settings.validation.every
             job = loop.Job(cell.folder, prepared.config.train, settings.checkpoint, every, prepared.course())
-            resume = (cell.folder / "checkpoints").exists()
+            resume = (cell.folder / checkpoint.FOLDER).exists()
             result = loop.train(training, job, self._accelerator, resume=resume, quiet=self._quiet, nested=True)
         finally:
             for handle in handles:

@@ -234,7 +234,6 @@ def _report(
 def _course(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]]) -> dict[str, Any]:
     """What must be the same when the training is resumed: see `Plan.course`."""
     expert, values = settings.expert, configuration.to_dict(settings)
-    values["train"]["optimizer"] = settings.train.optimizer.removeprefix("paged_")
     frozen = [content_hash(sources.locate(expert.weights, file)) for file in expert.frozen_files]
     models = {
         "model.base": qwen_image.identity(settings.model.base, qwen_image.PARTS),
