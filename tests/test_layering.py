@@ -13,6 +13,7 @@ FLOORS = {
         "trainer.data.pictures",
         "trainer.files",
         "trainer.flow",
+        "trainer.hardware.live",
         "trainer.hardware.parallel",
         "trainer.hardware.threads",
         "trainer.hub.hubs",

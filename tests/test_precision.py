@@ -8,7 +8,7 @@ import diffusers.quantizers.bitsandbytes.bnb_quantizer as bnb_quantizer
 import psutil
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from tests.helpers import BAD_INPUT, FAILED, FINISHED, adapter_bytes, metrics, r
 from trainer import adapter, loop, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights
 from trainer.formats import read_lora, write_lora
+from trainer.hardware.live import LiveBytes
 from trainer.lowrank import LowRank, relative_difference
 from trainer.qwen_image import ModelConfig
 
@@ -214,4 +215,28 @@ def test_pictures_are_decoded_in_tiles_where_there_is_no_room(tiny_base: Path, m
     monkeypatch.setattr(qwen_image, "fits", lambda num_bytes, device: asked.append(num_bytes))
     tiled = qwen_image.decode_latents(vae, latents)[0]
     assert vae.use_tiling and tiled.size == whole.size == (384, 384)
-    assert asked == [4 * qwen_image.VAE_FEATURES * 8 * 384 * 384]
+    assert asked == [qwen_image.decoding_bytes(vae, 48, 48)]
+
+
+def test_one_frame_is_decoded_without_what_the_next_would_need() -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage()  # as published
+        latents, picture = torch.empty(1, 16, 1, 128, 128), torch.empty(1, 3, 1, 1024, 1024)
+    with torch.no_grad(), LiveBytes() as decoding:
+        vae.decode(latents)
+    with torch.no_grad(), LiveBytes() as encoding:
+        vae.encode(picture)
+    assert qwen_image.decoding_bytes(vae, 128, 128) < 0.4 * decoding.peak
+    assert qwen_image.encoding_bytes(vae, 1024, 1024) < 0.5 * encoding.peak
+    assert qwen_image.decoding_bytes(vae, 128, 128) == pytest.approx(2.84e9, rel=0.01)
+
+
+def test_a_frame_is_equal_to_the_bit_without_it(tiny_base: Path) -> None:
+    vae = qwen_image.load_vae(str(tiny_base), CPU)
+    latents = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        theirs = vae.decode(latents * std + mean).sample
+        ours = vae.decoder(vae.post_quant_conv(latents * std + mean)).clamp(-1, 1)
+        assert torch.equal(ours, theirs)
+        assert torch.equal(vae.quant_conv(vae.encoder(theirs)).chunk(2, dim=1)[0], vae.encode(theirs).latent_dist.mean)

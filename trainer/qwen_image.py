@@ -4,11 +4,12 @@ Each part is loaded alone and freed after use, so that text encoder and VAE neve
 """
 
 import gc
+import inspect
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +30,11 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from trainer.errors import UserError
 from trainer.files import DTYPES, content_hash, read_header
 from trainer.flow import generator
+from trainer.hardware.live import LiveBytes
 from trainer.hub import sources
 from trainer.hub.sources import Need
 
 log = logging.getLogger("trainer")
-
-VAE_FEATURES = 4  # full-size feature maps alive at once while the VAE decodes
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Attention = Literal[
@@ -214,7 +214,12 @@ def part_config(kind: Any, base: str, part: str) -> dict[str, Any]:
         file = sources.config_file(base, f"{part}/config.json")
     except ValueError as error:
         raise ModelError(f"[model] base: {error}") from error
-    return {} if file is None else dict(kind.load_config(file.parent))
+    return {} if file is None else known_keys(kind, kind.load_config(file.parent))
+
+
+def known_keys(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the installed class takes of a configuration: published ones hold keys of other versions, too."""
+    return {name: value for name, value in config.items() if name in inspect.signature(kind).parameters}
 
 
 def load_vae(base: str, device: torch.device) -> AutoencoderKLQwenImage:
@@ -351,28 +356,57 @@ def _statistics(vae: AutoencoderKLQwenImage, like: Tensor) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKLQwenImage, pictures: Sequence[Image.Image]) -> Tensor:
-    """Normalised latents, B C 1 h w in fp32 on the CPU: the mean of the VAE's posterior, no noise."""
-    latents = vae.encode(to_pixels(pictures).to(vae.device)).latent_dist.mean
+    """Normalised latents, B C 1 h w in fp32 on the CPU: the mean of the VAE's posterior, no noise.
+
+    `vae.encode` would keep every convolution's input for a next frame, of which pictures have none.
+    """
+    latents = vae.quant_conv(vae.encoder(to_pixels(pictures).to(vae.device))).chunk(2, dim=1)[0]
     mean, std = _statistics(vae, latents)
     return ((latents - mean) / std).cpu()
 
 
-def feature_bytes(vae: AutoencoderKLQwenImage, pixels: int) -> float:
-    """Bytes of the feature maps in fp32 that are alive at once while the VAE decodes so many pixels: an estimate."""
-    return 4.0 * VAE_FEATURES * int(vae.config["base_dim"]) * pixels
-
-
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKLQwenImage, latents: Tensor) -> list[Image.Image]:
-    """Pictures of normalised latents B C 1 h w; in tiles where the GPU has no room for whole ones."""
-    pixels = latents.shape[0] * latents.shape[-2] * latents.shape[-1] * 4 ** len(vae.config["temperal_downsample"])
-    vae.use_tiling = not fits(feature_bytes(vae, pixels), vae.device)
+    """Pictures of normalised latents B C 1 h w, one after the other; in tiles where the GPU has no room for a whole
+    one. Like `encode_pictures` without what `vae.decode` would keep for a next frame: equal to the bit."""
+    whole = fits(decoding_bytes(vae, *latents.shape[-2:]), vae.device)
     mean, std = _statistics(vae, latents.to(vae.device))
-    pixels = vae.decode(latents.to(vae.device).float() * std + mean).sample[:, :, 0]
-    if not bool(pixels.isfinite().all()):
-        log.warning("a sample picture has NaN or infinity in it, and is black there; %s", NAN_ADVICE)
-    array = ((pixels.nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+    pictures = []
+    for one in (latents.to(vae.device).float() * std + mean).split(1):
+        if whole:
+            pixels = vae.decoder(vae.post_quant_conv(one)).clamp(-1, 1)[:, :, 0]
+        else:
+            vae.enable_tiling()
+            pixels = vae.decode(one).sample[:, :, 0]
+        if not bool(pixels.isfinite().all()):
+            log.warning("a sample picture has NaN or infinity in it, and is black there; %s", NAN_ADVICE)
+        array = ((pixels.nan_to_num(-1).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pictures.append(Image.fromarray(array[0]))
+    return pictures
+
+
+def decoding_bytes(vae: AutoencoderKLQwenImage, height: int, width: int) -> int:
+    """The peak of what the VAE makes while it decodes latents of height x width."""
+    return _vae_peak(json.dumps(dict(vae.config), default=str), "decode", height, width)
+
+
+def encoding_bytes(vae: AutoencoderKLQwenImage, height: int, width: int) -> int:
+    """The peak of what the VAE makes while it encodes a picture of height x width pixels."""
+    return _vae_peak(json.dumps(dict(vae.config), default=str), "encode", height, width)
+
+
+@lru_cache
+def _vae_peak(config: str, way: Literal["encode", "decode"], height: int, width: int) -> int:
+    """Counted on the meta device. config: as JSON."""
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage(**known_keys(AutoencoderKLQwenImage, json.loads(config)))
+        given = torch.empty(1, 3 if way == "encode" else vae.config["z_dim"], 1, height, width)
+    with torch.no_grad(), LiveBytes() as counted:
+        if way == "encode":
+            vae.quant_conv(vae.encoder(given))
+        else:
+            vae.decoder(vae.post_quant_conv(given)).clamp(-1, 1)
+    return counted.peak
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from tests.helpers import BAD_INPUT, FINISHED
 from trainer import adapter, qwen_image
 from trainer.adapter import AdapterConfig
 from trainer.hardware import memory
+from trainer.hardware.live import fused_attention
 from trainer.loop import TrainConfig
 from trainer.qwen_image import ModelConfig
 
@@ -54,7 +55,7 @@ def really_kept(train_config: TrainConfig, pixels: int, settings: AdapterConfig)
 
     side = round(pixels**0.5 / 16)
     batch = train_config.batch_size
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), memory._FusedAttention():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), fused_attention():
         latents, prompt = torch.randn(batch, 16, 1, 2 * side, 2 * side), torch.randn(batch, memory.PROMPT_TOKENS, 32)
         qwen_image.predict_velocity(transformer, latents, torch.rand(batch), prompt, None)
     return sum(found.values())
@@ -95,7 +96,7 @@ def test_an_adapter_at_bf16_keeps_no_input_twice() -> None:
         for layer in block.modules():
             if isinstance(layer, LoraLayer):
                 layer.cast_input_dtype_enabled = raised
-        with memory.kept_by_autograd(block) as found, memory._FusedAttention():
+        with memory.kept_by_autograd(block) as found, fused_attention():
             memory.forward(block, 1, 1024**2, of_input=False)
         kept.append(sum(found.values()))
     tokens = 64 * 64 + memory.PROMPT_TOKENS

@@ -5,7 +5,7 @@ device, with one block and with two, and what autograd keeps is added up. Attent
 its inputs, its output and a number for each row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from trainer import adapter, qwen_image
 from trainer.adapter import AdapterConfig
 from trainer.files import DTYPES
+from trainer.hardware.live import fused_attention
 from trainer.loop import TrainConfig
 from trainer.qwen_image import ModelConfig
 
@@ -138,7 +138,7 @@ def _kept(
     transformer = few_blocks(like, dtype, settings, blocks, torch.device("meta"))
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    with kept_by_autograd(transformer) as kept, _FusedAttention():
+    with kept_by_autograd(transformer) as kept, fused_attention():
         forward(transformer, *sizes, of_input=settings is None)
     return float(sum(kept.values()))
 
@@ -151,7 +151,7 @@ def few_blocks(
     device: torch.device,
 ) -> Any:
     """A transformer of that shape with so many blocks, random weights and, unless `settings` are None, the adapter."""
-    options = {name: value for name, value in like.config.items() if not name.startswith("_")} | {"num_layers": blocks}
+    options = qwen_image.known_keys(QwenImageTransformer2DModel, like.config) | {"num_layers": blocks}
     with device:
         transformer: Any = QwenImageTransformer2DModel(**options)
     for parameter in transformer.parameters():
@@ -191,29 +191,6 @@ def kept_by_autograd(module: nn.Module) -> Iterator[dict[int, int]]:
         yield found
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention that keeps what flash attention keeps."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            return _Attention.apply(named["query"], named["key"], named["value"])
-        return func(*args, **kwargs)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # nothing goes backward on the meta device
-        raise AssertionError
-
-
 def vae_bytes(base: str, pixels: int) -> float:
     """The VAE in fp32 while it decodes one picture: its weights, and feature maps of the picture's size."""
     from diffusers import AutoencoderKLQwenImage
@@ -222,7 +199,8 @@ def vae_bytes(base: str, pixels: int) -> float:
     with torch.device("meta"):
         vae = AutoencoderKLQwenImage.from_config(config) if config else AutoencoderKLQwenImage()
     weights = sum(parameter.numel() for parameter in vae.parameters())
-    return 4.0 * weights + qwen_image.feature_bytes(vae, pixels)
+    side = round(pixels**0.5 / 2 ** len(vae.config["temperal_downsample"]))
+    return 4.0 * weights + qwen_image.decoding_bytes(vae, side, side)
 
 
 def ways_to_fit(
