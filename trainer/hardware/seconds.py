@@ -106,9 +106,9 @@ class Workload:
     """What a run reads and computes. Arithmetic is in FLOP."""
 
     num_bytes: float
-    """Of the base, read once."""
+    """The base's, read once."""
     text_bytes: float
-    """Of the text encoder, among them."""
+    """The text encoder's, among them."""
     captions: float
     pictures: float
     start: Work
@@ -163,7 +163,7 @@ def estimate(work: Workload, speed: Speed) -> Seconds:
 
 
 def count(plan: Plan) -> Workload:
-    """Of a run that finds nothing in the cache."""
+    """What a run does that finds nothing in the cache."""
     run, data, base = plan.config, plan.dataset, plan.config.model.base
     side, number = pixels(plan), len(data.train) + len(data.held_out)
     settings, like = run.adapter, plan.transformer
@@ -189,7 +189,7 @@ def count(plan: Plan) -> Workload:
 
 
 def _transformer_bytes(plan: Plan) -> float:
-    """Of the files on this machine, else of the shape in the model's precision."""
+    """Those of the files on this machine, else of the shape in the model's precision."""
     files = [path.stat().st_size for path in _weights(plan) if path.parent.name == "transformer"]
     each = DTYPES[plan.config.model.dtype].itemsize
     return float(sum(files) or each * sum(p.numel() for p in plan.transformer.parameters()))
@@ -234,7 +234,7 @@ def vae_flop(base: str, side: int) -> tuple[float, float]:
 
 
 def speed_of(plan: Plan, chosen: Card | None, disk: float | None) -> Speed | None:
-    """Of the card, else of the GPU at hand; None if there is none. disk: GB a second, else measured."""
+    """What the card does, else the GPU at hand; None if there is none. disk: GB a second, else measured."""
     if chosen:
         flop, gigabytes = SHARE_OF_PEAK * chosen.teraflops * 1e12, chosen.gigabytes
         told = f"{chosen.name} at {SHARE_OF_PEAK:.0%} of its peak of {chosen.teraflops:g} TFLOP/s, which is a guess"
