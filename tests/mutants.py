@@ -180,6 +180,13 @@ MUTANTS = (
             "tests/test_qwen_image.py::test_gradient_checkpointing_keeps_less_and_changes_nothing",
         ),
         (
+            "models of the family that are trained in another way are fetched first",
+            "partial(_misfits, base, tuple(parts)), early)",
+            "partial(_misfits, base, tuple(parts)))",
+            "tests/test_published.py"
+            "::test_other_models_of_the_family_are_refused_by_name_before_anything_large_is_fetched",
+        ),
+        (
             "the transformer is told the share of the picture instead of the noise's",
             "timestep=sigmas.to(latents)",
             "timestep=(1 - sigmas).to(latents)",

@@ -7,7 +7,7 @@ import gc
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -97,10 +97,57 @@ _CLASSES = {  # what config.json says
 }
 
 
+TEXT_TO_IMAGE = "Qwen/Qwen-Image or Qwen/Qwen-Image-2512"
+_CONFIG = "transformer/config.json"
+_EDITS = "Qwen-Image-Edit, which is trained on pairs of pictures"
+_LAYERED = "Qwen-Image-Layered, which draws several layers at once"
+_NEW_CLASS = "Qwen-Image-2.1, a model of another architecture"
+_OTHERS = (  # files of other models of the family, what each says, and what the model is
+    ("model_index.json", "_class_name", "QwenImageEditPipeline", _EDITS),
+    ("model_index.json", "_class_name", "QwenImageEditInpaintPipeline", _EDITS),
+    ("model_index.json", "_class_name", "QwenImageEditPlusPipeline", _EDITS),
+    ("model_index.json", "_class_name", "QwenImageLayeredPipeline", _LAYERED),
+    ("model_index.json", "_class_name", "QwenImage21Pipeline", _NEW_CLASS),
+    (_CONFIG, "zero_cond_t", True, _EDITS),
+    (_CONFIG, "use_layer3d_rope", True, _LAYERED),
+    (_CONFIG, "use_additional_t_cond", True, _LAYERED),
+    (_CONFIG, "_class_name", "QwenImage21Transformer2DModel", _NEW_CLASS),
+)
+
+
+def _other_model(base: str, find: Callable[[str, str], Path | None]) -> list[str]:
+    """A problem, if the files of `base` say that it is a model of the family that is trained in another way. find: as
+    `sources.cached`."""
+    said = {name: _said(base, name, find) for name in ("model_index.json", _CONFIG)}
+    for name, key, value, model in _OTHERS:
+        if said[name].get(key) == value:
+            what = f"{name} says {key} = {json.dumps(value)}"
+            return [f"{base} is {model} ({what}), and cannot be trained here: choose {TEXT_TO_IMAGE}"]
+    return []
+
+
+def is_2512(base: str) -> bool:
+    """Whether `base` is Qwen-Image-2512, by its name, or that of the model it was made from: in all else its files are
+    as those of the first Qwen-Image."""
+    made_from = (_said(base, name, sources.cached).get("_name_or_path") for name in ("model_index.json", _CONFIG))
+    return any("qwen-image-2512" in str(name).lower() for name in (base, *made_from))
+
+
+def _said(base: str, name: str, find: Callable[[str, str], Path | None]) -> dict[str, Any]:
+    """What a JSON file of `base` says; empty if it cannot be had or read, which others tell."""
+    try:
+        file = find(base, name)
+        return {} if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def check_base(base: str) -> list[str]:
     """Problems of `base` that can be seen by its name, and the folders in it."""
     folder = Path(base)
     if folder.is_dir():
+        if other := _other_model(base, sources.cached):
+            return [f"base: {problem}" for problem in other]
         missing = [part for part in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
         if missing:
             return [f"base: {folder} is not a Qwen-Image folder in diffusers' layout: {', '.join(missing)} missing"]
@@ -113,12 +160,15 @@ def need(base: str, parts: Sequence[str] = PARTS) -> Need:
     files = [f"{part}/*.json" for part in parts]
     files += [f"{part}/{_WEIGHTS[part]}*.safetensors" for part in parts if part in _WEIGHTS]
     extra = ("tokenizer/*.txt", "processor/*.json") if "tokenizer" in parts else ()
-    return Need(base, tuple(files), extra, partial(_misfits, base, tuple(parts)))
+    early = partial(_other_model, base, sources.config_file)
+    return Need(base, tuple(files), ("model_index.json", *extra), partial(_misfits, base, tuple(parts)), early)
 
 
 def _misfits(base: str, parts: Sequence[str]) -> list[str]:
     """Parts of a base on this machine that are of another class, or whose weights do not fit their configuration."""
-    problems = []
+    problems = _other_model(base, sources.cached)
+    if problems:
+        return problems
     for part, (key, expected) in _CLASSES.items():
         if part not in parts:
             continue
