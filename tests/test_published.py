@@ -1,5 +1,7 @@
 """The published models of the family, by their configuration files: which are trained, what is said of the others."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from initializers.i2l import layout
 from initializers.i2l.encoders import ENCODER_FILES
 from initializers.i2l.training import train as training
 from tests import published
-from tests.helpers import BAD_INPUT, FINISHED
+from tests.helpers import BAD_INPUT, FINISHED, run
 from tests.hub.server import Hub, serving
 from tests.hub.test_sources import forget
 from train import main
@@ -129,6 +131,19 @@ def test_what_the_classes_take_of_the_published_values(folder: Path) -> None:
     assert 16e9 < qwen_image.text_encoder_bytes(str(folder)) < 17e9
     scheduler = qwen_image.Sampler(str(folder))._scheduler
     assert scheduler.config["shift_terminal"] == 0.02 and scheduler.config["use_dynamic_shifting"]
+
+
+def test_a_run_with_keys_that_no_class_takes(
+    run_toml: Path, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Encoding, training, validation, samples and export of a base that another version of the libraries saved."""
+    where = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    for file in (*where.glob("*/config.json"), where / "scheduler" / "scheduler_config.json"):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "_diffusers_version": "0.34.0.dev0", "pooled_projection_dim": 768}))
+    assert run(run_toml, tmp_path / "out", f"model.base={where}", "train.steps=1") == FINISHED
+    assert (tmp_path / "out" / "samples" / "step-000001-0.png").exists()
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
 
 
 @pytest.mark.parametrize("kind", ["style", "coarse", "fine"])

@@ -52,8 +52,9 @@ EMPTY_PROMPT = " "
 """What guidance leads away from, as in the published examples, and what a picture whose caption is dropped is trained
 with: guidance then meets what was trained."""
 NAN_ADVICE = "use bf16, not fp16, a lower learning rate, or true_cfg_scale = 1"
-LEAST_CUT = 1000
-"""Bytes: shorter prompts are never cut."""
+PROMPT_LIMIT = int(inspect.signature(QwenImagePipeline.__call__).parameters["max_sequence_length"].default)
+"""Tokens of a prompt, with the end of the template, that the pipeline reads unless it is told otherwise: what lies
+beyond them is neither trained nor drawn with."""
 PICTURE_MULTIPLE = 16
 """Sides of pictures are multiples of this many pixels in the published model: the VAE's step of 8, 2 x 2 in a patch."""
 
@@ -363,22 +364,24 @@ class PromptEncoder:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
         """prompt_embeds of each prompt: L D without padding, on the CPU, in the text encoder's precision."""
-        prompt_embeds, mask = self._pipeline.encode_prompt(list(prompts), device=self._device)
+        prompt_embeds, mask = self._pipeline.encode_prompt(
+            list(prompts), device=self._device, max_sequence_length=PROMPT_LIMIT
+        )
         lengths = [prompt_embeds.shape[1]] * len(prompts) if mask is None else mask.sum(dim=1).tolist()
         return [embeds[:length].cpu() for embeds, length in zip(prompt_embeds, lengths, strict=True)]
 
 
 def cut_prompts(base: str, texts: Iterable[str]) -> dict[str, str]:
     """Texts of which the text encoder does not read the end -> the last words that it reads."""
-    long = [text for text in texts if len(text.encode()) > LEAST_CUT]  # a token is at least one byte
+    long = [text for text in texts if len(text.encode()) > PROMPT_LIMIT]  # a token is at least one byte
     if not long:
         return {}
     tokenizer = AutoTokenizer.from_pretrained(sources.local(base), subfolder="tokenizer")
     pipeline = QwenImagePipeline(scheduler=None, vae=None, transformer=None, text_encoder=None, tokenizer=tokenizer)
-    before = pipeline.prompt_template_encode_start_idx
-    limit, cut = before + pipeline.tokenizer_max_length, {}
+    template, before = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+    limit, after, cut = before + PROMPT_LIMIT, len(tokenizer(template.split("{}")[1]).input_ids), {}
     for text in long:
-        tokens = tokenizer(pipeline.prompt_template_encode.format(text)).input_ids
+        tokens = tokenizer(template.format(text)).input_ids[:-after]
         if len(tokens) > limit:
             cut[text] = tokenizer.decode(tokens[max(before, limit - 12) : limit]).strip()
     return cut
