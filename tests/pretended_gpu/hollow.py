@@ -1,0 +1,104 @@
+"""Files of weights without weights: a safetensors header, and behind it a hole in the file, of whatever size.
+
+Headers are read as those of real files are; a tensor comes out of one as a fake one. Installed before transformers and
+diffusers take `safe_open` from safetensors.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tests.pretended_gpu.device import current
+
+STORED = {"BF16": torch.bfloat16, "F32": torch.float32}
+MARK = "hollow"  # in the metadata
+_real_open = safetensors.safe_open
+
+
+def write(path: Path, shapes: Mapping[str, Sequence[int]], stored: str = "BF16") -> None:
+    entries: dict[str, Any] = {"__metadata__": {MARK: "true", "format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * STORED[stored].itemsize
+        entries[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+
+
+def header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return dict(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+
+
+def is_hollow(path: Path) -> bool:
+    return MARK in header(path).get("__metadata__", {})
+
+
+class Hollow:
+    """What `safetensors.safe_open` gives, of a hollow file."""
+
+    def __init__(self, entries: dict[str, Any]):
+        self._metadata = entries.pop("__metadata__")
+        self._entries = entries
+
+    def __enter__(self) -> "Hollow":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def keys(self) -> list[str]:
+        return [*self._entries]
+
+    offset_keys = keys
+
+    def metadata(self) -> dict[str, str]:
+        return dict(self._metadata)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return current().on_cpu(self._entries[name]["shape"], STORED[self._entries[name]["dtype"]])
+
+    def get_tensors(self) -> dict[str, Tensor]:
+        return {name: self.get_tensor(name) for name in self._entries}
+
+    def get_slice(self, name: str) -> "Slice":
+        return Slice(self, name, self._entries[name])
+
+
+class Slice:
+    """What `safe_open(...).get_slice` gives."""
+
+    def __init__(self, file: Hollow, name: str, entry: dict[str, Any]):
+        self._file, self._name, self._entry = file, name, entry
+
+    def get_shape(self) -> list[int]:
+        return list(self._entry["shape"])
+
+    def get_dtype(self) -> str:
+        return str(self._entry["dtype"])
+
+    def __getitem__(self, part: Any) -> Tensor:
+        return self._file.get_tensor(self._name)[part]
+
+
+def safe_open(path: Any, *args: Any, **options: Any) -> Any:
+    return Hollow(header(Path(path))) if is_hollow(Path(path)) else _real_open(path, *args, **options)
+
+
+def install() -> None:
+    """Of a file that is not hollow everything is as it was."""
+    safetensors.safe_open = safe_open
+    safetensors.torch.safe_open = safe_open

@@ -1,0 +1,139 @@
+"""What of the program and its libraries is replaced on the pretended GPU, and why. All else is the real code.
+
+- Content hashes of hollow files: they would read gigabytes of nothing.
+- Threads take turns: what makes tensors fake belongs to one thread.
+- Attention allocates what a fused kernel does; torch without CUDA has none for "cuda".
+- bitsandbytes' parameters cannot be made from fake tensors by `_make_subclass`; here they get a class of both.
+- A module that moves gets new parameters: torch cannot put a fake tensor in the place of another one.
+- `torch.tensor` asks for the numbers in a list of tensors where nobody sees it; here they are asked for before.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import bitsandbytes
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from initializers.i2l import initializer
+from tests.pretended_gpu import hollow
+from trainer import files
+from trainer.hardware import threads
+from trainer.hardware.live import fused_attention
+
+_sha256 = files.sha256
+_file_hashes = initializer.file_hashes
+
+
+def _quick_hash(path: Path) -> str:
+    if path.suffix != ".safetensors" or not hollow.is_hollow(path):
+        return _sha256(path)
+    return hashlib.sha256(f"{path.name} {path.stat().st_size}".encode()).hexdigest()
+
+
+class _Turns:
+    """A pool of threads without threads."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __enter__(self) -> "_Turns":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Any:
+        return _Done(work(*args))
+
+
+class _Done:
+    def __init__(self, value: Any):
+        self._value = value
+
+    def result(self) -> Any:
+        return self._value
+
+
+class FakeParams4bit(FakeTensor, bitsandbytes.nn.Params4bit):
+    """A weight in 4 bits, whose bytes are fake."""
+
+    def __new__(cls, data: Any, requires_grad: bool = False, **state: Any) -> Any:
+        made = data.detach()
+        made.__class__ = cls
+        made._is_param = True
+        made.__dict__.update(
+            {"blocksize": 64, "compress_statistics": True, "quant_type": "fp4", "quant_state": None, "module": None,
+             "quant_storage": torch.uint8, "bnb_quantized": False} | state
+        )  # fmt: skip
+        return made
+
+    def _quantize(self, device: Any) -> Any:
+        weight, state = bitsandbytes.functional.quantize_4bit(
+            self.detach().contiguous().to(device),
+            blocksize=self.blocksize,
+            compress_statistics=self.compress_statistics,
+            quant_type=self.quant_type,
+            quant_storage=self.quant_storage,
+        )
+        own = {name: self.__dict__[name] for name in ("blocksize", "compress_statistics", "quant_type", "module")}
+        made = FakeParams4bit(weight, **own, quant_storage=self.quant_storage, quant_state=state, bnb_quantized=True)
+        if self.module is not None:
+            self.module.quant_state = state
+        return made
+
+
+def _apply(module: torch.nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
+    """As torch's own."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        with torch.no_grad():
+            changed, grad = change(parameter), parameter.grad
+            if changed is not parameter:
+                made = changed if getattr(changed, "_is_param", False) else torch.nn.Parameter(changed)
+                module._parameters[name] = made.requires_grad_(parameter.requires_grad)
+                made.grad = None if grad is None else change(grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
+
+
+_tensor = torch.tensor
+
+
+def _tensor_of(data: Any, **options: Any) -> Tensor:
+    if isinstance(data, list):
+        data = [x.item() if isinstance(x, FakeTensor) and x.ndim == 0 else x for x in data]
+    return _tensor(data, **options)
+
+
+_make = bitsandbytes.nn.Params4bit.__new__
+
+
+def _params4bit(cls: Any, data: Any = None, *args: Any, **state: Any) -> Any:
+    return FakeParams4bit(data, *args, **state) if isinstance(data, FakeTensor) else _make(cls, data, *args, **state)
+
+
+@contextlib.contextmanager
+def replaced() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for where, name, value in (
+            (files, "sha256", _quick_hash),
+            (initializer, "file_hashes", lambda one: {"layout_md5": one.path.name}),
+            (threads, "ThreadPoolExecutor", _Turns),
+            (torch.nn.Module, "_apply", _apply),
+            (torch, "tensor", _tensor_of),
+            (bitsandbytes.nn.Params4bit, "__new__", _params4bit),
+        ):
+            stack.enter_context(mock.patch.object(where, name, value))
+        stack.enter_context(fused_attention())
+        yield
