@@ -43,11 +43,13 @@ class Stage:
     """What happened in a stage of a run."""
 
     peak: int = 0
+    absent: int = 0
+    """Bytes that were there, too, were the model as deep as the real one."""
     at_peak: dict[str, int] = field(default_factory=dict)
     """Bytes on the GPU by type."""
-    large: Counter[str] = field(default_factory=Counter)
+    large: dict[str, int] = field(default_factory=dict)
     """Allocations on the GPU in fp32, with operator and shape."""
-    copies: Counter[str] = field(default_factory=Counter)
+    copies: dict[str, int] = field(default_factory=dict)
     """Bytes between the devices."""
     syncs: int = 0
     """How often the CPU waited for a number from the GPU."""
@@ -57,7 +59,8 @@ class Stage:
 class Account:
     """Bytes that are alive, and the peak in each stage. What is made inside an inner stage counts for that alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, absent: Callable[[], int]) -> None:
+        self.absent = absent
         self.live = Counter[tuple[str, str]]()
         self.stages = dict[str, Stage]()
         self._seen, self._inside = WeakIdKeyDictionary(), ["other"]
@@ -69,6 +72,9 @@ class Account:
     def on(self, device: str) -> int:
         return sum(count for (place, _), count in self.live.items() if place == device)
 
+    def copied(self, way: str, num_bytes: int) -> None:
+        self.stage.copies[way] = self.stage.copies.get(way, 0) + num_bytes
+
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
         self._inside.append(name)
@@ -77,6 +83,7 @@ class Account:
         try:
             yield
         finally:
+            self.stage.absent = max(self.stage.absent, self.absent())
             self._inside.pop()
 
     def _look(self) -> None:
@@ -95,16 +102,28 @@ class Account:
         self.live[name] += num_bytes
         if tensor.device.type == "cuda":
             if num_bytes >= LARGE and tensor.dtype == torch.float32:
-                self.stage.large[f"{operator} {tuple(tensor.shape)}"] += 1
+                what = f"{operator} {tuple(tensor.shape)}"
+                self.stage.large[what] = self.stage.large.get(what, 0) + 1
             self._look()
+
+
+def _tensors(values: Any) -> list[Any]:
+    """Those in nested lists and tuples."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 class PretendedGPU(TorchDispatchMode):
     """Inside, tensors on "cuda" are fake."""
 
-    def __init__(self) -> None:
+    def __init__(self, absent: Callable[[], int]) -> None:
         super().__init__()
-        self.account = Account()
+        self.account = Account(absent)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._content = WeakIdKeyDictionary()  # storage of a fake tensor -> storage on the CPU
         self._made_up = itertools.count()
@@ -114,7 +133,7 @@ class PretendedGPU(TorchDispatchMode):
         kwargs = {**(kwargs or {})}
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = _tensors((args, tuple(kwargs.values())))
         device = kwargs.get("device")
         on_gpu = device is not None and torch.device(device).type == "cuda"
         if not on_gpu and not any(isinstance(x, FakeTensor) for x in tensors):
@@ -122,9 +141,11 @@ class PretendedGPU(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if name == "_local_scalar_dense":
             return self._number(args[0])
-        if name == "_to_copy" and device is not None and torch.device(device).type == "cpu":
+        if not on_gpu and not any(x.device.type == "cuda" for x in tensors):
+            return self._run_on_cpu(func, args, kwargs, tensors)
+        if name == "_to_copy" and device is not None and not on_gpu:
             return self._to_cpu(args[0], kwargs.get("dtype"))
-        if name == "copy_" and not isinstance(args[0], FakeTensor):
+        if name == "copy_" and args[0].device.type == "cpu":
             return args[0].copy_(self._to_cpu(args[1], args[0].dtype))
         return self._run(func, name, args, kwargs, tensors)
 
@@ -135,16 +156,33 @@ class PretendedGPU(TorchDispatchMode):
         self.account.add(result, "weights")
         return result
 
+    def _run_on_cpu(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """With weights that are fake: what is computed with them is noise; what is large stays fake."""
+        try:
+            result = self.fake.dispatch(func, (), args, kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            return self._computed(func, args, kwargs)
+        given = {x.untyped_storage() for x in tensors}
+
+        def noise(value: Any) -> Any:
+            if not isinstance(value, FakeTensor) or value.untyped_storage() in given:
+                return value
+            if value.nbytes > LARGE:
+                self.account.add(value, func._schema.name)
+                return value
+            return self._noisy(value.shape, value.dtype)
+
+        return tree_map(noise, result)
+
     def _run(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         try:
-            with self.fake:
-                result = func(*args, **kwargs)
+            result = self.fake.dispatch(func, (), args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             self.account.stage.syncs += 1
             return self._of_known_shape(func, args, kwargs, tensors)
-        made = [x for x in tree_leaves(result) if isinstance(x, FakeTensor)]
+        made = _tensors((result,))
         if name == "_to_copy" and tensors[0].device.type != made[0].device.type:
-            self.account.stage.copies[f"{tensors[0].device.type} to {made[0].device.type}"] += made[0].nbytes
+            self.account.copied(f"{tensors[0].device.type} to {made[0].device.type}", made[0].nbytes)
         self._follow(func, args, kwargs, tensors, made)
         for tensor in made:
             self.account.add(tensor, name)
@@ -176,7 +214,7 @@ class PretendedGPU(TorchDispatchMode):
         empty = torch.empty(0, dtype=tensor.dtype)
         return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[FakeTensor]) -> None:
+    def _follow(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> None:
         """Compute the content of what was made or changed, if all that is given is known, and it is small."""
         changed = func._schema.is_mutable
         new = [x for x in made if x.untyped_storage() not in self._content]
@@ -213,8 +251,7 @@ class PretendedGPU(TorchDispatchMode):
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
     def _number(self, tensor: FakeTensor) -> Any:
-        if tensor.device.type == "cuda":
-            self.account.stage.syncs += 1
+        self.account.stage.syncs += tensor.device.type == "cuda"
         if (found := self.content(tensor)) is not None:
             return found.item()
         if tensor.dtype == torch.bool:  # "is it finite?"
@@ -225,15 +262,17 @@ class PretendedGPU(TorchDispatchMode):
     def _to_cpu(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Its content, or noise; what is large stays fake."""
         dtype = dtype or tensor.dtype
-        self.account.stage.copies["cuda to cpu"] += tensor.nbytes
+        self.account.copied("cuda to cpu", tensor.nbytes)
         if (found := self.content(tensor)) is not None:
             return found.to(dtype, copy=True)
-        if tensor.nbytes > LARGE:
-            return self.on_cpu(tensor.shape, dtype)
+        return self.on_cpu(tensor.shape, dtype) if tensor.nbytes > LARGE else self._noisy(tensor.shape, dtype)
+
+    def _noisy(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if not dtype.is_floating_point:
-            return torch.zeros(tensor.shape, dtype=dtype)
-        repeats = -(-tensor.numel() // len(self._noise))
-        return self._noise.repeat(repeats)[: tensor.numel()].to(dtype).view(tensor.shape)
+            return torch.zeros(shape, dtype=dtype)
+        while len(self._noise) < shape.numel():
+            self._noise = self._noise.repeat(2)
+        return self._noise[: shape.numel()].to(dtype, copy=True).view(shape)
 
 
 _current: list[PretendedGPU] = []
@@ -244,10 +283,10 @@ def current() -> PretendedGPU:
 
 
 @contextlib.contextmanager
-def pretended(total: float, absent: Callable[[], float] = lambda: 0.0) -> Iterator[Account]:
+def pretended(total: float, absent: Callable[[], int] = lambda: 0) -> Iterator[Account]:
     """Inside, there is a GPU with so many bytes. absent: bytes that would be on it, too, were the model as deep as the
     real one; they are not free."""
-    gpu = PretendedGPU()
+    gpu = PretendedGPU(absent)
 
     def free(*_: Any) -> tuple[int, int]:
         return int(total - CONTEXT - gpu.account.on("cuda") - absent()), int(total)

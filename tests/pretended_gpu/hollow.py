@@ -17,17 +17,20 @@ from torch import Tensor
 
 from tests.pretended_gpu.device import current
 
-STORED = {"BF16": torch.bfloat16, "F32": torch.float32}
+STORED = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64}
 MARK = "hollow"  # in the metadata
 _real_open = safetensors.safe_open
 
 
-def write(path: Path, shapes: Mapping[str, Sequence[int]], stored: str = "BF16") -> None:
-    entries: dict[str, Any] = {"__metadata__": {MARK: "true", "format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * STORED[stored].itemsize
-        entries[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, end]}
+def write(
+    path: Path, tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """tensors: their shapes and types."""
+    entries: dict[str, Any] = {"__metadata__": {**(metadata or {}), MARK: "true"}}
+    names, end = {dtype: name for name, dtype in STORED.items()}, 0
+    for name, (shape, dtype) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": names[dtype], "shape": [*shape], "data_offsets": [start, end]}
     header = json.dumps(entries).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
-from safetensors.torch import save_file
 from transformers import (
     DINOv3ViTModel,
     Qwen2_5_VLConfig,
@@ -21,7 +21,7 @@ from demo import base, build
 from initializers.i2l import encoders
 from initializers.i2l.layout import FILES, PUBLISHED, Geometry, expert_layout, module_shapes
 from tests.pretended_gpu import hollow
-from trainer.files import random_tensors, write_json
+from trainer.files import random_tensors, stream_tensors, write_json
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 BIAS_RANK = 4
@@ -53,6 +53,46 @@ VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_head
 CAPTION = "mychar, a photograph of it in a place, doing this and that, number {}" + ", and so on" * 24
 
 
+@dataclass(frozen=True)
+class World:
+    """Where all of it lies, for a base of so many blocks. What does not depend on their number is made once."""
+
+    root: Path
+    num_blocks: int
+
+    @property
+    def base(self) -> Path:
+        return self._made(f"base-{self.num_blocks}", lambda folder: make_base(folder, self.num_blocks))
+
+    @property
+    def experts(self) -> Path:
+        return self._made(f"i2l-{self.num_blocks}", lambda folder: make_experts(folder, self.num_blocks))
+
+    @property
+    def encoders(self) -> Path:
+        return self._made("encoders", make_encoders)
+
+    @property
+    def pictures(self) -> Path:
+        return self._made("pictures", lambda folder: make_pictures(folder, 4))
+
+    def output(self, name: str) -> Path:
+        """A folder that is not there yet."""
+        folder = self.root / "outputs" / f"{name}-{self.num_blocks}"
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def _made(self, name: str, make: Callable[[Path], None]) -> Path:
+        folder = self.root / name
+        if not folder.exists():
+            make(folder)
+        return folder
+
+
+def in_bf16(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+    return {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+
+
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
@@ -67,9 +107,9 @@ def make_base(folder: Path, num_blocks: int) -> None:
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel(num_layers=num_blocks)
         vae = AutoencoderKLQwenImage()
-    hollow.write(folder / "transformer" / "diffusion_pytorch_model.safetensors", shapes_of(transformer))
+    hollow.write(folder / "transformer" / "diffusion_pytorch_model.safetensors", in_bf16(shapes_of(transformer)))
     write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKLQwenImage", **_plain(vae.config)})
-    hollow.write(folder / "vae" / "diffusion_pytorch_model.safetensors", shapes_of(vae))
+    hollow.write(folder / "vae" / "diffusion_pytorch_model.safetensors", in_bf16(shapes_of(vae)))
     _make_text_encoder(folder / "text_encoder")
 
 
@@ -85,33 +125,37 @@ def _make_text_encoder(folder: Path) -> None:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     write_json(folder / "config.json", json.loads(config.to_json_string(use_diff=False)))
-    hollow.write(folder / "model.safetensors", shapes_of(model))
+    hollow.write(folder / "model.safetensors", in_bf16(shapes_of(model)))
 
 
-def make_i2l(experts: Path, vision: Path, num_blocks: int) -> None:
-    """The four experts for a base of so many blocks, and both image encoders."""
+def make_experts(folder: Path, num_blocks: int) -> None:
+    """All four for a base of so many blocks; Bias has numbers."""
     for kind, published in PUBLISHED.items():
-        published_geometry = published.geometry
-        geometry = Geometry(**{**vars(published_geometry), "num_blocks": num_blocks})
-        hollow.write(experts / FILES[kind], expert_layout(geometry))
+        shapes = expert_layout(replace(published.geometry, num_blocks=num_blocks))
+        hollow.write(folder / FILES[kind], in_bf16(shapes), {"format": "pt"})
     factors: dict[str, Sequence[int]] = {}
     for module, (in_features, out_features) in module_shapes(Geometry(num_blocks=num_blocks)).items():
         factors[f"{module}.lora_A.default.weight"] = (BIAS_RANK, in_features)
         factors[f"{module}.lora_B.default.weight"] = (out_features, BIAS_RANK)
-    tensors = {name: tensor.clone() for name, tensor in random_tensors(factors, torch.bfloat16)}
-    save_file(tensors, experts / FILES["bias"])
+    stream_tensors(folder / FILES["bias"], factors, random_tensors(factors, torch.bfloat16), torch.bfloat16)
+
+
+def make_encoders(folder: Path) -> None:
+    """SigLIP2 and DINOv3 in the published layout."""
     for name, kind, config, key in (
         (encoders.SIGLIP_FOLDER, SiglipVisionModel, encoders.published_siglip_config(), encoders.siglip_key),
         (encoders.DINOV3_FOLDER, DINOv3ViTModel, encoders.published_dinov3_config(), encoders.dinov3_key),
     ):
         with torch.device("meta"):
             model = kind(config)
-        hollow.write(vision / name / "model.safetensors", {key(n): shape for n, shape in shapes_of(model).items()})
+        shapes = {key(own): shape for own, shape in shapes_of(model).items()}
+        hollow.write(folder / name / "model.safetensors", in_bf16(shapes))
 
 
-def make_pictures(folder: Path, count: int, side: int) -> None:
+def make_pictures(folder: Path, count: int) -> None:
+    """Squares of 1024 pixels with captions of about as many tokens as a plan counts with."""
     folder.mkdir(parents=True)
     for number in range(count):
-        gradient = Image.linear_gradient("L").resize((side, side)).rotate(30 * number)
+        gradient = Image.linear_gradient("L").resize((1024, 1024)).rotate(30 * number)
         gradient.convert("RGB").save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(CAPTION.format(number))
+        (folder / f"{number}.txt").write_text(CAPTION.format(number), encoding="utf-8")
