@@ -749,7 +749,7 @@ MUTANTS = (
         ),
         (
             "predictions of another Qwen-VL are read from the cache",
-            "read_by += qwen_image.identity(context.base)",
+            "read_by += _reader(context)",
             "pass",
             "tests/initializers/i2l/test_initializer.py::test_what_another_file_predicted_is_not_read",
         ),
