@@ -205,7 +205,7 @@ def test_fp8_only_stores_the_weights(tiny_base: Path) -> None:
     (loss, found), (expected_loss, expected) = gradients(prepared("fp8")), gradients(prepared("none", like))
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-3) and len(found) == len(expected) > 30
     for name in expected:  # both round to bf16 on their way
-        assert (found[name] - expected[name]).norm() < 0.03 * expected[name].norm()
+        assert (found[name] - expected[name]).norm() <= 0.03 * expected[name].norm()
 
 
 def test_a_run_in_fp8(run_toml: Path, tmp_path: Path, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
