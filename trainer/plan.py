@@ -287,8 +287,19 @@ def plan_text(plan: Plan) -> str:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What is worth a word in pictures and captions; how captions are cut, if the tokenizer is on this machine."""
+    """What is worth a word in pictures, captions and the model; how captions are cut, if the tokenizer is on this
+    machine."""
     found, base = [*plan.dataset.notes], plan.config.model.base
+    if plan.start.method == "i2l" and qwen_image.is_2512(base):
+        found.append(
+            "i2L was made for the first Qwen-Image, Qwen/Qwen-Image: on Qwen-Image-2512 its LoRA has the right shape, "
+            "and how well it fits is not known; look at the samples of step 0, and compare with --init random"
+        )
+    if plan.config.model.dtype == "fp16":
+        found.append(
+            "[model] dtype: in fp16, numbers inside Qwen-Image's blocks exceed the largest there is (65504): they are "
+            "cut off, and black samples and NaN are common; bf16 needs no more memory"
+        )
     if sources.is_here(qwen_image.need(base, ("tokenizer",))):
         examples = (*plan.dataset.train, *plan.dataset.held_out)
         cut = qwen_image.cut_prompts(base, [*(e.caption for e in examples), *plan.config.validation.prompts])

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -58,8 +58,9 @@ EMPTY_PROMPT = " "
 """What guidance leads away from, as in the published examples, and what a picture whose caption is dropped is trained
 with: guidance then meets what was trained."""
 NAN_ADVICE = "use bf16, not fp16, a lower learning rate, or true_cfg_scale = 1"
-LEAST_CUT = 1000
-"""Bytes: shorter prompts are never cut."""
+PROMPT_LIMIT = int(inspect.signature(QwenImagePipeline.__call__).parameters["max_sequence_length"].default)
+"""Tokens of a prompt, with the end of the template, that the pipeline reads unless it is told otherwise: what lies
+beyond them is neither trained nor drawn with."""
 PICTURE_MULTIPLE = 16
 """Sides of pictures are multiples of this many pixels in the published model: the VAE's step of 8, 2 x 2 in a patch."""
 
@@ -123,10 +124,57 @@ _CLASSES = {  # what config.json says
 }
 
 
+TEXT_TO_IMAGE = "Qwen/Qwen-Image or Qwen/Qwen-Image-2512"
+_CONFIG = "transformer/config.json"
+_EDITS = "Qwen-Image-Edit, which is trained on pairs of pictures"
+_LAYERED = "Qwen-Image-Layered, which draws several layers at once"
+_NEW_CLASS = "Qwen-Image-2.1, a model of another architecture"
+_OTHERS = (  # files of other models of the family, what each says, and what the model is
+    ("model_index.json", "_class_name", "QwenImageEditPipeline", _EDITS),
+    ("model_index.json", "_class_name", "QwenImageEditInpaintPipeline", _EDITS),
+    ("model_index.json", "_class_name", "QwenImageEditPlusPipeline", _EDITS),
+    ("model_index.json", "_class_name", "QwenImageLayeredPipeline", _LAYERED),
+    ("model_index.json", "_class_name", "QwenImage21Pipeline", _NEW_CLASS),
+    (_CONFIG, "zero_cond_t", True, _EDITS),
+    (_CONFIG, "use_layer3d_rope", True, _LAYERED),
+    (_CONFIG, "use_additional_t_cond", True, _LAYERED),
+    (_CONFIG, "_class_name", "QwenImage21Transformer2DModel", _NEW_CLASS),
+)
+
+
+def _other_model(base: str, find: Callable[[str, str], Path | None]) -> list[str]:
+    """A problem, if the files of `base` say that it is a model of the family that is trained in another way. find: as
+    `sources.cached`."""
+    said = {name: _said(base, name, find) for name in ("model_index.json", _CONFIG)}
+    for name, key, value, model in _OTHERS:
+        if said[name].get(key) == value:
+            what = f"{name} says {key} = {json.dumps(value)}"
+            return [f"{base} is {model} ({what}), and cannot be trained here: choose {TEXT_TO_IMAGE}"]
+    return []
+
+
+def is_2512(base: str) -> bool:
+    """Whether `base` is Qwen-Image-2512, by its name, or that of the model it was made from: in all else its files are
+    as those of the first Qwen-Image."""
+    made_from = (_said(base, name, sources.cached).get("_name_or_path") for name in ("model_index.json", _CONFIG))
+    return any("qwen-image-2512" in str(name).lower() for name in (base, *made_from))
+
+
+def _said(base: str, name: str, find: Callable[[str, str], Path | None]) -> dict[str, Any]:
+    """What a JSON file of `base` says; empty if it cannot be had or read, which others tell."""
+    try:
+        file = find(base, name)
+        return {} if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def check_base(base: str) -> list[str]:
     """Problems of `base` that can be seen by its name, and the folders in it."""
     folder = Path(base)
     if folder.is_dir():
+        if other := _other_model(base, sources.cached):
+            return [f"base: {problem}" for problem in other]
         missing = [part for part in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
         if missing:
             return [f"base: {folder} is not a Qwen-Image folder in diffusers' layout: {', '.join(missing)} missing"]
@@ -139,12 +187,15 @@ def need(base: str, parts: Sequence[str] = PARTS) -> Need:
     files = [f"{part}/*.json" for part in parts]
     files += [f"{part}/{_WEIGHTS[part]}*.safetensors" for part in parts if part in _WEIGHTS]
     extra = ("tokenizer/*.txt", "processor/*.json") if "tokenizer" in parts else ()
-    return Need(base, tuple(files), extra, partial(_misfits, base, tuple(parts)))
+    early = partial(_other_model, base, sources.config_file)
+    return Need(base, tuple(files), ("model_index.json", *extra), partial(_misfits, base, tuple(parts)), early)
 
 
 def _misfits(base: str, parts: Sequence[str]) -> list[str]:
     """Parts of a base on this machine that are of another class, or whose weights do not fit their configuration."""
-    problems = []
+    problems = _other_model(base, sources.cached)
+    if problems:
+        return problems
     for part, (key, expected) in _CLASSES.items():
         if part not in parts:
             continue
@@ -414,22 +465,24 @@ class PromptEncoder:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
         """prompt_embeds of each prompt: L D without padding, on the CPU, in the text encoder's precision."""
-        prompt_embeds, mask = self._pipeline.encode_prompt(list(prompts), device=self._device)
+        prompt_embeds, mask = self._pipeline.encode_prompt(
+            list(prompts), device=self._device, max_sequence_length=PROMPT_LIMIT
+        )
         lengths = [prompt_embeds.shape[1]] * len(prompts) if mask is None else mask.sum(dim=1).tolist()
         return [embeds[:length].cpu() for embeds, length in zip(prompt_embeds, lengths, strict=True)]
 
 
 def cut_prompts(base: str, texts: Iterable[str]) -> dict[str, str]:
     """Texts of which the text encoder does not read the end -> the last words that it reads."""
-    long = [text for text in texts if len(text.encode()) > LEAST_CUT]  # a token is at least one byte
+    long = [text for text in texts if len(text.encode()) > PROMPT_LIMIT]  # a token is at least one byte
     if not long:
         return {}
     tokenizer = AutoTokenizer.from_pretrained(sources.local(base), subfolder="tokenizer")
     pipeline = QwenImagePipeline(scheduler=None, vae=None, transformer=None, text_encoder=None, tokenizer=tokenizer)
-    before = pipeline.prompt_template_encode_start_idx
-    limit, cut = before + pipeline.tokenizer_max_length, {}
+    template, before = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+    limit, after, cut = before + PROMPT_LIMIT, len(tokenizer(template.split("{}")[1]).input_ids), {}
     for text in long:
-        tokens = tokenizer(pipeline.prompt_template_encode.format(text)).input_ids
+        tokens = tokenizer(template.format(text)).input_ids[:-after]
         if len(tokens) > limit:
             cut[text] = tokenizer.decode(tokens[max(before, limit - 12) : limit]).strip()
     return cut

@@ -58,7 +58,7 @@ def encode_prompts(
         encoder = encoder or qwen_image.PromptEncoder(text_encoder, dtype)
         return encoder([ordered[i] for i in positions])
 
-    keys = [key("prompt_embeds", model, str(dtype), text) for text in ordered]
+    keys = [key("prompt_embeds", model, str(dtype), qwen_image.PROMPT_LIMIT, text) for text in ordered]
     names = [f'"{text}"' for text in ordered]
     found = cache.get(keys, compute, what="encode captions", names=names, batch_size=batch_size, quiet=quiet)
     return dict(zip(ordered, found, strict=True))
