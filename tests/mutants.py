@@ -813,8 +813,8 @@ MUTANTS = (
         "initializers/i2l/initializer.py",
         (
             "strength is tried on other pictures than those that were chosen",
-            "indices[index])",
-            "index)",
+            "indices[index], sigmas)",
+            "index, sigmas)",
             "tests/initializers/i2l/test_initializer.py::test_strength_is_tried_on_the_pictures_that_were_chosen",
         ),
         (
@@ -831,8 +831,14 @@ MUTANTS = (
         ),
         (
             "the strength with the highest loss is taken",
-            "means.argmin()",
-            "means.argmax()",
+            "np.argmin(losses)",
+            "np.argmax(losses)",
+            "tests/initializers/i2l/test_initializer.py::test_the_minimum_of_a_parabola",
+        ),
+        (
+            "each picture is tried at all sigmas",
+            "range(place, NUM_SIGMAS, len(tried))",
+            "range(NUM_SIGMAS)",
             "tests/initializers/i2l/test_initializer.py::test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture",
         ),
         (

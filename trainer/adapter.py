@@ -7,7 +7,7 @@ alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by th
 import difflib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -193,8 +193,9 @@ class InitContext:
     """Folder for what is expensive to compute; None: nothing is kept."""
     text_encoder: Any = None
     """`qwen_image.TextEncoder` of the base, if it may be loaded already. Whoever needs its memory calls `unload`."""
-    try_seed: Callable[[AdapterWeights, int], float] | None = None
-    """The stable loss of training picture `index` with these weights on the base; None where that cannot be had."""
+    try_seed: Callable[[AdapterWeights, int, Sequence[int]], Tensor] | None = None
+    """The errors of training picture `index` with these weights on the base, at some of the sigmas of the stable loss,
+    by their numbers (`validation.stable_errors`); None where that cannot be had."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Modules that have a rank of their own."""
 
