@@ -103,14 +103,13 @@ def measure_all(subjects: Path, output: Path, *, train: bool) -> None:
     pairs += [(folder, new[(place + 1) % len(new)]) for place, folder in enumerate(new)]
     base = _Base(output)
     rows = [base.measure(subject, shown) for subject, shown in tqdm(pairs, "subjects", unit="subject")]
-    text = table(rows)
-    runs = []
-    if train:
-        changed = [row for row in rows if row["pictures"] != "wrong" and row["taken"][FULL] != row["taken"][AUTO]]
+    text, runs = table(rows), list[dict[str, Any]]()
+    changed = [row for row in rows if row["pictures"] != "wrong" and row["taken"][FULL] != row["taken"][AUTO]]
+    if train and changed:
         for row, name, rate in tqdm([*product(changed, (FULL, AUTO), RATES)], "runs", unit="run"):
             curve = base.train(subjects / row["subject"], row["taken"][name], rate)
             runs.append({"subject": row["subject"], "way": name, "rate": rate, "curve": curve})
-        text += "\n" + run_table(rows, runs)
+        text += "\n" + run_table(changed, runs)
     write_json(output / "report.json", {"rows": rows, "runs": runs})
     write_text(output / "report.md", text)
     print(text)
@@ -148,13 +147,14 @@ class _Base:
                 errors[i, j] = trials(_at(whole, strength), i, range(NUM_SIGMAS))
         whole = {name: truncate(x, context.rank)[0] for name, x in predictions.combine({}, numbers).items()}
         items = [encoded.item(example) for example in prepared.dataset.held_out]
+        taken = {name: way(errors.numpy()) for name, way in WAYS.items()}
         return {
             "subject": f"{subject.parent.name}/{subject.name}",
             "pictures": "wrong" if shown != subject else subject.parent.name,
             "num_pictures": len(numbers),
-            "taken": {name: way(errors.numpy()) for name, way in WAYS.items()},
+            "taken": taken,
             "auto": i2l.initialize(context, replace(options, strength="auto")).report["strength"],
-            "held_out": {strength: self._loss(_at(whole, strength), items) for strength in GRID},
+            "held_out": {strength: self._loss(_at(whole, strength), items) for strength in {*GRID, *taken.values()}},
         }
 
     def _loss(self, weights: AdapterWeights, items: Sequence[validation.Item]) -> float:
@@ -214,10 +214,7 @@ def run_table(rows: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any
         cells = {}
         for name in (FULL, AUTO):
             own = [one["curve"] for one in runs if (one["subject"], one["way"]) == (row["subject"], name)]
-            if own and row["pictures"] != "wrong":
-                cells[name] = min(own, key=min)
-        if not cells:
-            continue
+            cells[name] = min(own, key=min)
         words = [row["subject"], f"{row['taken'][FULL]:g}, {row['taken'][AUTO]:g}"]
         for what, of in ends.items():
             before, after = of(cells[FULL]), of(cells[AUTO])

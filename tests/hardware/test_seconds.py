@@ -22,6 +22,7 @@ from trainer.hardware import memory, seconds
 from trainer.hardware.seconds import Card, Speed, Workload
 from trainer.loop import TrainConfig
 from trainer.plan import Plan, load_config, prepare
+from trainer.tracking import duration
 
 ROOT = Path(__file__).parents[2]
 REAL = sorted((ROOT / "configs").glob("qwen_image*.toml"))
@@ -167,6 +168,36 @@ def test_shipped_configurations_validate_a_tenth_of_the_time(path: Path, elsewhe
     for card in seconds.CARDS:
         speed = Speed(seconds.SHARE_OF_PEAK * card.teraflops * 1e12, seconds.DISK, card.gigabytes)
         assert 0.03 < seconds.estimate(work, speed).validating <= 0.1, card.name
+
+
+SHOWN = (("80gb", "H100"), ("80gb", "A100"), ("24gb", "RTX 4090"), ("24gb", "RTX 3090"), ("16gb", "RTX 4080"))
+
+
+@pytest.mark.parametrize(("name", "card"), SHOWN)
+def test_the_pages_tell_what_is_estimated(name: str, card: str, elsewhere: Path) -> None:
+    chosen, plan = seconds.card(card), real_plan(ROOT / "configs" / f"qwen_image_{name}.toml", elsewhere)
+    speed = Speed(seconds.SHARE_OF_PEAK * chosen.teraflops * 1e12, seconds.DISK, chosen.gigabytes)
+    found = seconds.estimate(seconds.count(plan), speed)
+
+    def row(page: str, start: str) -> list[str]:
+        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+        (line,) = (line for line in lines if line.startswith(f"| {start} |"))
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    steps = found.steps * found.step
+    assert row("docs/real_size.md", card) == [
+        card,
+        f"{chosen.teraflops:g} TFLOP/s",
+        str(plan.config.data.resolution),
+        duration(found.first_step),
+        f"{found.step:.2g} s",
+        duration(steps),
+        duration(found.validation),
+        duration(found.total),
+    ]
+    minutes = [round(value / 60) for value in (found.first_step, found.total)]
+    told = [f"{m // 60} h {m % 60} min" if m > 60 else f"{m} min" for m in minutes]
+    assert row("README.md", f"{card}, {chosen.gigabytes:g} GB")[-2:] == told
 
 
 def test_what_is_counted_is_what_a_run_does(run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
