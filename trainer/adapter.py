@@ -230,7 +230,8 @@ def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) ->
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         transformer.add_adapter(peft_config(config), adapter_name)
     for parameter in _parameters(transformer, adapter_name).values():
-        parameter.data = parameter.data.float()  # PEFT takes over the base's type; a bf16 seed would be rounded
+        # PEFT takes over the layer's type, in which a seed would be rounded, and its device: that of an offloaded block
+        parameter.data = parameter.data.to(transformer.device, torch.float32)
     if not config.use_dora:
         for _, layer in _layers(transformer, adapter_name):
             layer.cast_input_dtype_enabled = False

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from trainer.errors import UserError
 from trainer.files import DTYPES, content_hash, read_header
 from trainer.flow import generator
+from trainer.hardware import offload
 from trainer.hardware.live import LiveBytes
 from trainer.hub import sources
 from trainer.hub.sources import Need
@@ -76,9 +77,19 @@ class ModelConfig:
     compile: bool = False
     """Compile each block with torch.compile. It takes minutes at the beginning, then steps are faster. A C++ compiler
     must be installed."""
+    offload_blocks: int = 0
+    """How many of the transformer's blocks (Qwen-Image has 60) lie in the CPU's memory, and come to the GPU when they
+    are needed. A number above means all. Each saves its weights on the GPU and takes as much of the CPU's memory. Steps
+    are slower where blocks do not come fast enough. It needs [train] gradient_checkpointing."""
 
     def problems(self) -> list[str]:
         found = check_base(self.base)
+        if self.offload_blocks < 0:
+            found.append(f"offload_blocks must be at least 0, not {self.offload_blocks}")
+        if self.offload_blocks and self.compile:
+            found.append("compile does not go with offload_blocks: each block has other weights whenever it is called")
+        if self.offload_blocks and self.quantization == "int8":
+            found.append('quantization: "int8" does not go with offload_blocks; use "nf4", "fp8" or "none"')
         if self.compile and self.quantization == "fp8":
             found.append('compile does not go with quantization = "fp8": its weights change their type in each block')
         return found
@@ -174,16 +185,20 @@ def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTran
     elif config.quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if "quantization_config" in options:
-        options["device_map"] = {"": device}
+        options["device_map"] = {"": torch.device("cpu") if config.offload_blocks else device}
     transformer = QwenImageTransformer2DModel.from_pretrained(
         sources.local(config.base), subfolder="transformer", use_safetensors=True, **options
     )
     if config.quantization == "fp8":
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, DTYPES[config.dtype])
-    if "quantization_config" not in options:
+    transformer.requires_grad_(False)
+    if config.offload_blocks:
+        offload.place(transformer, transformer.transformer_blocks, config.offload_blocks, device)
+        transformer.hf_device_map = {"": device}  # by which accelerate tells where a quantised model is
+    elif "quantization_config" not in options:
         transformer = transformer.to(device)
     set_attention(transformer, config.attention)
-    return transformer.eval().requires_grad_(False)
+    return transformer.eval()
 
 
 def set_attention(transformer: QwenImageTransformer2DModel, name: str) -> None:
@@ -234,10 +249,16 @@ def picture_multiple(base: str) -> int:
     return 2 * 2 ** len(vae["temperal_downsample"]) if vae else PICTURE_MULTIPLE
 
 
-def set_up(transformer: QwenImageTransformer2DModel, config: ModelConfig, *, gradient_checkpointing: bool) -> None:
+def set_up(
+    transformer: QwenImageTransformer2DModel,
+    config: ModelConfig,
+    *,
+    gradient_checkpointing: bool,
+    offload_activations: bool = False,
+) -> None:
     """Switch on gradient checkpointing and compile, as configured. The adapter must be injected before."""
     if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(offload.checkpoint_on_cpu if offload_activations else None)
     if config.compile:
         transformer.compile_repeated_blocks()
 
