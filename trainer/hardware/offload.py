@@ -63,7 +63,7 @@ def cpu_bytes(block: float, total: int, offloaded: int) -> float:
 
 
 def activation_bytes(kept: float, total: int) -> float:
-    """Bytes of pinned memory for offloaded activations, of which checkpointing keeps so many for each block."""
+    """Bytes of pinned memory that offloaded activations take. kept: of the inputs of each of the `total` blocks."""
     return total * _rounded(kept)
 
 
@@ -80,15 +80,15 @@ def _rounded(num_bytes: float) -> float:
 def place(model: nn.Module, blocks: nn.ModuleList, count: int, device: torch.device) -> None:
     """Move a frozen model to `device`, but for `count` of its blocks (all, if they are fewer), which go into the CPU's
     memory; before an adapter is injected. They are spread evenly, so that each has time to come."""
-    share = min(count / len(blocks), 1)
-    chosen = [block for i, block in enumerate(blocks) if int((i + 1) * share + 1e-9) > int(i * share + 1e-9)]
+    total = len(blocks)
+    count = min(count, total)
+    chosen = [block for i, block in enumerate(blocks) if (i + 1) * count // total > i * count // total]
     for child in (*model.children(), *blocks):
         if child is not blocks and child not in chosen:
             child.to(device)
     for block in chosen:
         _replace_4bit(block)
-    size = max(_size(block) for block in chosen)
-    memories = _memories(size, len(chosen), pinned=device.type == "cuda" and torch.cuda.is_available())
+    memories = _memories(max(_size(block) for block in chosen), count, pinned=device.type == "cuda")
     _Fetcher([_Block(block, memory) for block, memory in zip(chosen, memories, strict=True)], device)
 
 
@@ -194,7 +194,7 @@ class _Fetcher:
 
     def __init__(self, blocks: list[_Block], device: torch.device):
         self._blocks, self._device = blocks, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and torch.cuda.is_available() else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last = -1
         self._ahead: _Fetched | None = None
         for index, block in enumerate(blocks):
