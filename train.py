@@ -59,6 +59,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="check everything, say what the run would do, and stop")
     parser.add_argument("--vram", type=float, metavar="GB", help="with --plan: settings that would fit such a card")
+    parser.add_argument("--card", metavar="NAME", help='with --plan: seconds on that card, such as "RTX 4090"')
+    parser.add_argument("--disk", type=float, metavar="GB", help="with --plan: GB that the disk reads in a second")
     parser.add_argument("--help-config", action="store_true", help="explain every key of the configuration, and stop")
     options = parser.parse_args(arguments)
     if options.config is None and not options.help_config:
@@ -72,6 +74,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--compare names the starts: leave --init out")
     if options.vram is not None and not (options.plan and options.vram > 0):
         parser.error("--vram GB is a number above 0, and goes with --plan")
+    if options.disk is not None and not (options.plan and options.disk > 0):
+        parser.error("--disk GB is a number above 0, and goes with --plan")
+    if options.card is not None and not (options.plan and not options.compare):
+        parser.error("--card NAME goes with --plan, and not with --compare")
     return options
 
 
@@ -85,6 +91,7 @@ def _part(text: str) -> tuple[int, int]:
 def run(options: argparse.Namespace) -> None:
     import initializers  # here, so that --help answers at once
     from trainer import config, plan, run
+    from trainer.hardware import seconds
 
     if options.help_config:
         print(config.explain(plan.RunConfig))
@@ -99,12 +106,14 @@ def run(options: argparse.Namespace) -> None:
     if options.compare:
         compare(options, overrides)
         return
+    card = seconds.card(options.card) if options.card else None
     run_config, start = plan.load_config(options.config, overrides, initializers)
     prepared = plan.prepare(run_config, start, resume=options.resume)
     if options.plan:
         print(plan.plan_text(prepared))
-        if options.vram:
-            print("\n" + plan.fit_text(prepared, options.vram))
+        print(seconds.text(prepared, card, options.disk))
+        if vram := options.vram or (card and card.gigabytes):
+            print("\n" + plan.fit_text(prepared, vram))
     else:
         run.execute(prepared, resume=options.resume, quiet=options.quiet)
 

@@ -1,9 +1,9 @@
 """What a LoRA can start from: one module for each method, with a `Config` and `initialize(context, config) -> Seed`.
 
 To add an initializer, write its module and add a line to `_MODULES`; CONTRIBUTING.md has an example. A module may also
-have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `identity(config)`, `FILE_KEYS` and
-`embed(pictures, config, device)`: the functions below say what each is. A module is imported when it is asked for,
-so that importing this package costs nothing.
+have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `work(config, base, facts)`,
+`identity(config)`, `FILE_KEYS` and `embed(pictures, config, device)`: the functions below say what each is. A module is
+imported when it is asked for, so that importing this package costs nothing.
 """
 
 import difflib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from trainer.adapter import Initializer, RunFacts
+    from trainer.adapter import Initializer, RunFacts, Work
     from trainer.hub.sources import Need
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "needs",
     "resolve",
     "warm_start",
+    "work",
 ]
 
 _MODULES = {
@@ -95,6 +96,15 @@ def needs(method: str, config: Any, base: str) -> "list[Need]":
     """The files of models that the initializer loads, those of `base` included."""
     module = _module(method)
     return list(module.needs(config, base)) if hasattr(module, "needs") else []
+
+
+def work(method: str, config: Any, base: str, facts: "RunFacts") -> "Work":
+    """What the initializer reads and computes in a run, for an estimate of its time; nothing by default."""
+    from trainer.adapter import Work
+
+    module = _module(method)
+    found: Work = module.work(config, base, facts) if hasattr(module, "work") else Work()
+    return found
 
 
 def identity(method: str, config: Any) -> list[str]:

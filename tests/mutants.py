@@ -379,6 +379,16 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "initializers/i2l/training/batch_lora.py",
+        (
+            "a block that is computed again has no LoRA",
+            "checkpoint(with_factors, *inputs)",
+            "checkpoint(block, *inputs)",
+            "tests/initializers/i2l/training/test_train.py"
+            "::test_blocks_that_are_computed_again_have_the_loras_of_their_forward_pass",
+        ),
+    ),
+    *_mutants(
         "trainer/adapter.py",
         (
             "a seed is not divided by PEFT's scale",

@@ -34,7 +34,7 @@ FLOORS = {
     6: ("trainer.cli", "trainer.hardware.memory"),
     7: ("trainer.plan",),
     8: ("trainer.hardware.machine",),
-    9: ("trainer.objective",),
+    9: ("trainer.hardware.seconds", "trainer.objective"),
     10: ("trainer.run",),
     11: ("trainer.bench", "trainer.compare.plan"),
     12: ("trainer.compare.measures",),

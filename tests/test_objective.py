@@ -13,8 +13,10 @@ from torch import Tensor
 
 import initializers
 from trainer import adapter, flow, objective, qwen_image, validation
+from trainer.adapter import AdapterWeights
 from trainer.data.dataset import batch, drops_caption
 from trainer.flow import generator
+from trainer.lowrank import LowRank
 from trainer.objective import Encoded, LoraObjective, stable_losses
 from trainer.plan import Plan, load_config, prepare
 from trainer.tracking import Tracker
@@ -151,6 +153,33 @@ def test_the_loss_of_a_batch_is_the_mean_of_each_picture_with_its_own_prompt(run
         one = replace(one, prompt_embeds=inputs.prompt_embeds[row, :length], mask=None)
         alone.append(float(trained.forward(one)))
     assert float(trained.forward(inputs)) == pytest.approx(sum(alone) / 4, rel=1e-5)
+
+
+def test_blocks_that_are_computed_again_have_the_dropout_and_the_frozen_lora_of_their_forward_pass(
+    run_toml: Path,
+) -> None:
+    """Two losses, each with its own dropout, a validation between, and one backward pass: as without gradient
+    checkpointing."""
+    plan, gradients = make_plan(run_toml, "adapter.dropout=0.5", "validation.prompts=[]"), []
+    for checkpointing in (False, True):
+        trained = make_objective(plan)
+        names = list(adapter.target_modules(trained.transformer, plan.config.adapter).items())[:8]
+        frozen = {
+            name: LowRank(*(0.2 * torch.randn(shape, generator=generator(name, *shape)) for shape in ((2, i), (o, 2))))
+            for name, (i, o) in names
+        }
+        adapter.attach_frozen(trained.transformer, AdapterWeights(frozen))
+        qwen_image.set_up(trained.transformer, plan.config.model, gradient_checkpointing=checkpointing)
+        losses = [trained.loss(step, 0).value for step in range(2)]
+        assert torch.equal(losses[0], trained.loss(0, 0).value) and not torch.equal(losses[0], losses[1])
+        with torch.no_grad():
+            trained.validate(0, Pictures())
+        torch.stack(losses).sum().backward()
+        gradients.append({n: p.grad for n, p in trained.transformer.named_parameters() if p.requires_grad})
+    assert sum(gradient is not None for gradient in gradients[0].values()) > 40
+    for name, expected in gradients[0].items():
+        if expected is not None:
+            torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-8, msg=name)
 
 
 # --- validation -------------------------------------------------------------------------------------------

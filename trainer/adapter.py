@@ -134,6 +134,19 @@ class RunFacts:
     """Whether `InitContext.try_seed` will be there."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What an initializer does in a run, for an estimate of its time; none of it is in the cache yet."""
+
+    num_bytes: float = 0.0
+    """Read and written, beside the base."""
+    flop: float = 0.0
+    text_flop: float = 0.0
+    """In the base's text encoder."""
+    passes: int = 0
+    """Forward passes of the transformer with a picture each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class InitContext:
     """What an initializer may know."""

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer import adapter, config, folder, qwen_image
-from trainer.adapter import AdapterConfig, Initializer, RunFacts
+from trainer.adapter import AdapterConfig, Initializer, RunFacts, Work
 from trainer.checkpoint import CheckpointConfig, course
 from trainer.data.dataset import DataConfig, Dataset, scan
 from trainer.data.pictures import DataError
@@ -72,6 +72,8 @@ class Initializers(Protocol):
 
     def needs(self, method: str, config: Any, base: str) -> list[Need]: ...
 
+    def work(self, method: str, config: Any, base: str, facts: RunFacts) -> Work: ...
+
     def identity(self, method: str, config: Any) -> list[str]: ...
 
     def file_keys(self, method: str) -> tuple[str, ...]: ...
@@ -98,6 +100,8 @@ class Start:
     """Hashes of the files that it reads; None if they are not all on this machine."""
     file_keys: tuple[str, ...] = ()
     """The options that only say where these files are."""
+    work: Callable[[RunFacts], Work] = lambda facts: Work()
+    """What it will do in the run that is planned."""
 
 
 @dataclass(frozen=True)
@@ -192,15 +196,15 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
         whole = not found and all(sources.is_here(need) for need in needs)
         return initializers.identity(method, options) if whole else None
 
-    keys = initializers.file_keys(method)
-    return run, Start(method, initializers.get(method), options, found, needs, check_run, identity, keys)
+    keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model.base)
+    return run, Start(method, initializers.get(method), options, found, needs, check_run, identity, keys, work)
 
 
 def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
     """Check models, data, output, targets and initializer; ConfigError lists every problem at once."""
     output = Path(run.output)
     if resume and folder.is_begun(output):  # the seed is in the checkpoint: the initializer is not asked again
-        start = replace(start, problems=[], needs=[], check_run=lambda facts: [])
+        start = replace(start, problems=[], needs=[], check_run=lambda facts: [], work=lambda facts: Work())
     problems = [f"[init.{start.method}] {problem}" for problem in start.problems]
     problems += folder.problems(output, resume=resume, steps=run.train.steps)
     if run.model.quantization == "fp8" and not run.train.gradient_checkpointing:

@@ -24,7 +24,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from initializers.i2l.layout import layout_md5
+from initializers.i2l.layout import COARSE_TOKENS, FINE_TOKENS, layout_md5
 from trainer import qwen_image
 from trainer.files import LayoutError, content_hash, read_header, write_json, write_tensors
 from trainer.hub import sources
@@ -33,6 +33,10 @@ from trainer.hub.sources import Need
 SIGLIP_FOLDER, DINOV3_FOLDER = "SigLIP2-G384", "DINOv3-7B"
 ENCODER_FILES = (f"{SIGLIP_FOLDER}/model.safetensors", f"{DINOV3_FOLDER}/model.safetensors")
 SIGLIP_MD5, DINOV3_MD5 = "469c78b61e3e31bc9eec0d0af3d3f2f8", "5722b5c873720009de96422993b15682"
+
+PUBLISHED_BYTES = (2.32e9, 13.43e9)  # of these files
+TOKENS = (24 * 24, 14 * 14 + 5)  # of a picture in each of them
+TEXT_TOKENS = {"coarse": 64 + COARSE_TOKENS, "fine": 64 + FINE_TOKENS}  # of a picture in Qwen-VL, with the system text
 
 CROP_SIZE = 1024  # pixels: every picture is first resized to this square, then to the encoder's own size
 CHUNK = 8  # pictures that are encoded together

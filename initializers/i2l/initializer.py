@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from initializers.i2l import encoders
-from initializers.i2l.layout import FILES, Geometry
+from initializers.i2l.layout import FILES, Geometry, published_bytes
 from initializers.i2l.predictions import Predictions, dtype_for, predict_pictures, timed
 from initializers.i2l.recognise import (
     ORDER,
@@ -25,7 +25,7 @@ from initializers.i2l.recognise import (
     recognise,
 )
 from trainer import qwen_image
-from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed
+from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed, Work
 from trainer.config import first_few
 from trainer.errors import UserError
 from trainer.files import content_hash
@@ -154,6 +154,31 @@ def needs(config: Config, base: str) -> list[Need]:
     return found
 
 
+def work(config: Config, base: str, facts: RunFacts) -> Work:
+    """What it reads and computes, by the sizes of the files on this machine, else of the published ones.
+
+    A model in bf16 takes as many FLOP for a token as it has bytes.
+    """
+    kinds, num_bytes = list[str](), 0.0
+    for name in _expert_names(config):
+        path = sources.cached(*expert_location(config.weights, name))
+        kinds.append(name if name in FILES else recognise(name, Path(name).expanduser()).kind)
+        num_bytes += path.stat().st_size if path else published_bytes(kinds[-1])
+    predicting = [kind for kind in kinds if kind != "bias"]
+    if not predicting:
+        return Work(num_bytes)
+    paths = [sources.cached(config.encoders, file) for file in encoders.ENCODER_FILES]
+    sizes = [path.stat().st_size if path else size for path, size in zip(paths, encoders.PUBLISHED_BYTES, strict=True)]
+    pictures = len(_choose_pictures(facts.images, config.pictures))
+    read = sum(encoders.TEXT_TOKENS[kind] for kind in predicting if kind in encoders.TEXT_TOKENS)
+    return Work(
+        num_bytes=num_bytes + sum(sizes),
+        flop=pictures * sum(size * tokens for size, tokens in zip(sizes, encoders.TOKENS, strict=True)),
+        text_flop=pictures * read * qwen_image.text_encoder_bytes(base),
+        passes=_num_passes(pictures) if config.strength == "auto" else 0,
+    )
+
+
 def identity(config: Config) -> list[str]:
     """Hashes of the experts' and encoders' files, as far as they are on this machine."""
     paths = [sources.cached(*expert_location(config.weights, name)) for name in _expert_names(config)]
@@ -261,6 +286,11 @@ def _choose_pictures(images: Sequence[Path], wanted: int | tuple[str, ...]) -> l
     if missing := [name for name in wanted if name not in names]:
         raise UserError(f"pictures: {first_few(missing)}: not among the training pictures")
     return [names.index(name) for name in wanted]
+
+
+def _num_passes(count: int) -> int:
+    """Forward passes that strength = "auto" takes with so many pictures."""
+    return min(count, MAX_TRIALS) * len(STRENGTHS) * 8
 
 
 def _spread(count: int, limit: int) -> list[int]:

@@ -12,6 +12,7 @@ activation.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -151,6 +152,12 @@ def expert_layout(geometry: Geometry) -> dict[str, Shape]:
             shapes[f"{prefix}.proj_in.weight"] = (residual.compress, residual.width)
             shapes[f"{prefix}.proj_out.weight"] = (geometry.compress, residual.num_tokens * residual.compress)
     return shapes
+
+
+def published_bytes(kind: str) -> float:
+    """Bytes of a published file in bf16; nothing worth a word for Bias."""
+    shapes = expert_layout(PUBLISHED[kind].geometry) if kind in PUBLISHED else {}
+    return 2.0 * sum(math.prod(shape) for shape in shapes.values())
 
 
 def layout_md5(shapes: Mapping[str, Shape]) -> str:

@@ -23,6 +23,7 @@ from trainer import adapter, flow, loop, qwen_image
 from trainer.adapter import AdapterConfig
 from trainer.files import random_tensors, size, stream_tensors, write_json
 from trainer.hardware import machine, memory
+from trainer.hardware.seconds import matmul_rate
 from trainer.loop import TrainConfig
 from trainer.qwen_image import ModelConfig
 
@@ -104,18 +105,6 @@ def _step(
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def matmul_rate(device: torch.device) -> float:
-    """FLOP a second of one large product in bf16."""
-    side = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(10):
-        began = machine.now(device)
-        a @ a
-        seconds.append(machine.now(device) - began)
-    return 2 * side**3 / statistics.median(seconds)
 
 
 def report_text(report: dict[str, Any]) -> str:

@@ -11,21 +11,26 @@ from initializers.i2l.expert import Factors
 
 
 class BatchLora:
-    """Hooks on linear layers that add (x a_i^T) b_i^T to the output of sample i inside `applied`; else nothing."""
+    """Hooks on linear layers that add (x a_i^T) b_i^T to the output of sample i inside `applied`; else nothing.
 
-    def __init__(self, transformer: nn.Module, modules: Iterable[str]):
+    transformer: a diffusers model, on which gradient checkpointing has been switched on if it is wanted.
+    """
+
+    def __init__(self, transformer: Any, modules: Iterable[str]):
         self._factors: Mapping[str, Factors] = {}
         for name in modules:
             transformer.get_submodule(name).register_forward_hook(self._hook(name))
+        if transformer.is_gradient_checkpointing:
+            transformer.enable_gradient_checkpointing(self._remembering(transformer._gradient_checkpointing_func))
 
     @contextmanager
     def applied(self, factors: Mapping[str, Factors]) -> Iterator[None]:
         """factors: module -> (a: B rank in, b: B out rank), at scale 1, for batches of B samples."""
-        self._factors = factors
+        before, self._factors = self._factors, factors
         try:
             yield
         finally:
-            self._factors = {}
+            self._factors = before
 
     def _hook(self, name: str) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -37,3 +42,18 @@ class BatchLora:
             return output + added.view(output.shape).to(output.dtype)
 
         return add
+
+    def _remembering(self, checkpoint: Any) -> Any:
+        """`checkpoint`, whose blocks have the factors of their forward pass when the backward pass, which comes after
+        `applied`, computes them again."""
+
+        def remembering(block: nn.Module, *inputs: Any) -> Any:
+            factors = self._factors
+
+            def with_factors(*inputs: Any) -> Any:
+                with self.applied(factors):
+                    return block(*inputs)
+
+            return checkpoint(with_factors, *inputs)
+
+        return remembering

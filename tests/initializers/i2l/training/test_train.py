@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 import train as train_program
 from demo import painter, vision
 from initializers.i2l import layout
-from initializers.i2l.expert import Expert, read_geometry
+from initializers.i2l.expert import Expert, Factors, read_geometry
 from initializers.i2l.training import train
 from initializers.i2l.training.batch_lora import BatchLora
 from initializers.i2l.training.hypernetwork import ExpertConfig, Hypernetwork
@@ -119,6 +120,52 @@ def test_each_sample_gets_its_own_lora_as_peft_would_apply_it(tiny_base: Path) -
             torch.testing.assert_close(together[i : i + 1], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_that_are_computed_again_have_the_loras_of_their_forward_pass(tiny_base: Path) -> None:
+    """Two losses with other LoRAs and one without, then passes that need no gradient, then one backward pass for all:
+    gradients are those without gradient checkpointing, and afterwards nothing is applied."""
+    model, random = qwen_image.ModelConfig(base=str(tiny_base), dtype="fp32"), flow.generator("test")
+    shapes = layout.module_shapes(layout.Geometry(num_blocks=2, hidden_size=64))
+    values = [
+        {name: (torch.randn(3, 2, i, generator=random) * 0.1, torch.randn(3, o, 2, generator=random) * 0.1)
+         for name, (i, o) in shapes.items()} for _ in range(2)
+    ]  # fmt: skip
+    latents = torch.randn(3, 16, 1, 8, 8, generator=random)
+    sigmas, embeds = torch.tensor([0.2, 0.5, 0.9]), torch.randn(3, 7, 64, generator=random)
+    gradients = []
+    for checkpointing in (False, True):
+        transformer = qwen_image.load_transformer(model, torch.device("cpu"))
+        qwen_image.set_up(transformer, model, gradient_checkpointing=checkpointing)
+        lora = BatchLora(transformer, shapes)
+        noisy = latents.clone().requires_grad_()
+        first, second = (
+            {name: (a.clone().requires_grad_(), b.clone().requires_grad_()) for name, (a, b) in part.items()}
+            for part in values
+        )
+
+        def velocity(
+            factors: dict[str, Factors], noisy: torch.Tensor = noisy, lora: BatchLora = lora, model: Any = transformer
+        ) -> torch.Tensor:
+            with lora.applied(factors):
+                return qwen_image.predict_velocity(model, noisy, sigmas, embeds, None)
+
+        losses = [velocity(factors).square().mean() for factors in (first, second, {})]
+        with torch.no_grad():
+            plain = velocity({})
+            assert (velocity(second) - plain).abs().max() > 0.01
+        with lora.applied(first):  # wherever the backward pass comes
+            torch.stack(losses).sum().backward()
+        with torch.no_grad():
+            assert torch.equal(qwen_image.predict_velocity(transformer, noisy, sigmas, embeds, None), plain)
+        found = {f"{name} {number} {k}": pair[k].grad for number, part in enumerate((first, second))
+                 for name, pair in part.items() for k in (0, 1)}  # fmt: skip
+        gradients.append({**found, "latents": noisy.grad})
+    for name, expected in gradients[0].items():
+        assert (expected is None) == (gradients[1][name] is None), name
+        if expected is not None:
+            torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+    assert sum(gradient is not None for gradient in gradients[0].values()) > 80
+
+
 def load(toml: Path, overrides: list[str]) -> train.HypernetworkConfig:
     return config.load(train.HypernetworkConfig, toml, overrides)
 
@@ -164,6 +211,20 @@ def test_resume_is_exact(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     parts = run(toml, f"output={tmp_path / 'parts'}", resume=True)
     name = "Qwen-Image-i2L-Style.safetensors"
     assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+def test_a_training_with_gradient_checkpointing_is_the_same(toml: Path, tmp_path: Path) -> None:
+    """With validations and samples between the steps, and several backward passes in each."""
+    curves = []
+    for value in ("false", "true"):
+        options = ("train.gradient_accumulation_steps=2", f"train.gradient_checkpointing={value}")
+        output = run(toml, f"output={tmp_path / value}", *options)
+        curves.append([json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()])
+    names = {"loss", "grad_norm", "val_loss", "val_loss_wrong_picture", "val_loss_no_lora"}
+    assert names == names & {name for line in curves[0] for name in line} and len(curves[0]) == len(curves[1])
+    for plain, checkpointed in zip(*curves, strict=True):
+        for name in names & plain.keys():
+            assert checkpointed[name] == pytest.approx(plain[name], rel=1e-5), (name, plain["step"])
 
 
 def subject_data(toml: Path, *overrides: str) -> SubjectData:
