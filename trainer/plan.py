@@ -20,7 +20,7 @@ from trainer.data.pictures import DataError
 from trainer.export import ExportConfig
 from trainer.files import size
 from trainer.flow import FlowConfig
-from trainer.hardware import memory, parallel
+from trainer.hardware import memory, offload, parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.loop import TrainConfig
@@ -148,9 +148,9 @@ class Plan:
 
 FREE = (
     "output", "validation", "checkpoint", "export",
-    "model.base", "model.attention", "model.compile", "model.keep_quantized",
+    "model.base", "model.attention", "model.compile", "model.keep_quantized", "model.offload_blocks",
     "data.images", "data.recursive", "data.held_out", "data.trigger", "data.default_caption", "data.cache",
-    "train.gradient_accumulation_steps", "train.gradient_checkpointing",
+    "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.offload_activations",
 )  # fmt: skip
 """Keys that do not change what a run computes, or do so only by the pictures, captions and models of its course."""
 
@@ -214,10 +214,13 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
             "kept for the backward pass includes every weight as it was cast"
         )
     problems += parallel.problems(run.model.dtype, run.model.quantization, run.train.optimizer)
+    problems += offload.problems(run.model.offload_blocks, gradient_checkpointing=run.train.gradient_checkpointing)
     if run.model.quantization != "none" and run.adapter.use_dora:
         problems.append(
             '[adapter] use_dora: DoRA needs the base\'s weights unquantised; set [model] quantization = "none"'
         )
+    if run.model.offload_blocks and run.adapter.use_dora:
+        problems.append("[adapter] use_dora: DoRA needs all weights beside the adapter; set [model] offload_blocks = 0")
     if run.adapter.use_dora:  # its magnitudes cannot be said as b a
         for name in ("layouts", "rank"):
             if getattr(run.export, name):

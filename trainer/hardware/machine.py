@@ -11,7 +11,7 @@ import torch
 
 from trainer import config, qwen_image
 from trainer.files import size
-from trainer.hardware import memory, parallel
+from trainer.hardware import memory, offload, parallel
 from trainer.hub import sources
 from trainer.plan import Plan
 
@@ -40,7 +40,14 @@ def check(plan: Plan, device: torch.device) -> None:
     there = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
     if on_gpu and parallel.uses_fsdp():
         there *= parallel.num_processes()
-    needed = sum(memory.resident_bytes(plan.transformer, run.model, run.adapter, run.train).values())
+    weights, waiting = _weights(plan)
+    resident = memory.resident_bytes(plan.transformer, run.model, run.adapter, run.train) | {"weights": weights}
+    needed = sum(resident.values()) + (0 if on_gpu else waiting)
+    if on_gpu and waiting > (total := psutil.virtual_memory().total):
+        problems.append(
+            f"[model] offload_blocks: {size(waiting)} would lie in the CPU's memory, which has {size(total)}. "
+            'Offload fewer blocks, or store them in less: quantization = "nf4"'
+        )
     if needed > there:
         what = "the GPU has" if on_gpu else "the CPU has" if device.type == "cuda" else "there is no GPU, the CPU has"
         problems.append(
@@ -49,6 +56,14 @@ def check(plan: Plan, device: torch.device) -> None:
         )
     if problems := [*sources.download_problems(plan.needs), *problems]:
         raise config.ConfigError(problems)
+
+
+def _weights(plan: Plan) -> tuple[float, float]:
+    """Bytes of the base's weights: on the GPU at once, and of blocks in the CPU's memory."""
+    model, blocks = plan.config.model, plan.transformer.transformer_blocks
+    whole, block = memory.weight_bytes(plan.transformer, model), memory.weight_bytes(blocks[-1], model)
+    shape = block, len(blocks), model.offload_blocks
+    return offload.gpu_bytes(whole - len(blocks) * block, *shape), offload.cpu_bytes(*shape)
 
 
 def versions() -> dict[str, str]:
