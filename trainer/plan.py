@@ -337,13 +337,16 @@ def memory_request(plan: Plan) -> memory.Request:
 
 def memory_lines(plan: Plan) -> list[str]:
     """Estimates: nothing is loaded."""
-    needs = memory.estimate(memory_request(plan))
+    run = memory_request(plan)
+    needs, waiting = memory.estimate(run), memory.waiting_bytes(run)
     lines = [f"on the GPU, stage by stage, {size(memory.CONTEXT_BYTES)} for CUDA included:"]
     for stage in needs.stages:
         way = "" if stage.instead is None else f"   without room for it: {stage.how}"
         mark = "   the most that is needed" if stage is needs.highest else ""
         lines.append(f"  {stage.name:<28}{size(stage.num_bytes):>9}{way}{mark}")
     parts = ", ".join(f"{name} {size(value)}" for name, value in needs.parts.items())
+    if waiting:
+        lines.append(f"in the CPU's memory, beside them: {size(waiting)} that come when they are needed")
     return [*lines, f"while training: {parts}"]
 
 

@@ -11,9 +11,9 @@ import torch
 
 from trainer import config, qwen_image
 from trainer.files import size
-from trainer.hardware import memory, offload, parallel
+from trainer.hardware import memory, parallel
 from trainer.hub import sources
-from trainer.plan import Plan
+from trainer.plan import Plan, memory_request
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -40,8 +40,8 @@ def check(plan: Plan, device: torch.device) -> None:
     there = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
     if on_gpu and parallel.uses_fsdp():
         there *= parallel.num_processes()
-    weights, waiting = _weights(plan)
-    resident = memory.resident_bytes(plan.transformer, run.model, run.adapter, run.train) | {"weights": weights}
+    resident = memory.resident_bytes(plan.transformer, run.model, run.adapter, run.train)
+    waiting = memory.waiting_bytes(memory_request(plan))
     needed = sum(resident.values()) + (0 if on_gpu else waiting)
     if on_gpu and waiting > (total := psutil.virtual_memory().total):
         problems.append(
@@ -56,14 +56,6 @@ def check(plan: Plan, device: torch.device) -> None:
         )
     if problems := [*sources.download_problems(plan.needs), *problems]:
         raise config.ConfigError(problems)
-
-
-def _weights(plan: Plan) -> tuple[float, float]:
-    """Bytes of the base's weights: on the GPU at once, and of blocks in the CPU's memory."""
-    model, blocks = plan.config.model, plan.transformer.transformer_blocks
-    whole, block = memory.weight_bytes(plan.transformer, model), memory.weight_bytes(blocks[-1], model)
-    shape = block, len(blocks), model.offload_blocks
-    return offload.gpu_bytes(whole - len(blocks) * block, *shape), offload.cpu_bytes(*shape)
 
 
 def versions() -> dict[str, str]:
