@@ -24,7 +24,7 @@ from trainer import adapter, qwen_image
 from trainer.adapter import AdapterConfig, Seed
 from trainer.compare.runs import Workbench
 from trainer.errors import UserError
-from trainer.hardware import machine, offload, parallel
+from trainer.hardware import machine, memory, offload, parallel
 from trainer.hardware.live import LiveBytes
 from trainer.qwen_image import ModelConfig
 
@@ -444,10 +444,9 @@ def test_the_machine_is_looked_at_with_offloaded_blocks(run_toml: Path, monkeypa
     """The GPU has room for one block more than is needed; the CPU is too small, then large enough."""
     settings = (THRIFTY, "model.offload_blocks=2")
     plan, without = make_plan(run_toml, *settings), make_plan(run_toml, THRIFTY)
-    weights, waiting = machine._weights(plan)
-    assert weights == machine._weights(without)[0] and waiting >= 2 * block_bytes(
-        plan.transformer.requires_grad_(False)
-    )
+    weights, waiting = memory.placed_bytes(plan.transformer, plan.config.model)
+    assert weights == memory.placed_bytes(without.transformer, without.config.model)[0]
+    assert waiting >= 2 * block_bytes(plan.transformer.requires_grad_(False))
 
     class Memory:
         total = 1000.0
@@ -459,7 +458,7 @@ def test_the_machine_is_looked_at_with_offloaded_blocks(run_toml: Path, monkeypa
     machine.check(without, torch.device("cuda"))
     Memory.total = 1e9
     machine.check(plan, torch.device("cuda"))
-    Memory.total = machine.memory.weight_bytes(plan.transformer, plan.config.model) * 1.5
+    Memory.total = memory.weight_bytes(plan.transformer, plan.config.model) * 1.5
     machine.check(without, CPU)
     with pytest.raises(UserError, match="there is no GPU"):  # where blocks are copied from the CPU to the CPU
         machine.check(plan, CPU)
