@@ -73,7 +73,7 @@ class Initializers(Protocol):
 
     def needs(self, method: str, config: Any, base: str) -> list[Need]: ...
 
-    def work(self, method: str, config: Any, base: str, facts: RunFacts) -> Work: ...
+    def work(self, method: str, config: Any, model: ModelConfig, facts: RunFacts) -> Work: ...
 
     def identity(self, method: str, config: Any) -> list[str]: ...
 
@@ -197,7 +197,7 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
         whole = not found and all(sources.is_here(need) for need in needs)
         return initializers.identity(method, options) if whole else None
 
-    keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model.base)
+    keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model)
     return run, Start(method, initializers.get(method), options, found, needs, check_run, identity, keys, work)
 
 

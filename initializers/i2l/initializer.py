@@ -159,7 +159,7 @@ def needs(config: Config, base: str) -> list[Need]:
     return found
 
 
-def work(config: Config, base: str, facts: RunFacts) -> Work:
+def work(config: Config, model: qwen_image.ModelConfig, facts: RunFacts) -> Work:
     """What it reads and computes, by the sizes of the files on this machine, else of the published ones.
 
     A model in bf16 takes as many FLOP for a token as it has bytes.
@@ -178,8 +178,9 @@ def work(config: Config, base: str, facts: RunFacts) -> Work:
     paths = [sources.cached(config.encoders, file) for file in encoders.ENCODER_FILES]
     sizes = [path.stat().st_size if path else size for path, size in zip(paths, encoders.PUBLISHED_BYTES, strict=True)]
     tokens = sum(encoders.TEXT_TOKENS[kind] for kind in predicting if kind in encoders.TEXT_TOKENS)
-    text = qwen_image.text_encoder_bytes(base)
-    reading = [("pictures by Qwen-VL", text)] if tokens else []
+    text = qwen_image.text_encoder_bytes(model.base)
+    on_gpu = qwen_image.text_encoder_bytes(model.base, model.text_encoder_quantization)
+    reading = [("pictures by Qwen-VL", on_gpu)] if tokens else []
     reading += zip(("pictures by SigLIP2", "pictures by DINOv3"), sizes, strict=True)
     return replace(
         found,

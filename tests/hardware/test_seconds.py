@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
 WORK = Workload(
     num_bytes=60e9,
     text_bytes=16e9,
+    text_on_gpu=16e9,
     captions=5e12,
     pictures=10e12,
     start=Work(num_bytes=20e9, flop=20e12, text_flop=40e12, passes=10),

@@ -109,6 +109,8 @@ class Workload:
     """The base's, read once."""
     text_bytes: float
     """The text encoder's, among them."""
+    text_on_gpu: float
+    """Those that it would have there, perhaps in fewer bits."""
     captions: float
     pictures: float
     start: Work
@@ -149,7 +151,7 @@ class Seconds:
 
 def estimate(work: Workload, speed: Speed) -> Seconds:
     """The text encoder computes on the CPU, if it does not fit on the GPU."""
-    fits = 1.1 * work.text_bytes < 1e9 * speed.gigabytes - memory.CONTEXT_BYTES
+    fits = 1.1 * work.text_on_gpu < 1e9 * speed.gigabytes - memory.CONTEXT_BYTES
     text_flop = speed.flop if fits else CPU_FLOP
     validating = (work.validation_passes * work.forward + work.decoding) / speed.flop
     before = {
@@ -176,6 +178,7 @@ def count(plan: Plan) -> Workload:
     return Workload(
         num_bytes=text_bytes + _transformer_bytes(plan),
         text_bytes=text_bytes,
+        text_on_gpu=qwen_image.text_encoder_bytes(base, run.model.text_encoder_quantization),
         captions=text_bytes * (number + shown) * (TEMPLATE_TOKENS + memory.PROMPT_TOKENS),
         pictures=number * encoding,
         start=plan.start.work(RunFacts(tuple(e.path for e in data.train), settings, can_try=True)),
