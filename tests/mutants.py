@@ -180,6 +180,19 @@ MUTANTS = (
             "tests/test_qwen_image.py::test_gradient_checkpointing_keeps_less_and_changes_nothing",
         ),
         (
+            "models of the family that are trained in another way are fetched first",
+            "partial(_misfits, base, tuple(parts)), early)",
+            "partial(_misfits, base, tuple(parts)))",
+            "tests/test_published.py"
+            "::test_other_models_of_the_family_are_refused_by_name_before_anything_large_is_fetched",
+        ),
+        (
+            "more is read of captions than a pipeline reads of prompts",
+            "max_sequence_length=PROMPT_LIMIT",
+            "max_sequence_length=1024",
+            "tests/test_qwen_image.py::test_captions_and_prompts_are_read_as_far_as_the_pipeline_reads_them",
+        ),
+        (
             "the transformer is told the share of the picture instead of the noise's",
             "timestep=sigmas.to(latents)",
             "timestep=(1 - sigmas).to(latents)",
@@ -256,8 +269,8 @@ MUTANTS = (
         ),
         (
             "prompts of another precision are read from the cache",
-            "model, str(dtype), text)",
-            "model, text)",
+            "model, str(dtype), qwen_image",
+            "model, qwen_image",
             "tests/data/test_cache.py::test_each_prompt_has_its_own_embedding_in_the_precision_asked_for",
         ),
     ),
@@ -749,7 +762,7 @@ MUTANTS = (
         ),
         (
             "predictions of another Qwen-VL are read from the cache",
-            "read_by += qwen_image.identity(context.base)",
+            "read_by += _reader(context)",
             "pass",
             "tests/initializers/i2l/test_initializer.py::test_what_another_file_predicted_is_not_read",
         ),

@@ -135,6 +135,26 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a run, and the peak of its bytes on the GPU."""
+
+    name: str
+    num_bytes: float
+    instead: float | None = None
+    """Bytes on the GPU where there is no room for so many; None if there is no other way."""
+    how: str = ""
+    """What is done then, such as "on the CPU"."""
+
+    @property
+    def least(self) -> float:
+        return self.num_bytes if self.instead is None else min(self.instead, self.num_bytes)
+
+    def plus(self, num_bytes: float) -> "Stage":
+        instead = None if self.instead is None else self.instead + num_bytes
+        return replace(self, num_bytes=self.num_bytes + num_bytes, instead=instead)
+
+
+@dataclass(frozen=True)
 class Work:
     """What an initializer does in a run, for an estimate of its time; none of it is in the cache yet."""
 
@@ -145,6 +165,12 @@ class Work:
     """In the base's text encoder."""
     passes: int = 0
     """Forward passes of the transformer with a picture each."""
+    stages: tuple[Stage, ...] = ()
+    """What its own models need, before the transformer is loaded."""
+    numbers: int = 0
+    """In the whole prediction, which is on the GPU while it is tried."""
+    stays: bool = False
+    """Whether all of it stays beside the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,7 +381,7 @@ def read(transformer: nn.Module, adapter_name: str = NAME) -> AdapterWeights:
 
 
 def attach_frozen(transformer: nn.Module, weights: AdapterWeights) -> list[RemovableHandle]:
-    """Add dW of `weights` to the layers' outputs, not trained, until the handles are removed. In fp32.
+    """Add dW of `weights` to the layers' outputs, not trained, until the handles are removed. In the outputs' type.
 
     AdapterError if a module is missing or of another size.
     """
@@ -384,11 +410,11 @@ class _Constant:
     """A hook: output + x a^T b^T"""
 
     def __init__(self, factors: LowRank):
-        self._a, self._b = factors.a.float(), factors.b.float()
+        self._a, self._b = factors.a, factors.b
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        self._a, self._b = self._a.to(output.device), self._b.to(output.device)
-        return output + (inputs[0].float() @ self._a.T @ self._b.T).to(output.dtype)
+        self._a, self._b = self._a.to(output), self._b.to(output)
+        return output + inputs[0].to(output.dtype) @ self._a.T @ self._b.T
 
 
 def remove(transformer: Any) -> None:

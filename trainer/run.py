@@ -53,7 +53,7 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
         log.info("note: %s", note)
     job = Job(plan.output, settings.train, settings.checkpoint, settings.validation.every, plan.course())
     saved = loop.latest(job, accelerator) if resume else None
-    text_encoder, tick = TextEncoder(settings.model.base, accelerator.device), time.monotonic()
+    text_encoder, tick = qwen_image.text_encoder(settings.model, accelerator.device), time.monotonic()
     with accelerator.main_process_first():  # the others find it all in the cache
         if resume and accelerator.is_main_process:  # without --resume, the folder may hold files that are not ours
             remove_leftovers(plan.output)

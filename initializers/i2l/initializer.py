@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from initializers.i2l import encoders
-from initializers.i2l.layout import FILES, Geometry, published_bytes
+from initializers.i2l.expert import factor_shapes, read_geometry
+from initializers.i2l.layout import FILES, PUBLISHED, Geometry, published_bytes
 from initializers.i2l.predictions import Predictions, dtype_for, predict_pictures, timed
 from initializers.i2l.recognise import (
     ORDER,
@@ -26,10 +27,11 @@ from initializers.i2l.recognise import (
     recognise,
 )
 from trainer import qwen_image
-from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed, Work
+from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed, Stage, Work
 from trainer.config import first_few
 from trainer.errors import UserError
-from trainer.files import content_hash
+from trainer.files import content_hash, read_header
+from trainer.hardware import memory
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.lowrank import LowRank, ranks_for_energy, scale
@@ -162,24 +164,41 @@ def work(config: Config, base: str, facts: RunFacts) -> Work:
 
     A model in bf16 takes as many FLOP for a token as it has bytes.
     """
-    kinds, num_bytes = list[str](), 0.0
+    kinds, read, numbers = list[str](), 0.0, 0
+    pictures = len(_choose_pictures(facts.images, config.pictures))
     for name in _expert_names(config):
         path = sources.cached(*expert_location(config.weights, name))
         kinds.append(name if name in FILES else recognise(name, Path(name).expanduser()).kind)
-        num_bytes += path.stat().st_size if path else published_bytes(kinds[-1])
+        read += path.stat().st_size if path else published_bytes(kinds[-1])
+        numbers += _predicted(kinds[-1], path, pictures)
+    found = Work(read, numbers=numbers, stays=config.mode == "merge")
     predicting = [kind for kind in kinds if kind != "bias"]
     if not predicting:
-        return Work(num_bytes)
+        return found
     paths = [sources.cached(config.encoders, file) for file in encoders.ENCODER_FILES]
     sizes = [path.stat().st_size if path else size for path, size in zip(paths, encoders.PUBLISHED_BYTES, strict=True)]
-    pictures = len(_choose_pictures(facts.images, config.pictures))
-    read = sum(encoders.TEXT_TOKENS[kind] for kind in predicting if kind in encoders.TEXT_TOKENS)
-    return Work(
-        num_bytes=num_bytes + sum(sizes),
+    tokens = sum(encoders.TEXT_TOKENS[kind] for kind in predicting if kind in encoders.TEXT_TOKENS)
+    text = qwen_image.text_encoder_bytes(base)
+    reading = [("pictures by Qwen-VL", text)] if tokens else []
+    reading += zip(("pictures by SigLIP2", "pictures by DINOv3"), sizes, strict=True)
+    return replace(
+        found,
+        num_bytes=read + sum(sizes),
         flop=pictures * sum(size * tokens for size, tokens in zip(sizes, encoders.TOKENS, strict=True)),
-        text_flop=pictures * read * qwen_image.text_encoder_bytes(base),
+        text_flop=pictures * tokens * text,
         passes=len(STRENGTHS) * NUM_SIGMAS if config.strength == "auto" else 0,
+        stages=tuple(
+            Stage(f"encoding {name}", memory.with_activations(size), 0.0, "on the CPU") for name, size in reading
+        ),
     )
+
+
+def _predicted(kind: str, path: Path | None, pictures: int) -> int:
+    """How many numbers an expert predicts; of Bias those in its file, if that is on this machine."""
+    if kind == "bias":
+        return sum(map(math.prod, read_header(path).shapes.values())) if path else 0
+    shapes = factor_shapes(read_geometry(path) if path else PUBLISHED[kind].geometry, pictures)
+    return sum(math.prod(shape) for pair in shapes.values() for shape in pair)
 
 
 def identity(config: Config) -> list[str]:

@@ -74,7 +74,7 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     settings = prepared.config
     machine.check(prepared, accelerator.device)
     sources.fetch(prepared.needs)
-    text_encoder = qwen_image.TextEncoder(settings.model.base, accelerator.device)
+    text_encoder = qwen_image.text_encoder(settings.model, accelerator.device)
     encoding = _encoding(prepared, accelerator.device, text_encoder)
     encoded = encode(prepared, accelerator.device, text_encoder, quiet=False)
     text_encoder.unload()

@@ -28,6 +28,7 @@ from initializers.i2l.training.hypernetwork import ExpertConfig, Hypernetwork, S
 from initializers.i2l.training.subjects import Encoding, SubjectData, SubjectsConfig, read_subjects
 from trainer import checkpoint, flow, folder, loop, plan, qwen_image, validation
 from trainer import config as configuration
+from trainer.adapter import AdapterConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
 from trainer.data.cache import Cache
@@ -123,7 +124,8 @@ def plan_text(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]
     base = sum(p.numel() for p in transformer.parameters())
     batch, pixels = settings.train.batch_size, settings.data.resolution**2
     weights = memory.weight_bytes(transformer, settings.model)
-    activations = memory.activation_bytes(transformer, settings.model, settings.train, pixels)
+    lora = AdapterConfig(rank=settings.expert.rank * settings.data.max_references)
+    activations = memory.step_bytes(transformer, settings.model, settings.train, lora, pixels)
     factors = batch * settings.data.max_references * settings.expert.rank * 4 * 2
     factors *= sum(inside + out for inside, out in layout.module_shapes(geometry).values())
     states = {"AdamW": 4 + 4 + 8, "8-bit AdamW": 4 + 4 + 2}
