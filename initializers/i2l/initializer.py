@@ -179,16 +179,17 @@ def work(config: Config, base: str, facts: RunFacts) -> Work:
     sizes = [path.stat().st_size if path else size for path, size in zip(paths, encoders.PUBLISHED_BYTES, strict=True)]
     tokens = sum(encoders.TEXT_TOKENS[kind] for kind in predicting if kind in encoders.TEXT_TOKENS)
     text = qwen_image.text_encoder_bytes(base)
-    reading = [("pictures by Qwen-VL", text)] if tokens else []
-    reading += zip(("pictures by SigLIP2", "pictures by DINOv3"), sizes, strict=True)
+    reading = [("Qwen-VL", text, tokens)] if tokens else []
+    reading += zip(("SigLIP2", "DINOv3"), sizes, encoders.TOKENS, strict=True)
     return replace(
         found,
         num_bytes=read + sum(sizes),
-        flop=pictures * sum(size * tokens for size, tokens in zip(sizes, encoders.TOKENS, strict=True)),
-        text_flop=pictures * tokens * text,
         passes=len(STRENGTHS) * NUM_SIGMAS if config.strength == "auto" else 0,
         stages=tuple(
-            Stage(f"encoding {name}", memory.with_activations(size), 0.0, "on the CPU") for name, size in reading
+            Stage(
+                f"encoding pictures by {name}", memory.with_activations(size), 0.0, "on the CPU", pictures * size * each
+            )
+            for name, size, each in reading
         ),
     )
 

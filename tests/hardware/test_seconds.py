@@ -16,7 +16,7 @@ import train
 from tests.helpers import BAD_INPUT, FINISHED
 from trainer import adapter, qwen_image
 from trainer import run as running
-from trainer.adapter import AdapterConfig, Work
+from trainer.adapter import AdapterConfig, Stage, Work
 from trainer.data.dataset import Dataset, Example
 from trainer.hardware import memory, seconds
 from trainer.hardware.seconds import Card, Speed, Workload
@@ -36,10 +36,9 @@ SMALL: dict[str, Any] = {
 }
 WORK = Workload(
     num_bytes=60e9,
-    text_bytes=16e9,
-    captions=5e12,
+    captions=Stage("captions", 16e9, 0.0, "on the CPU", 5e12),
     pictures=10e12,
-    start=Work(num_bytes=20e9, flop=20e12, text_flop=40e12, passes=10),
+    start=Work(num_bytes=20e9, passes=10, stages=(Stage("text", 16e9, flop=40e12), Stage("pictures", 9e9, flop=20e12))),
     forward=70e12,
     step=220e12,
     validation_passes=30,
@@ -155,7 +154,7 @@ def test_a_slower_card_is_slower_and_a_slower_disk_too() -> None:
     assert disk.total - fast.total == pytest.approx(40)
 
 
-def test_a_text_encoder_too_large_for_the_card_computes_on_the_cpu() -> None:
+def test_an_encoder_too_large_for_the_card_computes_on_the_cpu() -> None:
     small = seconds.estimate(WORK, replace(FAST, gigabytes=16))
     assert small.before["encoding captions and pictures"] == pytest.approx(5e12 / seconds.CPU_FLOP + 0.1)
     assert small.before["predicting the start"] == pytest.approx(40e12 / seconds.CPU_FLOP + 0.2)

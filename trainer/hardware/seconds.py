@@ -22,7 +22,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer import qwen_image, validation
-from trainer.adapter import AdapterConfig, RunFacts, Work
+from trainer.adapter import AdapterConfig, RunFacts, Stage, Work
 from trainer.errors import UserError
 from trainer.files import DTYPES
 from trainer.hardware import machine, memory
@@ -33,7 +33,7 @@ from trainer.tracking import duration
 
 SHARE_OF_PEAK = 0.35  # a guess
 SHARE_OF_PRODUCT = 0.4  # of what one large product reaches, which is itself below the peak: a guess
-CPU_FLOP = 0.5e12  # a second, where the text encoder does not fit on the GPU: a guess
+CPU_FLOP = 0.5e12  # a second, where an encoder does not fit on the GPU: a guess
 DISK = 2e9  # bytes a second, if the speed is neither told nor measured
 TEMPLATE_TOKENS = 34  # around a caption
 READ_AT_ONCE = 16 * 2**20  # bytes
@@ -107,9 +107,7 @@ class Workload:
 
     num_bytes: float
     """The base's, read once."""
-    text_bytes: float
-    """The text encoder's, among them."""
-    captions: float
+    captions: Stage
     pictures: float
     start: Work
     forward: float
@@ -148,14 +146,17 @@ class Seconds:
 
 
 def estimate(work: Workload, speed: Speed) -> Seconds:
-    """The text encoder computes on the CPU, if it does not fit on the GPU."""
-    fits = 1.1 * work.text_bytes < 1e9 * speed.gigabytes - memory.CONTEXT_BYTES
-    text_flop = speed.flop if fits else CPU_FLOP
+    """An encoder that does not fit on the GPU computes on the CPU."""
+
+    def encoding(stage: Stage) -> float:
+        fits = stage.num_bytes + memory.CONTEXT_BYTES <= memory.usable(speed.gigabytes)
+        return stage.flop / (speed.flop if fits else CPU_FLOP)
+
     validating = (work.validation_passes * work.forward + work.decoding) / speed.flop
     before = {
         "reading models": (work.num_bytes + work.start.num_bytes) / speed.disk,
-        "encoding captions and pictures": work.captions / text_flop + work.pictures / speed.flop,
-        "predicting the start": work.start.text_flop / text_flop + work.start.flop / speed.flop,
+        "encoding captions and pictures": encoding(work.captions) + work.pictures / speed.flop,
+        "predicting the start": sum(map(encoding, work.start.stages)),
         "trying strengths": work.start.passes * work.forward / speed.flop,
         "the first validation": validating,
     }
@@ -168,15 +169,16 @@ def count(plan: Plan) -> Workload:
     side, number = pixels(plan), len(data.train) + len(data.held_out)
     settings, like = run.adapter, plan.transformer
     encoding, decoding = vae_flop(base, side)
-    text_bytes = qwen_image.text_encoder_bytes(base)
+    text = qwen_image.text_encoder_bytes(base)
+    text_loaded = memory.with_activations(qwen_image.text_encoder_bytes(base, run.model.text_encoder_quantization))
     checks, shown = run.validation, len(run.validation.prompts)
+    tokens = (number + shown) * (TEMPLATE_TOKENS + memory.PROMPT_TOKENS)
     pictures = sum(min(checks.num_pictures, len(part)) for part in (data.train, data.held_out))
     drawing = shown * checks.num_inference_steps * (2 if checks.true_cfg_scale > 1 else 1)
     one = TrainConfig(gradient_checkpointing=run.train.gradient_checkpointing)
     return Workload(
-        num_bytes=text_bytes + _transformer_bytes(plan),
-        text_bytes=text_bytes,
-        captions=text_bytes * (number + shown) * (TEMPLATE_TOKENS + memory.PROMPT_TOKENS),
+        num_bytes=text + _transformer_bytes(plan),
+        captions=Stage("encoding captions", text_loaded, flop=text * tokens),
         pictures=number * encoding,
         start=plan.start.work(RunFacts(tuple(e.path for e in data.train), settings, can_try=True)),
         forward=transformer_flop(like, settings, one, side, backward=False),
