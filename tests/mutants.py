@@ -166,7 +166,7 @@ MUTANTS = (
         "trainer/run.py",
         (
             "a run has no gradient checkpointing",
-            "gradient_checkpointing=checkpointing",
+            "gradient_checkpointing=settings.train.gradient_checkpointing",
             "gradient_checkpointing=False",
             "tests/test_run.py::test_gradient_checkpointing_is_at_work_where_it_is_configured",
         ),
@@ -175,7 +175,7 @@ MUTANTS = (
         "trainer/qwen_image.py",
         (
             "gradient checkpointing is never switched on",
-            "transformer.enable_gradient_checkpointing()",
+            "transformer.enable_gradient_checkpointing(offload.checkpoint_on_cpu if offload_activations else None)",
             "pass",
             "tests/test_qwen_image.py::test_gradient_checkpointing_keeps_less_and_changes_nothing",
         ),

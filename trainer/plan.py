@@ -20,7 +20,7 @@ from trainer.data.pictures import DataError
 from trainer.export import ExportConfig
 from trainer.files import size
 from trainer.flow import FlowConfig
-from trainer.hardware import memory, parallel
+from trainer.hardware import memory, offload, parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.loop import TrainConfig
@@ -73,7 +73,7 @@ class Initializers(Protocol):
 
     def needs(self, method: str, config: Any, base: str) -> list[Need]: ...
 
-    def work(self, method: str, config: Any, base: str, facts: RunFacts) -> Work: ...
+    def work(self, method: str, config: Any, model: ModelConfig, facts: RunFacts) -> Work: ...
 
     def identity(self, method: str, config: Any) -> list[str]: ...
 
@@ -148,9 +148,9 @@ class Plan:
 
 FREE = (
     "output", "validation", "checkpoint", "export",
-    "model.base", "model.attention", "model.compile", "model.keep_quantized",
+    "model.base", "model.attention", "model.compile", "model.keep_quantized", "model.offload_blocks",
     "data.images", "data.recursive", "data.held_out", "data.trigger", "data.default_caption", "data.cache",
-    "train.gradient_accumulation_steps", "train.gradient_checkpointing",
+    "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.offload_activations",
 )  # fmt: skip
 """Keys that do not change what a run computes, or do so only by the pictures, captions and models of its course."""
 
@@ -197,7 +197,7 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
         whole = not found and all(sources.is_here(need) for need in needs)
         return initializers.identity(method, options) if whole else None
 
-    keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model.base)
+    keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model)
     return run, Start(method, initializers.get(method), options, found, needs, check_run, identity, keys, work)
 
 
@@ -214,10 +214,13 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
             "kept for the backward pass includes every weight as it was cast"
         )
     problems += parallel.problems(run.model.dtype, run.model.quantization, run.train.optimizer)
+    problems += offload.problems(run.model.offload_blocks, gradient_checkpointing=run.train.gradient_checkpointing)
     if run.model.quantization != "none" and run.adapter.use_dora:
         problems.append(
             '[adapter] use_dora: DoRA needs the base\'s weights unquantised; set [model] quantization = "none"'
         )
+    if run.model.offload_blocks and run.adapter.use_dora:
+        problems.append("[adapter] use_dora: DoRA needs all weights beside the adapter; set [model] offload_blocks = 0")
     if run.adapter.use_dora:  # its magnitudes cannot be said as b a
         for name in ("layouts", "rank"):
             if getattr(run.export, name):
@@ -334,13 +337,16 @@ def memory_request(plan: Plan) -> memory.Request:
 
 def memory_lines(plan: Plan) -> list[str]:
     """Estimates: nothing is loaded."""
-    needs = memory.estimate(memory_request(plan))
+    run = memory_request(plan)
+    needs, waiting = memory.estimate(run), memory.waiting_bytes(run)
     lines = [f"on the GPU, stage by stage, {size(memory.CONTEXT_BYTES)} for CUDA included:"]
     for stage in needs.stages:
         way = "" if stage.instead is None else f"   without room for it: {stage.how}"
         mark = "   the most that is needed" if stage is needs.highest else ""
         lines.append(f"  {stage.name:<28}{size(stage.num_bytes):>9}{way}{mark}")
     parts = ", ".join(f"{name} {size(value)}" for name, value in needs.parts.items())
+    if waiting:
+        lines.append(f"in the CPU's memory, beside them: {size(waiting)} that come when they are needed")
     return [*lines, f"while training: {parts}"]
 
 

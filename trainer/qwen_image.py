@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from trainer.errors import UserError
 from trainer.files import DTYPES, cache_folder, content_hash, read_header, read_json, size
 from trainer.flow import generator
+from trainer.hardware import offload
 from trainer.hardware.live import LiveBytes
 from trainer.hub import sources
 from trainer.hub.sources import Need
@@ -99,11 +100,21 @@ class ModelConfig:
     compile: bool = False
     """Compile each block with torch.compile. It takes minutes at the beginning, then steps are faster. A C++ compiler
     must be installed."""
+    offload_blocks: int = 0
+    """How many of the transformer's blocks (Qwen-Image has 60) lie in the CPU's memory, and come to the GPU when they
+    are needed. A number above means all. Each saves its weights on the GPU and takes as much of the CPU's memory. Steps
+    are slower where blocks do not come fast enough. It needs [train] gradient_checkpointing."""
 
     def problems(self) -> list[str]:
         found = check_base(self.base)
         if self.quantization == "fp8" and importlib.util.find_spec("torchao") is None:
             found.append('quantization: "fp8" needs torchao: pip install -e ".[fp8]"')
+        if self.offload_blocks < 0:
+            found.append(f"offload_blocks must be at least 0, not {self.offload_blocks}")
+        if self.offload_blocks and self.compile:
+            found.append("compile does not go with offload_blocks: each block has other weights whenever it is called")
+        if self.offload_blocks and self.quantization == "int8":
+            found.append('quantization: "int8" does not go with offload_blocks; use "nf4", "fp8" or "none"')
         return found
 
     def stays_whole(self, module: str) -> bool:
@@ -251,14 +262,17 @@ def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTran
     elif stored_quantization(config.base) is None:
         options |= _quantising(config)
     if config.quantization != "none":
-        options["device_map"] = {"": device}
-    transformer = QwenImageTransformer2DModel.from_pretrained(folder, **options)
+        options["device_map"] = {"": torch.device("cpu") if config.offload_blocks else device}
+    transformer = QwenImageTransformer2DModel.from_pretrained(folder, **options).requires_grad_(False)
     if kept is not None and folder != kept:
         _keep(transformer, kept)
-    if config.quantization == "none":
+    if config.offload_blocks:
+        offload.place(transformer, transformer.transformer_blocks, config.offload_blocks, device)
+        transformer.hf_device_map = {"": device}  # where accelerate believes a quantised model to be
+    elif config.quantization == "none":
         transformer = transformer.to(device)
     set_attention(transformer, config.attention)
-    return transformer.eval().requires_grad_(False)
+    return transformer.eval()
 
 
 def _quantising(config: ModelConfig) -> dict[str, Any]:
@@ -371,10 +385,16 @@ def picture_multiple(base: str) -> int:
     return 2 * 2 ** len(vae["temperal_downsample"]) if vae else PICTURE_MULTIPLE
 
 
-def set_up(transformer: QwenImageTransformer2DModel, config: ModelConfig, *, gradient_checkpointing: bool) -> None:
+def set_up(
+    transformer: QwenImageTransformer2DModel,
+    config: ModelConfig,
+    *,
+    gradient_checkpointing: bool,
+    offload_activations: bool = False,
+) -> None:
     """Switch on gradient checkpointing and compile, as configured. The adapter must be injected before."""
     if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(offload.checkpoint_on_cpu if offload_activations else None)
     if config.compile:
         transformer.compile_repeated_blocks()
 

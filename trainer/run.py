@@ -74,8 +74,12 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
     report["sources"] |= started.report["sources"]
     if accelerator.is_main_process:
         write_json(plan.output / folder.RUN_FILE, {"status": "running", **report})
-    checkpointing = settings.train.gradient_checkpointing
-    qwen_image.set_up(started.transformer, settings.model, gradient_checkpointing=checkpointing)
+    qwen_image.set_up(
+        started.transformer,
+        settings.model,
+        gradient_checkpointing=settings.train.gradient_checkpointing,
+        offload_activations=settings.train.offload_activations,
+    )
     objective = LoraObjective(plan, started.transformer, encoded, accelerator)
     result = loop.train(objective, job, accelerator, resume=resume, quiet=quiet)
     parallel.unshard(objective.transformer)

@@ -224,7 +224,7 @@ def encode_pictures(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The image embedding of each picture, B embedding_size in fp32: SigLIP2's pooled output, then DINOv3's CLS.
+    """The image embedding of each picture, B embedding_size in fp32 on the CPU: SigLIP2's pooled output, DINOv3's CLS.
 
     encoders: a folder or id that holds `SigLIP2-G384` and `DINOv3-7B`, as the published one does.
     """
@@ -236,7 +236,7 @@ def encode_pictures(
         path = sources.locate(str(encoders), file)
         needed = memory.with_activations(num_bytes(path, dtype))
         model = load(path.parent, dtype, qwen_image.device_with_room(needed, torch.device(device), name))
-        parts.append(_encode(model, embed, preprocess, pictures, name).to(device))
+        parts.append(_encode(model, embed, preprocess, pictures, name).cpu())
         del model
         qwen_image.free_memory()
     return torch.cat(parts, dim=1)

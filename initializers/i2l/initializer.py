@@ -159,7 +159,7 @@ def needs(config: Config, base: str) -> list[Need]:
     return found
 
 
-def work(config: Config, base: str, facts: RunFacts) -> Work:
+def work(config: Config, model: qwen_image.ModelConfig, facts: RunFacts) -> Work:
     """What it reads and computes, by the sizes of the files on this machine, else of the published ones.
 
     A model in bf16 takes as many FLOP for a token as it has bytes.
@@ -178,18 +178,18 @@ def work(config: Config, base: str, facts: RunFacts) -> Work:
     paths = [sources.cached(config.encoders, file) for file in encoders.ENCODER_FILES]
     sizes = [path.stat().st_size if path else size for path, size in zip(paths, encoders.PUBLISHED_BYTES, strict=True)]
     tokens = sum(encoders.TEXT_TOKENS[kind] for kind in predicting if kind in encoders.TEXT_TOKENS)
-    text = qwen_image.text_encoder_bytes(base)
-    reading = [("Qwen-VL", text, tokens)] if tokens else []
-    reading += zip(("SigLIP2", "DINOv3"), sizes, encoders.TOKENS, strict=True)
+    text = qwen_image.text_encoder_bytes(model.base)
+    on_gpu = qwen_image.text_encoder_bytes(model.base, model.text_encoder_quantization)
+    reading = [("Qwen-VL", on_gpu, tokens * text)] if tokens else []
+    names = ("SigLIP2", "DINOv3")
+    reading += [(name, size, size * n) for name, size, n in zip(names, sizes, encoders.TOKENS, strict=True)]
     return replace(
         found,
         num_bytes=read + sum(sizes),
         passes=len(STRENGTHS) * NUM_SIGMAS if config.strength == "auto" else 0,
         stages=tuple(
-            Stage(
-                f"encoding pictures by {name}", memory.with_activations(size), 0.0, "on the CPU", pictures * size * each
-            )
-            for name, size, each in reading
+            Stage(f"encoding pictures by {name}", memory.with_activations(size), 0.0, "on the CPU", pictures * flop)
+            for name, size, flop in reading
         ),
     )
 

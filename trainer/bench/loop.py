@@ -80,7 +80,12 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     text_encoder.unload()
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
-    qwen_image.set_up(transformer, settings.model, gradient_checkpointing=settings.train.gradient_checkpointing)
+    qwen_image.set_up(
+        transformer,
+        settings.model,
+        gradient_checkpointing=settings.train.gradient_checkpointing,
+        offload_activations=settings.train.offload_activations,
+    )
     objective = LoraObjective(prepared, transformer, encoded, accelerator)
     whole, laps = list[float](), list[dict[str, float]]()
     for _ in range(TURNS):

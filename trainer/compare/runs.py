@@ -86,7 +86,12 @@ class Workbench:
         began = time.monotonic()
         model, train = self._comparison.config.model, self._comparison.config.train
         transformer = qwen_image.load_transformer(model, self.device)
-        qwen_image.set_up(transformer, model, gradient_checkpointing=train.gradient_checkpointing)
+        qwen_image.set_up(
+            transformer,
+            model,
+            gradient_checkpointing=train.gradient_checkpointing,
+            offload_activations=train.offload_activations,
+        )
         self._loading_seconds += time.monotonic() - began
         return transformer
 

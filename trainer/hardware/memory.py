@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trainer import adapter, flow, qwen_image
 from trainer.adapter import AdapterConfig, Stage, Work
 from trainer.files import DTYPES
+from trainer.hardware import offload
 from trainer.hardware.live import LiveBytes, fused_attention
 from trainer.loop import TrainConfig
 from trainer.qwen_image import ModelConfig
@@ -89,7 +90,7 @@ def estimate(run: Request) -> Needs:
     found = [Stage("encoding pictures", vae + encoding), Stage("encoding captions", text, 0.0, "on the CPU")]
     found += run.start.stages
     if run.start.passes:
-        tried = weight_bytes(run.transformer, run.model) + itemsize * run.start.numbers
+        tried = placed_bytes(run.transformer, run.model)[0] + itemsize * run.start.numbers
         found.append(Stage("trying strengths", tried + drawing))
     found.append(Stage("training", sum(parts.values())))
     if run.draws:
@@ -107,14 +108,40 @@ def with_activations(weights: float) -> float:
 def resident_bytes(
     transformer: nn.Module, model: ModelConfig, settings: AdapterConfig, train: TrainConfig
 ) -> dict[str, float]:
-    """Bytes of what stays in memory from the first step to the last, by arithmetic on shapes."""
+    """Bytes of what stays on the GPU from the first step to the last, by arithmetic on shapes."""
     modules = adapter.target_modules(transformer, settings)
     trained = sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())
     return {
-        "weights": weight_bytes(transformer, model),
+        "weights": placed_bytes(transformer, model)[0],
         "adapter": 4.0 * trained,
         "optimizer": float(BYTES_PER_STATE[train.optimizer] * trained),
     }
+
+
+def placed_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig) -> tuple[float, float]:
+    """Bytes of the frozen base's weights: on the GPU at once, and of blocks in the CPU's memory."""
+    blocks: Any = transformer.transformer_blocks
+    whole, block = weight_bytes(transformer, model), weight_bytes(blocks[-1], model)
+    shape = block, len(blocks), model.offload_blocks
+    return offload.gpu_bytes(whole - len(blocks) * block, *shape), offload.cpu_bytes(*shape)
+
+
+def waiting_bytes(run: Request) -> float:
+    """Bytes of what lies in the CPU's memory while it is not needed: blocks, and inputs of blocks."""
+    blocks = placed_bytes(run.transformer, run.model)[1]
+    if not run.train.offload_activations:
+        return blocks
+    total = int(run.transformer.config["num_layers"])
+    return blocks + offload.activation_bytes(_input_bytes(run.transformer, run.model, run.train, run.pixels), total)
+
+
+def _input_bytes(
+    transformer: QwenImageTransformer2DModel, model: ModelConfig, train: TrainConfig, pixels: int
+) -> float:
+    """Bytes of the input of a block: the tokens of picture and caption."""
+    config = transformer.config
+    tokens = train.batch_size * (pixels / qwen_image.PICTURE_MULTIPLE**2 + PROMPT_TOKENS)
+    return float(tokens * config["num_attention_heads"] * config["attention_head_dim"] * DTYPES[model.dtype].itemsize)
 
 
 def block_bytes(transformer: QwenImageTransformer2DModel, model: ModelConfig) -> float:
@@ -168,6 +195,8 @@ def step_bytes(
     if train.gradient_accumulation_steps > 1:  # those of the first batch are there while the second one is computed
         modules = adapter.target_modules(transformer, settings)
         whole = 4.0 * sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())
+    if train.offload_activations:  # but for those of the block that is computed again
+        whole -= (int(transformer.config["num_layers"]) - 1) * _input_bytes(transformer, model, train, pixels)
     kinds = DTYPES[model.dtype], train.gradient_checkpointing
     return whole + _carried_on(transformer, *kinds, sizes, settings, backward=True)
 
@@ -286,6 +315,10 @@ def ways_to_fit(run: Request) -> list[tuple[list[str], Needs]]:
     if run.model.quantization_skip != (few := qwen_image.LEFT_WHOLE_OF_SMALL):
         text = ",".join(f'"{name}"' for name in few)
         savings.append((f"model.quantization_skip=[{text}]", "model", {"quantization_skip": few}))
+    total = int(run.transformer.config["num_layers"])
+    for number in (total // 2, total):
+        if run.model.offload_blocks < number:
+            savings.append((f"model.offload_blocks={number}", "model", {"offload_blocks": number}))
     for side in (768, 512):
         if run.pixels > side**2:
             savings.append((f"data.resolution={side}", "", {"pixels": side**2}))

@@ -34,6 +34,7 @@ from trainer.tracking import duration
 SHARE_OF_PEAK = 0.35  # a guess
 SHARE_OF_PRODUCT = 0.4  # of what one large product reaches, which is itself below the peak: a guess
 CPU_FLOP = 0.5e12  # a second, where an encoder does not fit on the GPU: a guess
+LINK = 16e9  # bytes a second from the CPU's memory to the GPU, of blocks that lie there: a guess
 DISK = 2e9  # bytes a second, if the speed is neither told nor measured
 TEMPLATE_TOKENS = 34  # around a caption
 READ_AT_ONCE = 16 * 2**20  # bytes
@@ -113,6 +114,9 @@ class Workload:
     forward: float
     """A forward pass with one picture."""
     step: float
+    copied: float
+    """Bytes of blocks that come from the CPU's memory in a forward pass."""
+    copies_a_step: int
     validation_passes: int
     decoding: float
     """The sample pictures of a validation."""
@@ -152,22 +156,25 @@ def estimate(work: Workload, speed: Speed) -> Seconds:
         fits = stage.num_bytes + memory.CONTEXT_BYTES <= memory.usable(speed.gigabytes)
         return stage.flop / (speed.flop if fits else CPU_FLOP)
 
-    validating = (work.validation_passes * work.forward + work.decoding) / speed.flop
+    copying = work.copied / LINK  # while others compute
+    forward = max(work.forward / speed.flop, copying)
+    validating = work.validation_passes * forward + work.decoding / speed.flop
     before = {
         "reading models": (work.num_bytes + work.start.num_bytes) / speed.disk,
         "encoding captions and pictures": encoding(work.captions) + work.pictures / speed.flop,
         "predicting the start": sum(map(encoding, work.start.stages)),
-        "trying strengths": work.start.passes * work.forward / speed.flop,
+        "trying strengths": work.start.passes * forward,
         "the first validation": validating,
     }
-    return Seconds(before, work.step / speed.flop, validating, work.validations, work.steps)
+    step = max(work.step / speed.flop, work.copies_a_step * copying)
+    return Seconds(before, step, validating, work.validations, work.steps)
 
 
 def count(plan: Plan) -> Workload:
     """What a run does that finds nothing in the cache."""
     run, data, base = plan.config, plan.dataset, plan.config.model.base
     side, number = pixels(plan), len(data.train) + len(data.held_out)
-    settings, like = run.adapter, plan.transformer
+    settings, like, blocks = run.adapter, plan.transformer, plan.transformer.transformer_blocks
     encoding, decoding = vae_flop(base, side)
     text = qwen_image.text_encoder_bytes(base)
     text_loaded = memory.with_activations(qwen_image.text_encoder_bytes(base, run.model.text_encoder_quantization))
@@ -183,6 +190,8 @@ def count(plan: Plan) -> Workload:
         start=plan.start.work(RunFacts(tuple(e.path for e in data.train), settings, can_try=True)),
         forward=transformer_flop(like, settings, one, side, backward=False),
         step=transformer_flop(like, settings, run.train, side, backward=True) * run.train.gradient_accumulation_steps,
+        copied=min(run.model.offload_blocks, len(blocks)) * memory.weight_bytes(blocks[-1], run.model),
+        copies_a_step=2 * run.train.gradient_accumulation_steps,  # forward, and again in the backward pass
         validation_passes=pictures * validation.NUM_SIGMAS + drawing,
         decoding=shown * decoding,
         validations=math.ceil(run.train.steps / checks.every) + 1,

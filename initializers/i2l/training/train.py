@@ -35,7 +35,7 @@ from trainer.data.cache import Cache
 from trainer.data.dataset import Example, load_picture
 from trainer.files import DTYPES, content_hash, remove_leftovers, write_json
 from trainer.flow import FlowConfig
-from trainer.hardware import machine, memory, parallel
+from trainer.hardware import machine, memory, offload, parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.loop import Loss, TrainConfig
@@ -104,6 +104,8 @@ def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]
             "[model] compile: each step puts other LoRAs into the blocks: they would be compiled every time"
         )
     problems += parallel.problems(settings.model.dtype, settings.model.quantization, settings.train.optimizer)
+    checkpointing = settings.train.gradient_checkpointing
+    problems += offload.problems(settings.model.offload_blocks, gradient_checkpointing=checkpointing)
     subjects = read_subjects(settings.data, square=settings.expert.train_encoders, problems=problems)
     if problems:
         raise configuration.ConfigError(problems)
@@ -244,6 +246,7 @@ def _course(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]])
     }
     free = {"output", "validation", "checkpoint", "model.base", "model.attention", "expert.weights", "expert.encoders"}
     free |= {"data.images", "data.cache", "train.gradient_checkpointing"}
+    free |= {"train.offload_activations", "model.offload_blocks"}
     pictures = [(e.digest, e.caption) for group in subjects for e in group]
     return checkpoint.course(values, pictures, models, free)
 
@@ -258,8 +261,12 @@ class HypernetworkObjective:
     def __init__(self, settings: HypernetworkConfig, data: SubjectData, accelerator: Accelerator):
         self._settings, self._data, self._accelerator = settings, data, accelerator
         self._transformer = qwen_image.load_transformer(settings.model, accelerator.device)
-        checkpointing = settings.train.gradient_checkpointing
-        qwen_image.set_up(self._transformer, settings.model, gradient_checkpointing=checkpointing)
+        qwen_image.set_up(
+            self._transformer,
+            settings.model,
+            gradient_checkpointing=settings.train.gradient_checkpointing,
+            offload_activations=settings.train.offload_activations,
+        )
         geometry = _geometry(settings, self._transformer)
         self.network = Hypernetwork(settings.expert, geometry)
         self.network.to_device(accelerator.device)
