@@ -144,6 +144,8 @@ class Stage:
     """Bytes on the GPU where there is no room for so many; None if there is no other way."""
     how: str = ""
     """What is done then, such as "on the CPU"."""
+    flop: float = 0.0
+    """What it computes, for an estimate of its time."""
 
     @property
     def least(self) -> float:
@@ -160,9 +162,6 @@ class Work:
 
     num_bytes: float = 0.0
     """Read and written, beside the base."""
-    flop: float = 0.0
-    text_flop: float = 0.0
-    """In the base's text encoder."""
     passes: int = 0
     """Forward passes of the transformer with a picture each."""
     stages: tuple[Stage, ...] = ()

@@ -180,16 +180,16 @@ def work(config: Config, model: qwen_image.ModelConfig, facts: RunFacts) -> Work
     tokens = sum(encoders.TEXT_TOKENS[kind] for kind in predicting if kind in encoders.TEXT_TOKENS)
     text = qwen_image.text_encoder_bytes(model.base)
     on_gpu = qwen_image.text_encoder_bytes(model.base, model.text_encoder_quantization)
-    reading = [("pictures by Qwen-VL", on_gpu)] if tokens else []
-    reading += zip(("pictures by SigLIP2", "pictures by DINOv3"), sizes, strict=True)
+    reading = [("Qwen-VL", on_gpu, tokens * text)] if tokens else []
+    names = ("SigLIP2", "DINOv3")
+    reading += [(name, size, size * n) for name, size, n in zip(names, sizes, encoders.TOKENS, strict=True)]
     return replace(
         found,
         num_bytes=read + sum(sizes),
-        flop=pictures * sum(size * tokens for size, tokens in zip(sizes, encoders.TOKENS, strict=True)),
-        text_flop=pictures * tokens * text,
         passes=len(STRENGTHS) * NUM_SIGMAS if config.strength == "auto" else 0,
         stages=tuple(
-            Stage(f"encoding {name}", memory.with_activations(size), 0.0, "on the CPU") for name, size in reading
+            Stage(f"encoding pictures by {name}", memory.with_activations(size), 0.0, "on the CPU", pictures * flop)
+            for name, size, flop in reading
         ),
     )
 

@@ -16,7 +16,7 @@ import train
 from tests.helpers import BAD_INPUT, FINISHED
 from trainer import adapter, qwen_image
 from trainer import run as running
-from trainer.adapter import AdapterConfig, Work
+from trainer.adapter import AdapterConfig, Stage, Work
 from trainer.data.dataset import Dataset, Example
 from trainer.hardware import memory, seconds
 from trainer.hardware.seconds import Card, Speed, Workload
@@ -36,13 +36,13 @@ SMALL: dict[str, Any] = {
 }
 WORK = Workload(
     num_bytes=60e9,
-    text_bytes=16e9,
-    text_on_gpu=16e9,
-    captions=5e12,
+    captions=Stage("captions", 16e9, 0.0, "on the CPU", 5e12),
     pictures=10e12,
-    start=Work(num_bytes=20e9, flop=20e12, text_flop=40e12, passes=10),
+    start=Work(num_bytes=20e9, passes=10, stages=(Stage("text", 16e9, flop=40e12), Stage("pictures", 9e9, flop=20e12))),
     forward=70e12,
     step=220e12,
+    copied=8e9,
+    copies_a_step=2,
     validation_passes=30,
     decoding=100e12,
     validations=4,
@@ -156,7 +156,14 @@ def test_a_slower_card_is_slower_and_a_slower_disk_too() -> None:
     assert disk.total - fast.total == pytest.approx(40)
 
 
-def test_a_text_encoder_too_large_for_the_card_computes_on_the_cpu() -> None:
+def test_blocks_that_come_slower_than_they_are_computed_are_waited_for() -> None:
+    fast, slow = seconds.estimate(WORK, FAST), seconds.estimate(replace(WORK, copied=32e9), FAST)
+    assert WORK.copied / seconds.LINK < WORK.forward / FAST.flop < 32e9 / seconds.LINK == 2.0
+    assert fast.step == 2.2 and slow.step == 4.0
+    assert slow.validation == pytest.approx(30 * 2.0 + 1.0) and slow.before["trying strengths"] == 20.0
+
+
+def test_an_encoder_too_large_for_the_card_computes_on_the_cpu() -> None:
     small = seconds.estimate(WORK, replace(FAST, gigabytes=16))
     assert small.before["encoding captions and pictures"] == pytest.approx(5e12 / seconds.CPU_FLOP + 0.1)
     assert small.before["predicting the start"] == pytest.approx(40e12 / seconds.CPU_FLOP + 0.2)
@@ -199,6 +206,16 @@ def test_the_pages_tell_what_is_estimated(name: str, card: str, elsewhere: Path)
     minutes = [round(value / 60) for value in (found.first_step, found.total)]
     told = [f"{m // 60} h {m % 60} min" if m > 60 else f"{m} min" for m in minutes]
     assert row("README.md", f"{card}, {chosen.gigabytes:g} GB")[-2:] == told
+
+
+def test_offloaded_blocks_are_counted_in_their_precision(elsewhere: Path) -> None:
+    path = ROOT / "configs" / "qwen_image_16gb.toml"
+    none, some, more = (
+        seconds.count(real_plan(path, elsewhere, f"model.offload_blocks={n}", "train.gradient_accumulation_steps=3"))
+        for n in (0, 20, 99)
+    )
+    assert none.copied == 0 and more.copied == 3 * some.copied and none.copies_a_step == 6
+    assert more.copied == pytest.approx(0.5625 * 60 * 340e6, rel=0.05)  # of 20.4 B parameters nearly all
 
 
 def test_what_is_counted_is_what_a_run_does(run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
