@@ -89,7 +89,7 @@ def test_outputs_do_not_collide(elsewhere: Path) -> None:
     assert all(output.startswith("outputs/") for output in outputs)
 
 
-@pytest.mark.parametrize("vram", [80, 24, 16])
+@pytest.mark.parametrize("vram", [80, 24, 16, 12])
 def test_the_configurations_for_a_card_fit_it_by_estimate(vram: int, elsewhere: Path) -> None:
     path = CONFIGS / f"qwen_image_{vram}gb.toml"
     make_folders(path)
