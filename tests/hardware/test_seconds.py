@@ -181,7 +181,14 @@ def test_shipped_configurations_validate_a_tenth_of_the_time(path: Path, elsewhe
         assert 0.03 < seconds.estimate(work, speed).validating <= 0.1, card.name
 
 
-SHOWN = (("80gb", "H100"), ("80gb", "A100"), ("24gb", "RTX 4090"), ("24gb", "RTX 3090"), ("16gb", "RTX 4080"))
+SHOWN = (
+    ("80gb", "H100"),
+    ("80gb", "A100"),
+    ("24gb", "RTX 4090"),
+    ("24gb", "RTX 3090"),
+    ("16gb", "RTX 4080"),
+    ("12gb", "RTX 4070"),
+)
 
 
 @pytest.mark.parametrize(("name", "card"), SHOWN)
