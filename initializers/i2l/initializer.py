@@ -348,7 +348,7 @@ def _choose_strength(
         )
     best = round(STRENGTH_STEP * round(lowest(STRENGTHS, losses.tolist()) / STRENGTH_STEP), 2)
     shown = ", ".join(f"{strength:g}: {float(loss):.4f}" for strength, loss in zip(STRENGTHS, losses, strict=True))
-    context.log(f"i2L: strength {best:g} has the lowest loss on pictures that the seed has not seen ({shown})")
+    context.log(f"i2L: strength {best:g}, by a parabola through the losses on pictures the seed has not seen ({shown})")
     return best, {"strengths": STRENGTHS, "losses": losses.tolist(), "pictures": len(tried)}
 
 
