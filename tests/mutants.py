@@ -166,7 +166,7 @@ MUTANTS = (
         "trainer/run.py",
         (
             "a run has no gradient checkpointing",
-            "gradient_checkpointing=checkpointing",
+            "gradient_checkpointing=settings.train.gradient_checkpointing",
             "gradient_checkpointing=False",
             "tests/test_run.py::test_gradient_checkpointing_is_at_work_where_it_is_configured",
         ),
@@ -175,9 +175,22 @@ MUTANTS = (
         "trainer/qwen_image.py",
         (
             "gradient checkpointing is never switched on",
-            "transformer.enable_gradient_checkpointing()",
+            "transformer.enable_gradient_checkpointing(offload.checkpoint_on_cpu if offload_activations else None)",
             "pass",
             "tests/test_qwen_image.py::test_gradient_checkpointing_keeps_less_and_changes_nothing",
+        ),
+        (
+            "models of the family that are trained in another way are fetched first",
+            "partial(_misfits, base, tuple(parts)), early)",
+            "partial(_misfits, base, tuple(parts)))",
+            "tests/test_published.py"
+            "::test_other_models_of_the_family_are_refused_by_name_before_anything_large_is_fetched",
+        ),
+        (
+            "more is read of captions than a pipeline reads of prompts",
+            "max_sequence_length=PROMPT_LIMIT",
+            "max_sequence_length=1024",
+            "tests/test_qwen_image.py::test_captions_and_prompts_are_read_as_far_as_the_pipeline_reads_them",
         ),
         (
             "the transformer is told the share of the picture instead of the noise's",
@@ -256,8 +269,8 @@ MUTANTS = (
         ),
         (
             "prompts of another precision are read from the cache",
-            "model, str(dtype), text)",
-            "model, text)",
+            "model, str(dtype), qwen_image",
+            "model, qwen_image",
             "tests/data/test_cache.py::test_each_prompt_has_its_own_embedding_in_the_precision_asked_for",
         ),
     ),
@@ -749,7 +762,7 @@ MUTANTS = (
         ),
         (
             "predictions of another Qwen-VL are read from the cache",
-            "read_by += qwen_image.identity(context.base)",
+            "read_by += _reader(context)",
             "pass",
             "tests/initializers/i2l/test_initializer.py::test_what_another_file_predicted_is_not_read",
         ),
@@ -800,8 +813,8 @@ MUTANTS = (
         "initializers/i2l/initializer.py",
         (
             "strength is tried on other pictures than those that were chosen",
-            "indices[index])",
-            "index)",
+            "indices[index], sigmas)",
+            "index, sigmas)",
             "tests/initializers/i2l/test_initializer.py::test_strength_is_tried_on_the_pictures_that_were_chosen",
         ),
         (
@@ -818,8 +831,14 @@ MUTANTS = (
         ),
         (
             "the strength with the highest loss is taken",
-            "means.argmin()",
-            "means.argmax()",
+            "np.argmin(losses)",
+            "np.argmax(losses)",
+            "tests/initializers/i2l/test_initializer.py::test_the_minimum_of_a_parabola",
+        ),
+        (
+            "each picture is tried at all sigmas",
+            "range(place, NUM_SIGMAS, len(tried))",
+            "range(NUM_SIGMAS)",
             "tests/initializers/i2l/test_initializer.py::test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture",
         ),
         (

@@ -24,6 +24,7 @@ FLOORS = {
         "trainer.checkpoint",
         "trainer.data.cache",
         "trainer.data.notes",
+        "trainer.hardware.offload",
         "trainer.hub.sources",
         "trainer.tracking",
     ),

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from demo import painter, text_encoder
 from trainer import flow, qwen_image
+from trainer.data.cache import Cache
+from trainer.data.encode import encode_prompts
 from trainer.flow import generator
 from trainer.hub import hubs, sources
 from trainer.qwen_image import ModelConfig
@@ -63,6 +65,36 @@ def test_prompts_are_encoded_as_by_the_pipeline(pipeline: QwenImagePipeline, pro
         assert mask is None or bool(mask.all())
         assert embeds.shape == expected.shape[1:]
         torch.testing.assert_close(embeds, expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_captions_and_prompts_are_read_as_far_as_the_pipeline_reads_them(
+    pipeline: QwenImagePipeline, tiny_base: Path, tmp_path: Path
+) -> None:
+    """What the whole pipeline gives to the transformer, for texts around the limits of 512 and 1024 tokens."""
+    word, after = "red ", len(pipeline.tokenizer(pipeline.prompt_template_encode.split("{}")[1]).input_ids)
+    counts = [1, 500, *range(512 - after - 1, 514), 700, 1024, 1100]
+    texts = [(word * count).strip() for count in counts]
+    assert [len(pipeline.tokenizer(text).input_ids) for text in texts] == counts
+    given: list[torch.Tensor] = []
+
+    def note(_: object, arguments: tuple[object, ...], named: dict[str, torch.Tensor]) -> None:
+        mask = named["encoder_hidden_states_mask"]
+        given.append(named["encoder_hidden_states"][0] if mask is None else named["encoder_hidden_states"][0][mask[0]])
+
+    handle = pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    for text in texts:
+        pipeline(text, width=32, height=32, num_inference_steps=1, output_type="latent", true_cfg_scale=1.0)
+    handle.remove()
+    encoder = qwen_image.TextEncoder(str(tiny_base), CPU)
+    captions = encode_prompts(Cache(tmp_path), encoder, torch.float32, texts, quiet=True)
+    prompts = qwen_image.PromptEncoder(encoder, torch.float32)(texts)
+    for text, count, expected, prompt in zip(texts, counts, given, prompts, strict=True):
+        assert len(expected) == min(count + after, 512)
+        for found in (captions[text], prompt):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    cut = qwen_image.cut_prompts(str(tiny_base), texts)
+    assert [*cut] == [text for text, count in zip(texts, counts, strict=True) if count > 512]
+    assert {*cut.values()} == {(word * 12).strip()}
 
 
 def test_the_template_has_the_length_that_the_pipeline_cuts_off(pipeline: QwenImagePipeline) -> None:

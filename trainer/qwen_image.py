@@ -4,10 +4,14 @@ Each part is loaded alone and freed after use, so that text encoder and VAE neve
 """
 
 import gc
+import hashlib
+import importlib.util
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,12 +19,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from diffusers import (
     AutoencoderKLQwenImage,
     BitsAndBytesConfig,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    TorchAoConfig,
 )
 from PIL import Image
 from torch import Tensor
@@ -28,8 +34,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from trainer.errors import UserError
-from trainer.files import DTYPES, content_hash, read_header
+from trainer.files import DTYPES, cache_folder, content_hash, read_header, read_json, size
 from trainer.flow import generator
+from trainer.hardware import offload
 from trainer.hardware.live import LiveBytes
 from trainer.hub import sources
 from trainer.hub.sources import Need
@@ -52,10 +59,17 @@ EMPTY_PROMPT = " "
 """What guidance leads away from, as in the published examples, and what a picture whose caption is dropped is trained
 with: guidance then meets what was trained."""
 NAN_ADVICE = "use bf16, not fp16, a lower learning rate, or true_cfg_scale = 1"
-LEAST_CUT = 1000
-"""Bytes: shorter prompts are never cut."""
+PROMPT_LIMIT = int(inspect.signature(QwenImagePipeline.__call__).parameters["max_sequence_length"].default)
+"""Tokens of a prompt, with the end of the template, that the pipeline reads unless it is told otherwise: what lies
+beyond them is neither trained nor drawn with."""
 PICTURE_MULTIPLE = 16
 """Sides of pictures are multiples of this many pixels in the published model: the VAE's step of 8, 2 x 2 in a patch."""
+
+
+LEFT_WHOLE = ("img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "img_mod", "txt_mod")
+"""What others leave unquantised: what comes in and goes out, and the modulations, which act on every token."""
+LEFT_WHOLE_OF_SMALL = ("img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "transformer_blocks.0.img_mod")
+"""What is left where all modulations in bf16 would not fit: they are 6.8 B of 20.4 B parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +83,43 @@ class ModelConfig:
     """The precision of the base model's weights and of the computation. The adapter is always in fp32."""
     quantization: Literal["none", "fp8", "int8", "nf4"] = "none"
     """How the frozen transformer's linear layers are stored. int8 and nf4 are computed by bitsandbytes and need a GPU.
-    fp8 (e4m3) is only stored: each layer is cast to `dtype` when it is needed."""
+    fp8 (e4m3, a scale for each row) is torchao's, and only stored so: each layer is cast to `dtype` when it is needed.
+    A base that is stored quantised is loaded as it is."""
+    quantization_skip: tuple[str, ...] = LEFT_WHOLE
+    """Modules, or parts of modules' names, whose layers stay in `dtype`. With fewer the base is smaller: the
+    modulations img_mod and txt_mod are a third of it."""
+    keep_quantized: bool = True
+    """Keep a base in nf4 or int8 in the user's cache folder after it was quantised once: later starts read that
+    instead of the whole base."""
+    text_encoder_quantization: Literal["none", "nf4"] = "none"
+    """How the text encoder is stored. nf4 makes it fit on small GPUs, with slightly other embeddings: 6.2 GB instead of
+    16.6 GB. Without it, it runs on the CPU where the GPU has no room."""
     attention: Attention = "native"
     """Which of diffusers' attention backends is used. "native" lets torch choose. flash_varlen (flash-attn 2),
     _flash_varlen_3 (flash-attn 3) and xformers must be installed first."""
     compile: bool = False
     """Compile each block with torch.compile. It takes minutes at the beginning, then steps are faster. A C++ compiler
     must be installed."""
+    offload_blocks: int = 0
+    """How many of the transformer's blocks (Qwen-Image has 60) lie in the CPU's memory, and come to the GPU when they
+    are needed. A number above means all. Each saves its weights on the GPU and takes as much of the CPU's memory. Steps
+    are slower where blocks do not come fast enough. It needs [train] gradient_checkpointing."""
 
     def problems(self) -> list[str]:
         found = check_base(self.base)
-        if self.compile and self.quantization == "fp8":
-            found.append('compile does not go with quantization = "fp8": its weights change their type in each block')
+        if self.quantization == "fp8" and importlib.util.find_spec("torchao") is None:
+            found.append('quantization: "fp8" needs torchao: pip install -e ".[fp8]"')
+        if self.offload_blocks < 0:
+            found.append(f"offload_blocks must be at least 0, not {self.offload_blocks}")
+        if self.offload_blocks and self.compile:
+            found.append("compile does not go with offload_blocks: each block has other weights whenever it is called")
+        if self.offload_blocks and self.quantization == "int8":
+            found.append('quantization: "int8" does not go with offload_blocks; use "nf4", "fp8" or "none"')
         return found
+
+    def stays_whole(self, module: str) -> bool:
+        """Whether a layer of that name is left unquantised; by the rule of diffusers."""
+        return any(f"{name}." in f"{module}." for name in self.quantization_skip)
 
 
 class ModelError(UserError):
@@ -97,10 +135,57 @@ _CLASSES = {  # what config.json says
 }
 
 
+TEXT_TO_IMAGE = "Qwen/Qwen-Image or Qwen/Qwen-Image-2512"
+_CONFIG = "transformer/config.json"
+_EDITS = "Qwen-Image-Edit, which is trained on pairs of pictures"
+_LAYERED = "Qwen-Image-Layered, which draws several layers at once"
+_NEW_CLASS = "Qwen-Image-2.1, a model of another architecture"
+_OTHERS = (  # files of other models of the family, what each says, and what the model is
+    ("model_index.json", "_class_name", "QwenImageEditPipeline", _EDITS),
+    ("model_index.json", "_class_name", "QwenImageEditInpaintPipeline", _EDITS),
+    ("model_index.json", "_class_name", "QwenImageEditPlusPipeline", _EDITS),
+    ("model_index.json", "_class_name", "QwenImageLayeredPipeline", _LAYERED),
+    ("model_index.json", "_class_name", "QwenImage21Pipeline", _NEW_CLASS),
+    (_CONFIG, "zero_cond_t", True, _EDITS),
+    (_CONFIG, "use_layer3d_rope", True, _LAYERED),
+    (_CONFIG, "use_additional_t_cond", True, _LAYERED),
+    (_CONFIG, "_class_name", "QwenImage21Transformer2DModel", _NEW_CLASS),
+)
+
+
+def _other_model(base: str, find: Callable[[str, str], Path | None]) -> list[str]:
+    """A problem, if the files of `base` say that it is a model of the family that is trained in another way. find: as
+    `sources.cached`."""
+    said = {name: _said(base, name, find) for name in ("model_index.json", _CONFIG)}
+    for name, key, value, model in _OTHERS:
+        if said[name].get(key) == value:
+            what = f"{name} says {key} = {json.dumps(value)}"
+            return [f"{base} is {model} ({what}), and cannot be trained here: choose {TEXT_TO_IMAGE}"]
+    return []
+
+
+def is_2512(base: str) -> bool:
+    """Whether `base` is Qwen-Image-2512, by its name, or that of the model it was made from: in all else its files are
+    as those of the first Qwen-Image."""
+    made_from = (_said(base, name, sources.cached).get("_name_or_path") for name in ("model_index.json", _CONFIG))
+    return any("qwen-image-2512" in str(name).lower() for name in (base, *made_from))
+
+
+def _said(base: str, name: str, find: Callable[[str, str], Path | None]) -> dict[str, Any]:
+    """What a JSON file of `base` says; empty if it cannot be had or read, which others tell."""
+    try:
+        file = find(base, name)
+        return {} if file is None else dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def check_base(base: str) -> list[str]:
     """Problems of `base` that can be seen by its name, and the folders in it."""
     folder = Path(base)
     if folder.is_dir():
+        if other := _other_model(base, sources.cached):
+            return [f"base: {problem}" for problem in other]
         missing = [part for part in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
         if missing:
             return [f"base: {folder} is not a Qwen-Image folder in diffusers' layout: {', '.join(missing)} missing"]
@@ -113,12 +198,15 @@ def need(base: str, parts: Sequence[str] = PARTS) -> Need:
     files = [f"{part}/*.json" for part in parts]
     files += [f"{part}/{_WEIGHTS[part]}*.safetensors" for part in parts if part in _WEIGHTS]
     extra = ("tokenizer/*.txt", "processor/*.json") if "tokenizer" in parts else ()
-    return Need(base, tuple(files), extra, partial(_misfits, base, tuple(parts)))
+    early = partial(_other_model, base, sources.config_file)
+    return Need(base, tuple(files), ("model_index.json", *extra), partial(_misfits, base, tuple(parts)), early)
 
 
 def _misfits(base: str, parts: Sequence[str]) -> list[str]:
     """Parts of a base on this machine that are of another class, or whose weights do not fit their configuration."""
-    problems = []
+    problems = _other_model(base, sources.cached)
+    if problems:
+        return problems
     for part, (key, expected) in _CLASSES.items():
         if part not in parts:
             continue
@@ -166,24 +254,87 @@ def identity(base: str, parts: Sequence[str] = ENCODERS) -> list[str]:
 
 def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTransformer2DModel:
     """The transformer, frozen, on `device`. ModelError if it lacks a package for `attention`."""
-    options: dict[str, Any] = {"torch_dtype": DTYPES[config.dtype]}
-    if config.quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[config.dtype]
-        )
-    elif config.quantization == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if "quantization_config" in options:
-        options["device_map"] = {"": device}
-    transformer = QwenImageTransformer2DModel.from_pretrained(
-        sources.local(config.base), subfolder="transformer", use_safetensors=True, **options
-    )
-    if config.quantization == "fp8":
-        transformer.enable_layerwise_casting(torch.float8_e4m3fn, DTYPES[config.dtype])
-    if "quantization_config" not in options:
+    options: dict[str, Any] = {"torch_dtype": DTYPES[config.dtype], "use_safetensors": True}
+    folder, kept = sources.local(config.base) / "transformer", _quantised_folder(config)
+    if kept is not None and kept.is_dir():
+        log.info("the base in %s is read from %s", config.quantization, kept)
+        folder = kept
+    elif stored_quantization(config.base) is None:
+        options |= _quantising(config)
+    if config.quantization != "none":
+        options["device_map"] = {"": torch.device("cpu") if config.offload_blocks else device}
+    transformer = QwenImageTransformer2DModel.from_pretrained(folder, **options).requires_grad_(False)
+    if kept is not None and folder != kept:
+        _keep(transformer, kept)
+    if config.offload_blocks:
+        offload.place(transformer, transformer.transformer_blocks, config.offload_blocks, device)
+        transformer.hf_device_map = {"": device}  # where accelerate believes a quantised model to be
+    elif config.quantization == "none":
         transformer = transformer.to(device)
     set_attention(transformer, config.attention)
-    return transformer.eval().requires_grad_(False)
+    return transformer.eval()
+
+
+def _quantising(config: ModelConfig) -> dict[str, Any]:
+    """What `from_pretrained` must be told to quantise."""
+    skip = [*config.quantization_skip]
+    match config.quantization:
+        case "nf4":
+            dtype = DTYPES[config.dtype]
+            quantizer: Any = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=skip,
+            )
+        case "int8":
+            quantizer = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        case "fp8":
+            from torchao.quantization import Float8WeightOnlyConfig  # an extra, and slow to import
+
+            quantizer = TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert=skip)
+        case "none":
+            return {}
+    return {"quantization_config": quantizer}
+
+
+def _quantised_folder(config: ModelConfig) -> Path | None:
+    """Where this base is kept, or to be kept, quantised; None if it is not."""
+    if config.quantization not in ("nf4", "int8") or not config.keep_quantized or stored_quantization(config.base):
+        return None
+    names = [*identity(config.base, ("transformer",)), config.dtype, config.quantization, *config.quantization_skip]
+    return cache_folder() / "quantized" / hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+
+
+def _keep(transformer: QwenImageTransformer2DModel, folder: Path) -> None:
+    """Write a quantised base for the next start, if there is room for it; it appears whole or not at all."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    needed = sum(p.numel() * p.element_size() for p in transformer.parameters())
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder.parent).free < 1.1 * needed:
+            log.info("the quantised base (%s) is not kept: too little room in %s", size(needed), folder.parent)
+            return
+        transformer.save_pretrained(partial)
+        partial.rename(folder)
+        log.info("the quantised base (%s) is kept in %s; you can delete it", size(needed), folder)
+    except OSError as error:  # it is quantised again next time
+        log.warning("the quantised base could not be kept in %s (%s)", folder, error)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def stored_quantization(base: str) -> str | None:
+    """How the transformer's files are quantised: "nf4", "int8", or what they call it; None if they are not."""
+    file = sources.config_file(base, "transformer/config.json")
+    found = {} if file is None else read_json(file).get("quantization_config")
+    if not found:
+        return None
+    if found.get("quant_method") != "bitsandbytes":
+        return str(found.get("quant_method"))
+    return "nf4" if found.get("load_in_4bit") and found.get("bnb_4bit_quant_type") == "nf4" else "int8"
 
 
 def set_attention(transformer: QwenImageTransformer2DModel, name: str) -> None:
@@ -234,10 +385,16 @@ def picture_multiple(base: str) -> int:
     return 2 * 2 ** len(vae["temperal_downsample"]) if vae else PICTURE_MULTIPLE
 
 
-def set_up(transformer: QwenImageTransformer2DModel, config: ModelConfig, *, gradient_checkpointing: bool) -> None:
+def set_up(
+    transformer: QwenImageTransformer2DModel,
+    config: ModelConfig,
+    *,
+    gradient_checkpointing: bool,
+    offload_activations: bool = False,
+) -> None:
     """Switch on gradient checkpointing and compile, as configured. The adapter must be injected before."""
     if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(offload.checkpoint_on_cpu if offload_activations else None)
     if config.compile:
         transformer.compile_repeated_blocks()
 
@@ -265,36 +422,51 @@ def device_with_room(num_bytes: float, device: torch.device, what: str) -> torch
     return torch.device("cpu")
 
 
-def text_encoder_bytes(base: str) -> float:
+def text_encoder_bytes(base: str, quantization: str = "none") -> float:
     """Bytes of the text encoder's weights: of the files on this machine, else of Qwen2.5-VL-7B in bf16 (8.29 B
-    parameters)."""
+    parameters); in nf4 all but the embeddings of tokens and what comes out."""
     folder = sources.folder(base)
     files = [] if folder is None else [path.stat().st_size for path in (folder / "text_encoder").glob("*.safetensors")]
-    return float(sum(files)) if files else 16.6e9
+    return (float(sum(files)) if files else 16.6e9) * (0.375 if quantization == "nf4" else 1)
 
 
 class TextEncoder:
     """Qwen2.5-VL of a pipeline, which reads prompts, and pictures for i2L: loaded when it is first asked for, once for
     all who ask before `unload`; on the CPU if it does not fit on `device`."""
 
-    def __init__(self, base: str, device: torch.device):
-        self.base, self._device = base, device
+    def __init__(self, base: str, device: torch.device, quantization: str = "none"):
+        self.base, self._device, self._quantization = base, device, quantization
         self._loaded: Any = None
+
+    def identity(self) -> list[str]:
+        """What caches know its results by."""
+        return identity(self.base) + ([] if self._quantization == "none" else [self._quantization])
 
     def model(self, dtype: torch.dtype) -> Any:
         """Qwen2_5_VLForConditionalGeneration, in `dtype`."""
         if self._loaded is None or self._loaded.dtype != dtype:
             self.unload()
-            device = device_with_room(text_encoder_bytes(self.base), self._device, "the text encoder")
-            folder, options = sources.local(self.base), {"dtype": dtype, "use_safetensors": True}
+            needed = text_encoder_bytes(self.base, self._quantization)
+            device = device_with_room(needed, self._device, "the text encoder")
+            folder, options = sources.local(self.base), dict[str, Any](dtype=dtype, use_safetensors=True)
+            if self._quantization == "nf4":
+                options["quantization_config"] = transformers.BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+                )
+                options["device_map"] = {"": device}
             loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder="text_encoder", **options)
-            self._loaded = loaded.to(device).eval()
+            self._loaded = (loaded if self._quantization == "nf4" else loaded.to(device)).eval()
         return self._loaded
 
     def unload(self) -> None:
         """Free its memory."""
         self._loaded = None
         free_memory()
+
+
+def text_encoder(config: ModelConfig, device: torch.device) -> TextEncoder:
+    """As configured; nothing is loaded yet."""
+    return TextEncoder(config.base, device, config.text_encoder_quantization)
 
 
 class PromptEncoder:
@@ -313,22 +485,24 @@ class PromptEncoder:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
         """prompt_embeds of each prompt: L D without padding, on the CPU, in the text encoder's precision."""
-        prompt_embeds, mask = self._pipeline.encode_prompt(list(prompts), device=self._device)
+        prompt_embeds, mask = self._pipeline.encode_prompt(
+            list(prompts), device=self._device, max_sequence_length=PROMPT_LIMIT
+        )
         lengths = [prompt_embeds.shape[1]] * len(prompts) if mask is None else mask.sum(dim=1).tolist()
         return [embeds[:length].cpu() for embeds, length in zip(prompt_embeds, lengths, strict=True)]
 
 
 def cut_prompts(base: str, texts: Iterable[str]) -> dict[str, str]:
     """Texts of which the text encoder does not read the end -> the last words that it reads."""
-    long = [text for text in texts if len(text.encode()) > LEAST_CUT]  # a token is at least one byte
+    long = [text for text in texts if len(text.encode()) > PROMPT_LIMIT]  # a token is at least one byte
     if not long:
         return {}
     tokenizer = AutoTokenizer.from_pretrained(sources.local(base), subfolder="tokenizer")
     pipeline = QwenImagePipeline(scheduler=None, vae=None, transformer=None, text_encoder=None, tokenizer=tokenizer)
-    before = pipeline.prompt_template_encode_start_idx
-    limit, cut = before + pipeline.tokenizer_max_length, {}
+    template, before = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+    limit, after, cut = before + PROMPT_LIMIT, len(tokenizer(template.split("{}")[1]).input_ids), {}
     for text in long:
-        tokens = tokenizer(pipeline.prompt_template_encode.format(text)).input_ids
+        tokens = tokenizer(template.format(text)).input_ids[:-after]
         if len(tokens) > limit:
             cut[text] = tokenizer.decode(tokens[max(before, limit - 12) : limit]).strip()
     return cut

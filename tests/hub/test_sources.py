@@ -88,7 +88,7 @@ def test_a_model_is_fetched_by_its_id_and_nothing_that_is_not_needed(hub: Hub, t
     sources.fetch(base("some/model"))
     folder, served = sources.local("some/model"), hub.repositories["some/model"]["main"]
     assert folder.name == commit(served) == sources.commit("some/model")
-    wanted = {name for name in listing(tiny_base) if "/" in name}
+    wanted = {name for name in listing(tiny_base) if "/" in name} | {"model_index.json"}
     assert set(listing(folder)) == wanted >= {path.split("/", 5)[5] for path in hub.files()}
     assert all((folder / name).read_bytes() == (served / name).read_bytes() for name in wanted)
     assert sources.used(base("some/model")) == {"some/model": commit(served)}
@@ -294,7 +294,9 @@ def test_a_model_of_modelscope(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mon
         assert line.startswith("some/model: ") and f"from ModelScope to {tmp_path / 'scope'}" in line
         sources.fetch(need)
         folder, served = sources.local("modelscope:some/model"), hub.repositories["some/model"]["main"]
-        assert set(listing(folder)) == {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+        weights = "vae/diffusion_pytorch_model.safetensors"
+        small = {"model_index.json", "transformer/config.json", "vae/config.json"}  # which tell what the model is
+        assert set(listing(folder)) == {*small, weights}
         assert all((folder / name).read_bytes() == (served / name).read_bytes() for name in listing(folder))
         asked = len(hub.asked)
         sources.fetch(need)

@@ -51,14 +51,14 @@ def encode_prompts(
     One by one, an embedding depends on its text alone. In a batch its last digits depend on the texts beside it, so
     that another prompt for validation would change training.
     """
-    model, encoder, ordered = qwen_image.identity(text_encoder.base), None, sorted(set(texts))
+    model, encoder, ordered = text_encoder.identity(), None, sorted(set(texts))
 
     def compute(positions: list[int]) -> list[Tensor]:
         nonlocal encoder
         encoder = encoder or qwen_image.PromptEncoder(text_encoder, dtype)
         return encoder([ordered[i] for i in positions])
 
-    keys = [key("prompt_embeds", model, str(dtype), text) for text in ordered]
+    keys = [key("prompt_embeds", model, str(dtype), qwen_image.PROMPT_LIMIT, text) for text in ordered]
     names = [f'"{text}"' for text in ordered]
     found = cache.get(keys, compute, what="encode captions", names=names, batch_size=batch_size, quiet=quiet)
     return dict(zip(ordered, found, strict=True))

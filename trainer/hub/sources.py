@@ -54,6 +54,8 @@ class Need:
     """Taken where they are there."""
     check: Callable[[], list[str]] = list
     """What else can be wrong with the files, from headers and configurations alone."""
+    early: Callable[[], list[str]] = list
+    """What can be wrong with a model that is yet to be fetched, from its small files, which are fetched for that."""
 
 
 def repository(source: str) -> Hub | None:
@@ -148,10 +150,13 @@ def is_here(need: Need) -> bool:
 
 
 def check(need: Need) -> list[str]:
-    """All that is wrong with what is on this machine; nothing is fetched, and of weights only headers are read."""
+    """All that is wrong with what is on this machine, of weights by their headers; and with small files of a model that
+    is yet to be fetched, if the hub answers."""
+    if found := missing(need):
+        return found
     where = folder(need.source)
-    if (found := missing(need)) or where is None or _absent(where, need.files):
-        return found  # else it is yet to be fetched
+    if where is None or _absent(where, need.files):
+        return need.early()
     return _damaged(need, where) or need.check()
 
 
@@ -183,9 +188,11 @@ def download_problems(needs: Sequence[Need]) -> list[str]:
 def fetch(needs: Sequence[Need], *, quiet: bool = False) -> None:
     """Have all files on this machine, and know that they are whole and what they should be.
 
-    ConfigError lists the `download_problems`, before the first byte is downloaded. DownloadError if a download stops.
+    ConfigError lists the `download_problems`, before the first byte is downloaded, else what small files tell, before
+    the weights are. DownloadError if a download stops.
     """
     todo, problems = _to_fetch(needs)
+    problems = problems or [problem for need in needs if not is_here(need) for problem in need.early()]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     for hub, files in todo.items():

@@ -139,7 +139,7 @@ class Encoding:
 
     def prompts(self, texts: Iterable[str]) -> dict[str, Tensor]:
         """prompt_embeds of each text, L D."""
-        text_encoder = qwen_image.TextEncoder(self.model.base, self.device)
+        text_encoder = qwen_image.text_encoder(self.model, self.device)
         found = encode_prompts(self.cache, text_encoder, self.dtype, texts, batch_size=16, quiet=self.quiet)
         text_encoder.unload()
         return found
