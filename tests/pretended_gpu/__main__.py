@@ -43,6 +43,6 @@ if __name__ == "__main__":
                 print(name, blocks, f"{time.time() - t:.1f} s, {time.process_time() - p:.1f} s of CPU", file=sys.stderr)
                 print(outcome.error, file=sys.stderr)
                 for s, v in outcome.stages.items():
-                    print(f"   {s:<20} {v['peak']/1e9:8.3f} {v['absent']/1e9:8.3f}", file=sys.stderr)
+                    print(f"   {s:<20} {v['peak'] / 1e9:8.3f} {v['absent'] / 1e9:8.3f}", file=sys.stderr)
     if options.json:
         options.json.write_text(json.dumps(found))

@@ -30,6 +30,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 CUDA = torch.device("cuda", 0)
 KNOWN = 600_000
 """Numbers of a tensor on the GPU whose content is known: a factor of rank 32 of the widest layer has so many."""
+FEW = 16
+"""Numbers of a tensor that are made up one by one: losses, for instance."""
 CONTEXT = 0.6e9
 """Bytes that CUDA itself takes."""
 LARGE = 20e6
@@ -89,7 +91,9 @@ class Account:
     def _look(self) -> None:
         if (now := self.on("cuda")) > self.stage.peak:
             self.stage.peak = now
-            self.stage.at_peak = {kind: count for (place, kind), count in self.live.items() if place == "cuda" and count}
+            self.stage.at_peak = {
+                kind: count for (place, kind), count in self.live.items() if place == "cuda" and count
+            }
 
     def add(self, tensor: Tensor, operator: str) -> None:
         storage = tensor.untyped_storage()
@@ -126,7 +130,8 @@ class PretendedGPU(TorchDispatchMode):
         self.account = Account(absent)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._content = WeakIdKeyDictionary()  # storage of a fake tensor -> storage on the CPU
-        self._made_up = itertools.count()
+        self._weights = WeakIdKeyDictionary()  # storages that are, or are made of, nothing but weights
+        self._numbers = itertools.count()
         self._noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -153,26 +158,40 @@ class PretendedGPU(TorchDispatchMode):
         """A tensor on the CPU that takes no memory, either: of weights."""
         with self.fake:
             result = torch.empty([*shape], dtype=dtype)
+        self._are_weights([result])
         self.account.add(result, "weights")
         return result
 
+    def _are_weights(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            self._weights[tensor.untyped_storage()] = True
+
+    def _all_weights(self, tensors: list[Tensor]) -> bool:
+        return bool(tensors) and all(
+            isinstance(x, FakeTensor) and x.untyped_storage() in self._weights for x in tensors
+        )
+
     def _run_on_cpu(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """With weights that are fake: what is computed with them is noise; what is large stays fake."""
+        """With weights that are fake. What is made of them alone is fake, too; what is computed with them is noise."""
+        if func._schema.is_mutable and not isinstance(args[0], FakeTensor):
+            return args[0]  # weights are put into memory of the CPU
         try:
             result = self.fake.dispatch(func, (), args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             return self._computed(func, args, kwargs)
+        if self._all_weights(tensors):
+            made = _tensors((result,))
+            self._are_weights(made)
+            for tensor in made:
+                self.account.add(tensor, func._schema.name)
+            return result
         given = {x.untyped_storage() for x in tensors}
-
-        def noise(value: Any) -> Any:
-            if not isinstance(value, FakeTensor) or value.untyped_storage() in given:
-                return value
-            if value.nbytes > LARGE:
-                self.account.add(value, func._schema.name)
-                return value
-            return self._noisy(value.shape, value.dtype)
-
-        return tree_map(noise, result)
+        return tree_map(
+            lambda x: (
+                self._noisy(x.shape, x.dtype) if isinstance(x, FakeTensor) and x.untyped_storage() not in given else x
+            ),
+            result,
+        )
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         try:
@@ -183,6 +202,8 @@ class PretendedGPU(TorchDispatchMode):
         made = _tensors((result,))
         if name == "_to_copy" and tensors[0].device.type != made[0].device.type:
             self.account.copied(f"{tensors[0].device.type} to {made[0].device.type}", made[0].nbytes)
+        if self._all_weights(tensors):
+            self._are_weights(made)
         self._follow(func, args, kwargs, tensors, made)
         for tensor in made:
             self.account.add(tensor, name)
@@ -257,22 +278,38 @@ class PretendedGPU(TorchDispatchMode):
         if tensor.dtype == torch.bool:  # "is it finite?"
             return True
         assert tensor.is_floating_point(), "a whole number is asked of the GPU that is not known"
-        return 0.5 * 0.999 ** next(self._made_up)
+        return self._made_up()
+
+    def _made_up(self) -> float:
+        return 0.5 * 0.999 ** next(self._numbers)
 
     def _to_cpu(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Its content, or noise; what is large stays fake."""
+        """Its content, or noise; weights stay fake."""
         dtype = dtype or tensor.dtype
         self.account.copied("cuda to cpu", tensor.nbytes)
         if (found := self.content(tensor)) is not None:
             return found.to(dtype, copy=True)
-        return self.on_cpu(tensor.shape, dtype) if tensor.nbytes > LARGE else self._noisy(tensor.shape, dtype)
+        return self.on_cpu(tensor.shape, dtype) if self._all_weights([tensor]) else self._noisy(tensor.shape, dtype)
 
     def _noisy(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.bool:  # "is it finite?"
+            return torch.ones(shape, dtype=dtype)
         if not dtype.is_floating_point:
             return torch.zeros(shape, dtype=dtype)
+        if shape.numel() <= FEW:
+            return torch.tensor([self._made_up() for _ in range(shape.numel())], dtype=dtype).view(shape)
         while len(self._noise) < shape.numel():
             self._noise = self._noise.repeat(2)
         return self._noise[: shape.numel()].to(dtype, copy=True).view(shape)
+
+
+class Stream:
+    """There is one only, and all is done at once."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name not in ("wait_stream", "wait_event", "record_event", "synchronize"):
+            raise AttributeError(name)
+        return lambda *_: None
 
 
 _current: list[PretendedGPU] = []
@@ -305,16 +342,23 @@ def pretended(total: float, absent: Callable[[], int] = lambda: 0) -> Iterator[A
         "get_device_capability": (8, 9),
         "is_bf16_supported": True,
         "manual_seed_all": None,
+        "current_stream": Stream(),
+        "Stream": Stream(),
+        "stream": contextlib.nullcontext(),
     }
+    replaced: list[tuple[Any, str, Any]] = [
+        (torch.cuda, name, lambda *_, answer=answer, **__: answer) for name, answer in answers.items()
+    ]
+    real_fork = torch.random.fork_rng
+    replaced += [
+        (torch.cuda, "mem_get_info", free),
+        (torch.cuda, "max_memory_allocated", lambda *_: max(x.peak for x in gpu.account.stages.values())),
+        (torch.random, "fork_rng", lambda *_, **__: real_fork([])),
+        (FakeTensorMode, "avoid_device_init", True),
+    ]
     with contextlib.ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
-        stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", free))
-        highest = lambda *_: max((stage.peak for stage in gpu.account.stages.values()), default=0)  # noqa: E731
-        stack.enter_context(mock.patch.object(torch.cuda, "max_memory_allocated", highest))
-        real_fork = torch.random.fork_rng
-        stack.enter_context(mock.patch.object(torch.random, "fork_rng", lambda *_, **__: real_fork([])))
-        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
+        for where, name, value in replaced:
+            stack.enter_context(mock.patch.object(where, name, value))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor moves to the GPU by an operator that is seen
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))

@@ -5,8 +5,7 @@ diffusers take `safe_open` from safetensors.
 """
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,28 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.pretended_gpu.device import current
 
 STORED = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64}
 MARK = "hollow"  # in the metadata
+SMALL = 1024  # bytes
 _real_open = safetensors.safe_open
 
 
-def write(
-    path: Path, tensors: Mapping[str, tuple[Sequence[int], torch.dtype]], metadata: Mapping[str, str] | None = None
-) -> None:
-    """tensors: their shapes and types."""
-    entries: dict[str, Any] = {"__metadata__": {**(metadata or {}), MARK: "true"}}
-    names, end = {dtype: name for name, dtype in STORED.items()}, 0
-    for name, (shape, dtype) in tensors.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": names[dtype], "shape": [*shape], "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """tensors: on any device, the meta device, too. The content of small ones that are real is in the header."""
+    entries, names, end = dict[str, Any](), {dtype: name for name, dtype in STORED.items()}, 0
+    for name, x in tensors.items():
+        entries[name] = {"dtype": names[x.dtype], "shape": [*x.shape], "data_offsets": [end, end := end + x.nbytes]}
+        if x.device.type == "cpu" and not isinstance(x, FakeTensor) and x.nbytes < SMALL:
+            entries[name]["content"] = x.tolist()
+    text = json.dumps({"__metadata__": {**(metadata or {}), MARK: "true"}, **entries}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + end)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -72,7 +71,10 @@ class Hollow:
         return dict(self._metadata)
 
     def get_tensor(self, name: str) -> Tensor:
-        return current().on_cpu(self._entries[name]["shape"], STORED[self._entries[name]["dtype"]])
+        entry = self._entries[name]
+        if "content" in entry:
+            return torch.tensor(entry["content"], dtype=STORED[entry["dtype"]]).view(entry["shape"])
+        return current().on_cpu(entry["shape"], STORED[entry["dtype"]])
 
     def get_tensors(self) -> dict[str, Tensor]:
         return {name: self.get_tensor(name) for name in self._entries}

@@ -6,9 +6,9 @@
 - bitsandbytes' parameters cannot be made from fake tensors by `_make_subclass`; here they get a class of both.
 - A module that moves gets new parameters: torch cannot put a fake tensor in the place of another one.
 - `torch.tensor` asks for the numbers in a list of tensors where nobody sees it; here they are asked for before.
-- The stable loss takes two sigmas instead of eight: the others would show nothing new.
+- The stable loss takes two of its sigmas: the others would show nothing new.
 - Random starts of experts on the CPU: minutes for numbers that nobody looks at.
-- Files of more than 64 MB are written hollow.
+- Files of fake tensors, and of more than 64 MB, are written hollow.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import bitsandbytes
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -40,11 +41,16 @@ def _quick_hash(path: Path) -> str:
     return hashlib.sha256(f"{path.name} {path.stat().st_size}".encode()).hexdigest()
 
 
-def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    if sum(tensor.nbytes for tensor in tensors.values()) < HOLLOW_FROM:
+def _save_file(tensors: dict[str, Tensor], path: Any, metadata: dict[str, str] | None = None) -> None:
+    real = not any(isinstance(tensor, FakeTensor) for tensor in tensors.values())
+    if real and sum(tensor.nbytes for tensor in tensors.values()) < HOLLOW_FROM:
         _save(tensors, path, metadata)
     else:
-        hollow.write(path, {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}, metadata)
+        hollow.write(Path(path), tensors, metadata)
+
+
+def _at_two_sigmas(stable_errors: Any) -> Any:
+    return lambda *args, **options: stable_errors(*args, **{"chosen": (0, 4)} | options)
 
 
 class _Turns:
@@ -98,6 +104,15 @@ class FakeParams4bit(FakeTensor, bitsandbytes.nn.Params4bit):
             self.module.quant_state = state
         return made
 
+    @classmethod
+    def of_stored(cls, data: Tensor, quantized_stats: Any, device: Any, module: Any = None, **_: Any) -> Any:
+        state = bitsandbytes.functional.QuantState.from_dict(qs_dict=quantized_stats, device=device)
+        made = cls(data.to(device), blocksize=state.blocksize, compress_statistics=state.nested,
+                   quant_type=state.quant_type, quant_state=state, bnb_quantized=True, module=module)  # fmt: skip
+        if module is not None:
+            module.quant_state = state
+        return made
+
 
 def _apply(module: torch.nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
     """As torch's own."""
@@ -142,11 +157,13 @@ def replaced() -> Iterator[None]:
             (initializer, "file_hashes", lambda one: {"layout_md5": one.path.name}),
             (threads, "ThreadPoolExecutor", _Turns),
             (files, "save_file", _save_file),
+            (safetensors.torch, "save_file", _save_file),
             (Expert, "reset_parameters", lambda self, generator: None),
-            (validation, "NUM_SIGMAS", 2),
+            (validation, "stable_errors", _at_two_sigmas(validation.stable_errors)),
             (torch.nn.Module, "_apply", _apply),
             (torch, "tensor", _tensor_of),
             (bitsandbytes.nn.Params4bit, "__new__", _params4bit),
+            (bitsandbytes.nn.Params4bit, "from_prequantized", FakeParams4bit.of_stored),
         ):
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(fused_attention())

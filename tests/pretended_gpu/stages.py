@@ -8,28 +8,30 @@ from unittest import mock
 
 from initializers.i2l import encoders, predictions
 from tests.pretended_gpu.device import Account
-from trainer import adapter, export, loop, objective, qwen_image, run, validation
+from trainer import export, loop, objective, qwen_image, run
 
 STAGES: list[tuple[Any, str, str]] = [
     (qwen_image, "encode_pictures", "encoding pictures"),
     (qwen_image.PromptEncoder, "__init__", "encoding captions"),
     (qwen_image.PromptEncoder, "__call__", "encoding captions"),
-    (encoders, "qwen_vl_residuals", "Qwen-VL"),
-    (encoders, "encode_pictures", "SigLIP2 and DINOv3"),
+    (encoders, "qwen_vl_residuals", "encoding pictures by Qwen-VL"),
+    (encoders, "load_siglip", "encoding pictures by SigLIP2"),
+    (encoders, "embed_siglip", "encoding pictures by SigLIP2"),
+    (encoders, "load_dinov3", "encoding pictures by DINOv3"),
+    (encoders, "embed_dinov3", "encoding pictures by DINOv3"),
     (predictions, "_predict", "experts"),
     (qwen_image, "load_transformer", "loading the base"),
     (objective.Trials, "__call__", "trying strengths"),
     (run, "install", "seeding"),
-    (adapter, "attach_frozen", "seeding"),
     (loop, "_update", "training"),
-    (validation, "stable_errors", "stable losses"),
+    (objective, "stable_losses", "stable losses"),
     (qwen_image.Sampler, "latents", "drawing samples"),
-    (qwen_image, "load_vae", "loading the VAE"),
-    (qwen_image, "decode_latents", "decoding"),
+    (qwen_image, "decode_latents", "decoding samples"),
     (loop._Training, "save", "saving"),
     (export, "export", "export"),
 ]
-"""Where, name, stage. What a stage calls that has a stage of its own counts for that."""
+"""Where, name, stage: called as `memory.estimate` calls it, where that knows it. What a stage calls that has a stage of
+its own counts for that."""
 
 
 @contextlib.contextmanager

@@ -154,7 +154,7 @@ class Encoding:
             pictures = [open_picture(examples[i].path) for i in part]
             if small:
                 return [*encoders.encode_squares(encoders.stacked(pictures), source, self.device, self.dtype).cpu()]
-            return [*encoders.encode_pictures(pictures, source, self.device, self.dtype).cpu()]
+            return [*encoders.encode_pictures(pictures, source, self.device, self.dtype)]
 
         name = ("image embedding", encoders.identity(source), str(self.dtype), small)
         return self._cached(examples, name, embed, "embed pictures")
