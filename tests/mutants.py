@@ -172,7 +172,67 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "trainer/hardware/offload.py",
+        (
+            "blocks that checkpointing computes again stay on the GPU",
+            "always_call=True",
+            "always_call=False",
+            "tests/hardware/test_offload.py::test_gradients_are_equal_and_blocks_come_in_order[3]",
+        ),
+        (
+            "blocks are expected in the order of the forward pass only",
+            "last == index + 1 or last == index > 0",
+            "False",
+            "tests/hardware/test_offload.py::test_gradients_are_equal_and_blocks_come_in_order[3]",
+        ),
+        (
+            "no block comes ahead",
+            "0 <= following < len(self._blocks)",
+            "False",
+            "tests/hardware/test_offload.py::test_a_pass_that_breaks_off_leaves_the_weights_where_they_lie",
+        ),
+        (
+            "a block is used before it has come",
+            "torch.cuda.current_stream(self._device).wait_event(fetched.event)",
+            "pass",
+            "tests/hardware/test_offload.py::test_streams_wait_for_each_other",
+        ),
+        (
+            "a block comes into memory that is still in use",
+            "self._stream.wait_stream(torch.cuda.current_stream(self._device))",
+            "pass",
+            "tests/hardware/test_offload.py::test_streams_wait_for_each_other",
+        ),
+        (
+            "layers in 4 bits keep their weights on the GPU",
+            "_replace_4bit(block)\n    memories",
+            "pass\n    memories",
+            "tests/hardware/test_offload.py::test_quantised_blocks_are_fetched_as_they_are_stored[nf4]",
+        ),
+        (
+            "all blocks lie on the GPU",
+            "child is not blocks and child not in chosen",
+            "child is not blocks",
+            "tests/hardware/test_offload.py::test_all_but_the_offloaded_blocks_is_on_the_device",
+        ),
+    ),
+    *_mutants(
+        "trainer/hardware/parallel.py",
+        (
+            "accelerate moves offloaded blocks to the GPU",
+            "False if placed else None",
+            "None",
+            "tests/hardware/test_offload.py::test_accelerate_moves_nothing_that_is_meant_to_stay",
+        ),
+    ),
+    *_mutants(
         "trainer/qwen_image.py",
+        (
+            "offloaded activations stay on the GPU",
+            "offload.checkpoint_on_cpu if offload_activations else None",
+            "None",
+            "tests/hardware/test_offload.py::test_what_checkpointing_keeps_goes_to_the_cpu_and_nothing_else",
+        ),
         (
             "gradient checkpointing is never switched on",
             "transformer.enable_gradient_checkpointing(offload.checkpoint_on_cpu if offload_activations else None)",
@@ -403,6 +463,12 @@ MUTANTS = (
     ),
     *_mutants(
         "trainer/adapter.py",
+        (
+            "the adapter of an offloaded block lies on the CPU",
+            "parameter.detach().to(transformer.device, torch.float32)",
+            "parameter.detach().float()",
+            "tests/hardware/test_offload.py::test_all_but_the_offloaded_blocks_is_on_the_device",
+        ),
         (
             "a seed is not divided by PEFT's scale",
             "factors.b / scaling",

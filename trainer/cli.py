@@ -90,7 +90,8 @@ def _quiet_libraries() -> None:
     """Their bars, their warnings about optional packages and a line for each request would bury ours. What is worth a
     word in a picture is said by notes."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    for name in ("PIL", "diffusers", "transformers", "accelerate", "httpx", "httpx2"):
+    logging.getLogger().addFilter(lambda record: "no triton" not in str(record.msg))  # of torchao, without a GPU
+    for name in ("PIL", "diffusers", "transformers", "accelerate", "httpx", "httpx2", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

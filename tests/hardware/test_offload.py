@@ -16,6 +16,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
+from initializers.i2l import layout
+from initializers.i2l.training.batch_lora import BatchLora
 from tests import tiny
 from tests.compare.test_runs import arm, compared, nothing, some, subjects
 from tests.helpers import BAD_INPUT, FINISHED, INTERRUPTED, adapter_bytes, files, metrics, run
@@ -25,7 +27,8 @@ from trainer.adapter import AdapterConfig, Seed
 from trainer.compare.runs import Workbench
 from trainer.errors import UserError
 from trainer.hardware import machine, memory, offload, parallel
-from trainer.hardware.live import LiveBytes
+from trainer.hardware.live import LiveBytes, fused_attention
+from trainer.loop import TrainConfig
 from trainer.qwen_image import ModelConfig
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -299,6 +302,42 @@ def test_what_checkpointing_keeps_goes_to_the_cpu_and_nothing_else(base: str, mo
     assert sorted(kept) == sorted(NUM_BLOCKS * [(1, 4, 256), (1, 3, 256), (1, 256)])  # picture, caption, time
 
 
+@pytest.mark.parametrize("rank", [2, 64])
+def test_a_step_with_offloaded_activations_is_estimated(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many blocks, whose gradients count when activations do not; what numpy holds is the CPU's memory here."""
+    shape: dict[str, Any] = {
+        "num_layers": 9,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "joint_attention_dim": 32,
+        "in_channels": 64,
+        "axes_dims_rope": (8, 12, 12),
+    }
+
+    class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool):
+            super().__init__(lambda x: x.detach().numpy().copy(), lambda kept: torch.from_numpy(kept).clone())
+
+    def peak(real: Any) -> int:
+        with fused_attention(), LiveBytes("cpu") as counted:
+            memory.forward(real, 1, 128**2, of_input=False).square().mean().backward()
+        return counted.peak
+
+    with META:
+        like = QwenImageTransformer2DModel(**shape)
+    settings, model = AdapterConfig(rank=rank), ModelConfig(base="x/y", dtype="fp32")
+    real = memory.few_blocks(like, torch.float32, settings, 9, CPU)
+    real.enable_gradient_checkpointing()
+    plain = peak(real)
+    real.zero_grad()
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Elsewhere)
+    real.enable_gradient_checkpointing(offload.checkpoint_on_cpu)
+    config = TrainConfig(gradient_checkpointing=True, offload_activations=True)
+    found = peak(real)
+    assert memory.step_bytes(like, model, config, settings, 128**2) == pytest.approx(found, rel=0.06)
+    assert found < plain
+
+
 # --- whole runs -------------------------------------------------------------------------------------------
 
 
@@ -357,6 +396,29 @@ def test_a_comparison_with_offloaded_blocks(run_toml: Path, subjects: Path, fetc
         curves.append([{**values, "seconds": 0} for result in runs for values in result["curve"]])
         shutil.rmtree(comparison.output)
     assert curves[0] == curves[1] and len(curves[0]) == 4 and fetched
+
+
+def test_a_hypernetwork_learns_the_same_through_offloaded_blocks(tiny_base: Path, fetched: list[int]) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = layout.module_shapes(layout.Geometry(num_blocks=2, hidden_size=64))
+    values = {
+        name: (torch.randn(2, 3, i, generator=random) * 0.1, torch.randn(2, o, 3, generator=random) * 0.1)
+        for name, (i, o) in shapes.items()
+    }
+    latents, prompt = torch.randn(2, 16, 1, 4, 4, generator=random), torch.randn(2, 3, 64, generator=random)
+    found = []
+    for blocks in (0, 2):
+        config = ModelConfig(base=str(tiny_base), dtype="fp32", offload_blocks=blocks)
+        transformer = qwen_image.load_transformer(config, CPU)
+        qwen_image.set_up(transformer, config, gradient_checkpointing=True, offload_activations=bool(blocks))
+        factors = {name: tuple(x.clone().requires_grad_() for x in pair) for name, pair in values.items()}
+        with BatchLora(transformer, shapes).applied(factors):
+            velocity = qwen_image.predict_velocity(transformer, latents, torch.tensor([0.2, 0.7]), prompt, None)
+        velocity.square().mean().backward()
+        found.append([x.grad for pair in factors.values() for x in pair])
+    assert len(fetched) == 4
+    assert all(one is two is None or torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert sum(gradient is not None for gradient in found[0]) > 30
 
 
 # --- what is refused --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """How much memory a run needs on the GPU, stage by stage, before anything is loaded.
 
 Weights, adapter and optimizer are arithmetic on shapes. What a forward pass or a step makes is counted: the real
-classes run on the meta device, with two and with three blocks, and the peak of what is alive is carried on to all.
+classes run on the meta device, with three and with four blocks, and the peak of what is alive is carried on to all.
 Attention counts as a fused kernel.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer import adapter, flow, qwen_image
 from trainer.adapter import AdapterConfig, Stage, Work
@@ -195,9 +196,7 @@ def step_bytes(
     if train.gradient_accumulation_steps > 1:  # those of the first batch are there while the second one is computed
         modules = adapter.target_modules(transformer, settings)
         whole = 4.0 * sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())
-    if train.offload_activations:  # but for those of the block that is computed again
-        whole -= (int(transformer.config["num_layers"]) - 1) * _input_bytes(transformer, model, train, pixels)
-    kinds = DTYPES[model.dtype], train.gradient_checkpointing
+    kinds = DTYPES[model.dtype], train.gradient_checkpointing, train.offload_activations
     return whole + _carried_on(transformer, *kinds, sizes, settings, backward=True)
 
 
@@ -205,14 +204,15 @@ def pass_bytes(
     transformer: QwenImageTransformer2DModel, model: ModelConfig, settings: AdapterConfig, batch_size: int, pixels: int
 ) -> float:
     """The peak of what a forward pass without gradients makes."""
-    return _carried_on(transformer, DTYPES[model.dtype], False, (batch_size, pixels), settings, backward=False)
+    kinds = DTYPES[model.dtype], False, False
+    return _carried_on(transformer, *kinds, (batch_size, pixels), settings, backward=False)
 
 
 def _carried_on(like: QwenImageTransformer2DModel, *what: Any, backward: bool) -> float:
-    """The peak with all blocks: each adds what the third adds to the second."""
+    """The peak with all blocks: each adds what the fourth adds to the third."""
     settings = replace(what[-1], rank_pattern={})
-    two, three = (_peak(like, *what[:-1], settings, blocks, backward) for blocks in (2, 3))
-    return float(two + (int(like.config["num_layers"]) - 2) * (three - two))
+    three, four = (_peak(like, *what[:-1], settings, blocks, backward) for blocks in (3, 4))
+    return float(three + (int(like.config["num_layers"]) - 3) * (four - three))
 
 
 @lru_cache(maxsize=64)  # settings that do not change it are asked for again and again
@@ -220,6 +220,7 @@ def _peak(
     like: QwenImageTransformer2DModel,
     dtype: torch.dtype,
     gradient_checkpointing: bool,
+    offload_activations: bool,
     sizes: tuple[int, int],
     settings: AdapterConfig,
     blocks: int,
@@ -228,13 +229,26 @@ def _peak(
     """Peak bytes of a pass on the meta device. sizes: the batch's, and pixels of a picture."""
     transformer = few_blocks(like, dtype, settings, blocks, torch.device("meta"))
     if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(_checkpoint_elsewhere if offload_activations else None)
     transformer.train(backward)
     with fused_attention(), torch.set_grad_enabled(backward), LiveBytes() as counted:
         velocity = forward(transformer, *sizes, of_input=False)
         if backward:
             flow.losses(velocity, torch.empty_like(velocity), torch.empty_like(velocity)).mean().backward()
     return counted.peak
+
+
+def _checkpoint_elsewhere(block: Any, *inputs: Any) -> Any:
+    """As `offload.checkpoint_on_cpu`, where there are no bytes that the CPU could keep."""
+
+    def leave(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        return tensor.shape, tensor.dtype
+
+    def come_back(kept: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(kept[0], dtype=kept[1], device="meta")
+
+    with torch.autograd.graph.saved_tensors_hooks(leave, come_back):
+        return checkpoint(block, *inputs, use_reentrant=False)
 
 
 def few_blocks(

@@ -281,7 +281,7 @@ class _Matmul4bit(torch.autograd.Function):
         weight, absmax, code = quantised
         ctx.save_for_backward(*quantised)
         ctx.state = state
-        result: Tensor = matmul_4bit(input, weight, state(absmax=absmax, code=code), bias=bias)
+        result: Tensor = matmul_4bit(input, weight.t(), state(absmax=absmax, code=code), bias=bias)
         return result
 
     @staticmethod
