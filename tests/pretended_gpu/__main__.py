@@ -1,4 +1,4 @@
-"""python -m tests.pretended_gpu [CASE ...] [--blocks 2 3] [--json FILE] [--write]"""
+"""python -m tests.pretended_gpu"""
 
 from tests.pretended_gpu import guard
 
@@ -12,37 +12,57 @@ import os  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+import warnings  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 from tests.pretended_gpu import hollow  # noqa: E402
 
 hollow.install()
-os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # which reads in other threads
 
-from tests.pretended_gpu.cases import CASES, measure  # noqa: E402
-from tests.pretended_gpu.world import World  # noqa: E402
+from tests.pretended_gpu import table  # noqa: E402
+from tests.pretended_gpu.cases import CASES, Case, Size, measure  # noqa: E402
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m tests.pretended_gpu")
-    parser.add_argument("cases", nargs="*", default=[*CASES])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--root", type=Path)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.pretended_gpu", description="Run the program at full size on a pretended GPU."
+    )
+    parser.add_argument("cases", nargs="*", default=[*CASES], help=f"some of {', '.join(CASES)}; all by default")
+    parser.add_argument("--first", nargs="*", default=[], metavar="CASE", help="these only with fewest blocks")
+    parser.add_argument("--blocks", type=int, help="so many, instead of what is carried on to 60")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/real_size.md")
     options = parser.parse_args()
     gc.freeze()  # what the imports have made need not be looked through each time
     logging.basicConfig(level=logging.WARNING)
-    found = {}
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     with tempfile.TemporaryDirectory() as root:
         os.environ["XDG_CACHE_HOME"] = root
+        found = {}
         for name in options.cases:
-            for blocks in options.blocks:
-                t, p = time.time(), time.process_time()
-                outcome = measure(CASES[name], World(options.root or Path(root), blocks))
-                found[f"{name} {blocks}"] = asdict(outcome)
-                print(name, blocks, f"{time.time() - t:.1f} s, {time.process_time() - p:.1f} s of CPU", file=sys.stderr)
-                print(outcome.error, file=sys.stderr)
-                for s, v in outcome.stages.items():
-                    print(f"   {s:<20} {v['peak'] / 1e9:8.3f} {v['absent'] / 1e9:8.3f}", file=sys.stderr)
+            case = CASES[name]
+            sizes = case.sizes[: 1 if name in options.first else None]
+            found[name] = outcomes(case, Path(root), [Size(options.blocks)] if options.blocks else [*sizes])
     if options.json:
         options.json.write_text(json.dumps(found))
+    else:
+        print(text := table.markdown(found))
+        if options.write:
+            table.write(text)
+
+
+def outcomes(case: Case, root: Path, sizes: list[Size]) -> dict[str, Any]:
+    began, found = time.process_time(), []
+    for size in sizes:
+        found.append({**asdict(size), **asdict(outcome := measure(case, root, size))})
+        if outcome.error:
+            print(outcome.error, file=sys.stderr)
+    print(f"{case.name}: {time.process_time() - began:.0f} s of CPU", file=sys.stderr)
+    return {"card": case.card, "sizes": found}
+
+
+if __name__ == "__main__":
+    main()

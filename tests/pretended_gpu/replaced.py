@@ -6,7 +6,7 @@
 - bitsandbytes' parameters cannot be made from fake tensors by `_make_subclass`; here they get a class of both.
 - A module that moves gets new parameters: torch cannot put a fake tensor in the place of another one.
 - `torch.tensor` asks for the numbers in a list of tensors where nobody sees it; here they are asked for before.
-- The stable loss takes two of its sigmas: the others would show nothing new.
+- The stable loss takes one batch of its sigmas: the others would show nothing new.
 - Random starts of experts on the CPU: minutes for numbers that nobody looks at.
 - Files of fake tensors, and of more than 64 MB, are written hollow.
 """
@@ -30,6 +30,7 @@ from tests.pretended_gpu import hollow
 from trainer import files, validation
 from trainer.hardware import threads
 from trainer.hardware.live import fused_attention
+from trainer.validation import NUM_SIGMAS
 
 HOLLOW_FROM = 64e6  # bytes
 _sha256, _save = files.sha256, files.save_file
@@ -49,8 +50,12 @@ def _save_file(tensors: dict[str, Tensor], path: Any, metadata: dict[str, str] |
         hollow.write(Path(path), tensors, metadata)
 
 
-def _at_two_sigmas(stable_errors: Any) -> Any:
-    return lambda *args, **options: stable_errors(*args, **{"chosen": (0, 4)} | options)
+def _first_batch(stable_errors: Any) -> Any:
+    def errors(*args: Any, chosen: Any = range(NUM_SIGMAS), batch_size: int = NUM_SIGMAS, **options: Any) -> Tensor:
+        found = stable_errors(*args, chosen=chosen[:batch_size], batch_size=batch_size, **options)
+        return found[:, :1].expand(-1, len(chosen))
+
+    return errors
 
 
 class _Turns:
@@ -159,7 +164,7 @@ def replaced() -> Iterator[None]:
             (files, "save_file", _save_file),
             (safetensors.torch, "save_file", _save_file),
             (Expert, "reset_parameters", lambda self, generator: None),
-            (validation, "stable_errors", _at_two_sigmas(validation.stable_errors)),
+            (validation, "stable_errors", _first_batch(validation.stable_errors)),
             (torch.nn.Module, "_apply", _apply),
             (torch, "tensor", _tensor_of),
             (bitsandbytes.nn.Params4bit, "__new__", _params4bit),
@@ -167,4 +172,10 @@ def replaced() -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(fused_attention())
+        functional: Any = torch.nn.functional
+        keeping = functional.scaled_dot_product_attention
+        quick = lambda query, *args, **options: (  # noqa: E731
+            keeping(query, *args, **options) if torch.is_grad_enabled() else torch.empty_like(query)
+        )
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", quick))
         yield

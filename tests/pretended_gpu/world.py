@@ -24,7 +24,7 @@ from trainer.files import random_tensors, stream_tensors
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 BIAS_RANK = 4
-CAPTION = "mychar, a photograph of it in a place, doing this and that, number {}" + ", and so on" * 24
+CAPTION = "mychar, a photograph of it in a place, doing this and that" + ", and so on" * 24
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class World:
     """Where all of it lies, for a base of so many blocks. What does not depend on their number is made once."""
 
     root: Path
+    name: str
+    """Of the run."""
     num_blocks: int
 
     @property
@@ -50,9 +52,9 @@ class World:
     def pictures(self) -> Path:
         return self._made("pictures", lambda folder: make_pictures(folder, 4))
 
-    def output(self, name: str) -> Path:
+    def output(self) -> Path:
         """A folder that is not there yet."""
-        folder = self.root / "outputs" / f"{name}-{self.num_blocks}"
+        folder = self.root / "outputs" / self.name
         shutil.rmtree(folder, ignore_errors=True)
         return folder
 
@@ -117,4 +119,4 @@ def make_pictures(folder: Path, count: int) -> None:
     for number in range(count):
         gradient = Image.linear_gradient("L").resize((1024, 1024)).rotate(30 * number)
         gradient.convert("RGB").save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(CAPTION.format(number), encoding="utf-8")
+        (folder / f"{number}.txt").write_text(CAPTION, encoding="utf-8")
