@@ -9,6 +9,7 @@ import gc  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
+import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
@@ -23,7 +24,7 @@ hollow.install()
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # which reads in other threads
 
 from tests.pretended_gpu import table  # noqa: E402
-from tests.pretended_gpu.cases import CASES, Case, Size, measure  # noqa: E402
+from tests.pretended_gpu.cases import CARDS, CASES, Case, Size, measure  # noqa: E402
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("cases", nargs="*", default=[*CASES], help=f"some of {', '.join(CASES)}; all by default")
     parser.add_argument("--first", nargs="*", default=[], metavar="CASE", help="these only with fewest blocks")
+    parser.add_argument("--share", action="store_true", help="find in the cache what cases before have encoded")
     parser.add_argument("--blocks", type=int, help="so many, instead of what is carried on to 60")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
     parser.add_argument("--write", action="store_true", help="put the table into docs/real_size.md")
@@ -44,6 +46,8 @@ def main() -> None:
         found = {}
         for name in options.cases:
             case = CASES[name]
+            if not options.share:
+                shutil.rmtree(Path(root) / "cache", ignore_errors=True)
             sizes = case.sizes[: 1 if name in options.first else None]
             found[name] = outcomes(case, Path(root), [Size(options.blocks)] if options.blocks else [*sizes])
     if options.json:
@@ -61,7 +65,7 @@ def outcomes(case: Case, root: Path, sizes: list[Size]) -> dict[str, Any]:
         if outcome.error:
             print(outcome.error, file=sys.stderr)
     print(f"{case.name}: {time.process_time() - began:.0f} s of CPU", file=sys.stderr)
-    return {"card": case.card, "sizes": found}
+    return {"card": case.card, "bytes": CARDS[case.card], "sizes": found}
 
 
 if __name__ == "__main__":

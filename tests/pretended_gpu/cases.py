@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 import initializers
 import train
 from initializers.i2l.training import train as hypernetworks
-from tests.pretended_gpu.device import pretended
+from tests.pretended_gpu.device import KNOWN, current, pretended
 from tests.pretended_gpu.replaced import replaced
 from tests.pretended_gpu.stages import marked
 from tests.pretended_gpu.world import World
@@ -40,6 +41,8 @@ class Size:
     """Keys of the configuration to set."""
     more: int = 0
     """How often what this has more than the first size is to be added to that, for 60 blocks."""
+    resident: int = 0
+    """With offloaded blocks: how many more of the 60 would stay on the GPU, as the first one does."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ class Case:
     card: int
     """GB"""
     run: Callable[[World, tuple[str, ...]], None]
+    """Given keys to set, too."""
     file: str = ""
-    """The configuration of the run, if it has a plan."""
+    """The configuration, if `run` is a whole run of it, which has a plan."""
+    changes: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = (Size(2), Size(3, more=DEPTH - 2))
 
 
@@ -89,9 +94,14 @@ def words(world: World, file: str, changes: tuple[str, ...]) -> list[str]:
     return found
 
 
-def whole(file: str, *changes: str) -> Callable[[World, tuple[str, ...]], None]:
-    """Encode, predict, try strengths, seed, validate, train, save, validate, export."""
-    return lambda world, more: train.run(train.parse_arguments(words(world, file, (*changes, *more))))
+def whole(name: str, card: int, *changes: str, sizes: tuple[Size, ...] = Case.sizes) -> Case:
+    """Encode, predict, try strengths, seed, validate, train, save, validate, export: as shipped for such a card."""
+    file = f"qwen_image_{card}gb"
+
+    def run(world: World, given: tuple[str, ...]) -> None:
+        train.run(train.parse_arguments(words(world, file, given)))
+
+    return Case(name, card, run, file, changes, sizes)
 
 
 def planned(case: Case, world: World, changes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -104,7 +114,7 @@ def planned(case: Case, world: World, changes: tuple[str, ...]) -> dict[str, dic
 def comparison(world: World, changes: tuple[str, ...]) -> None:
     """The same training from two starts."""
     starts = ["--compare", "random", "i2l", "--seeds", "1", "--learning-rates", "1e-4"]
-    train.run(train.parse_arguments([*words(world, "qwen_image_24gb", (*STYLE, *changes)), *starts]))
+    train.run(train.parse_arguments([*words(world, "qwen_image_24gb", (STYLE, *changes)), *starts]))
 
 
 def warm_start(world: World, _: tuple[str, ...]) -> None:
@@ -128,29 +138,51 @@ def expert_training(kind: str) -> Callable[[World, tuple[str, ...]], None]:
     return run
 
 
-STYLE = ('init.i2l.experts=["style", "bias"]',)
-"""Without those for which Qwen-VL would have to read the pictures, which takes longest here."""
+def itself(world: World, _: tuple[str, ...]) -> None:
+    """That the pretended GPU notices what it is there to notice."""
+    gpu = current()
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(2, device="cuda") + torch.ones(2)
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match="not known"):
+        torch.empty(KNOWN + 1, device="cuda").argmax().item()
+    mask = torch.tensor([True, False, True]).to("cuda")
+    rows = torch.empty(3, KNOWN, device="cuda")[mask]
+    assert rows.shape == (2, KNOWN) and mask.sum().item() == 2 and mask.cpu().tolist() == [True, False, True]
+    assert torch.arange(5, device="cuda")[2:].square().tolist() == [4, 9, 16]
+    before = gpu.account.on("cuda")
+    with gpu.account.inside("one layer"):
+        layer = torch.nn.Linear(3072, 3072, bias=False).to("cuda", torch.bfloat16)
+        layer(torch.empty(4096, 3072, device="cuda", dtype=torch.bfloat16).float().bfloat16()).sum().item()
+    weight, activation = 2 * 3072 * 3072, 2 * 4096 * 3072
+    stage = gpu.account.stages["one layer"]
+    assert stage.peak == before + weight + 3 * activation  # while the input is there in both types
+    assert [*stage.large] == ["_to_copy (4096, 3072)"] and stage.syncs == 1
+    assert gpu.account.on("cuda") == before + weight
+
+
 OFFLOADED = 44
 """`offload_blocks` of the configuration for 12 GB."""
+FEW_OFFLOADED = (
+    Size(4, ("model.offload_blocks=3",), 0, DEPTH - OFFLOADED - 1),
+    Size(5, ("model.offload_blocks=3",), DEPTH - OFFLOADED - 1, DEPTH - OFFLOADED - 2),
+    Size(5, ("model.offload_blocks=4",), OFFLOADED - 3, DEPTH - OFFLOADED - 1),
+)
+STYLE = 'init.i2l.experts=["style", "bias"]'
+"""Those for which Qwen-VL need not read the pictures, which takes longest here."""
 RUNS = [
-    Case(
-        "qwen_image_12gb",
-        12,
-        whole("qwen_image_12gb", *STYLE),
-        "qwen_image_12gb",
-        (
-            Size(3, ("model.offload_blocks=2",)),
-            Size(4, ("model.offload_blocks=2",), more=DEPTH - OFFLOADED - 1),
-            Size(4, ("model.offload_blocks=3",), more=OFFLOADED - 2),
-        ),
-    ),
-    Case("qwen_image_16gb", 16, whole("qwen_image_16gb", *STYLE), "qwen_image_16gb"),
-    Case("qwen_image_24gb", 24, whole("qwen_image_24gb"), "qwen_image_24gb"),
-    Case("qwen_image_80gb", 80, whole("qwen_image_80gb", *STYLE), "qwen_image_80gb"),
+    whole("qwen_image_12gb", 12, sizes=FEW_OFFLOADED),
+    *(whole(f"qwen_image_{card}gb", card) for card in (16, 24, 80)),
 ]
 """The shipped configurations."""
 OTHERS = [
-    Case("merge", 24, whole("qwen_image_24gb", 'init.i2l.mode="merge"', *STYLE), "qwen_image_24gb"),
+    Case("itself", 24, itself, sizes=(Size(2),)),
+    whole("quick_12gb", 12, STYLE, sizes=FEW_OFFLOADED),
+    whole("quick_16gb", 16, STYLE),
+    whole("quick_24gb", 24, 'init.i2l.experts=["coarse", "bias"]'),
+    whole("quick_80gb", 80, STYLE),
+    whole("merge", 24, 'init.i2l.mode="merge"', STYLE),
     Case("compare", 24, comparison),
     Case("warm_start", 24, warm_start),
     *(Case(f"i2l_{kind}", 180, expert_training(kind)) for kind in ("style", "coarse", "fine")),
@@ -159,23 +191,23 @@ CASES = {case.name: case for case in (*RUNS, *OTHERS)}
 
 
 def measure(case: Case, root: Path, size: Size) -> Outcome:
-    """Run it on a GPU like its card."""
-    world, error = World(root, case.name, size.blocks), ""
-    depth = _Depth(size.blocks)
+    """Run it on a GPU like its card; what is made for it, and what it leaves, lies in `root`."""
+    world, changes, error = World(root, case.name, size.blocks), (*case.changes, *size.changes), ""
+    depth = _Depth(size)
     with pretended(CARDS[case.card], depth.absent) as account, replaced(), marked(account), depth.watched():
         try:
-            case.run(world, size.changes)
+            case.run(world, changes)
         except Exception:
             error = traceback.format_exc()
-    told = planned(case, world, size.changes) if case.file else {}
+    told = planned(case, world, changes) if case.file else {}
     return Outcome({name: asdict(stage) for name, stage in account.stages.items()}, told, error)
 
 
 class _Depth:
-    """The bytes that the blocks would take which the model lacks: as many for each as its last one takes."""
+    """The bytes that the blocks would take which the model lacks: each as many as its last one, or the first one."""
 
-    def __init__(self, num_blocks: int):
-        self._missing = DEPTH - num_blocks
+    def __init__(self, size: Size):
+        self._missing = {0: size.resident, -1: DEPTH - size.blocks - size.resident}
         self._models = weakref.WeakSet[Any]()
         self._optimizers = weakref.WeakSet[Any]()
 
@@ -199,7 +231,8 @@ class _Depth:
             yield
 
     def absent(self) -> int:
-        return self._missing * sum(self._bytes(model.transformer_blocks[-1]) for model in self._models)
+        blocks = [model.transformer_blocks for model in self._models]
+        return sum(count * self._bytes(one[index]) for one in blocks for index, count in self._missing.items())
 
     def _bytes(self, block: torch.nn.Module) -> int:
         """Of its weights, with what bitsandbytes keeps beside them, and of gradients and optimizer states."""

@@ -200,8 +200,8 @@ class PretendedGPU(TorchDispatchMode):
             self.account.stage.syncs += 1
             return self._of_known_shape(func, args, kwargs, tensors)
         made = _tensors((result,))
-        if name == "_to_copy" and tensors[0].device.type != made[0].device.type:
-            self.account.copied(f"{tensors[0].device.type} to {made[0].device.type}", made[0].nbytes)
+        if name in ("_to_copy", "copy_") and tensors[-1].device.type != made[0].device.type:
+            self.account.copied(f"{tensors[-1].device.type} to {made[0].device.type}", made[0].nbytes)
         if self._all_weights(tensors):
             self._are_weights(made)
         self._follow(func, args, kwargs, tensors, made)
