@@ -37,7 +37,7 @@ FLOORS = {
     9: ("trainer.hardware.seconds", "trainer.objective"),
     10: ("trainer.run",),
     11: ("trainer.bench", "trainer.compare.plan"),
-    12: ("trainer.compare.measures",),
+    12: ("trainer.compare.measures", "trainer.doctor"),
     13: ("trainer.compare.runs",),
     14: ("trainer.compare.execute",),
     15: ("trainer.compare.__main__",),

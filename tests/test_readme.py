@@ -16,6 +16,7 @@ from initializers.i2l import __main__ as i2l
 from initializers.i2l.layout import FILES
 from tests import mutants
 from tests.faults import __main__ as faults
+from trainer import doctor
 from trainer.bench import __main__ as bench
 from trainer.compare import __main__ as compare
 from trainer.formats import __main__ as formats
@@ -35,6 +36,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "tests.mutants": mutants.main,
     "trainer.bench": bench.main,
     "trainer.compare": compare.main,
+    "trainer.doctor": doctor.main,
     "trainer.formats": formats.main,
 }
 
