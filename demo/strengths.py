@@ -96,7 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_all(subjects: Path, output: Path, *, train: bool) -> None:
-    logging.getLogger("trainer").setLevel(logging.WARNING)
     folders = sorted(path.parent for path in subjects.glob("*/*/held_out"))
     new = [folder for folder in folders if folder.parent.name == "new"]
     pairs = [(folder, folder) for folder in folders]
@@ -235,4 +234,5 @@ def paired(differences: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
+    logging.getLogger("trainer").setLevel(logging.WARNING)  # each run would say how it starts
     sys.exit(main())
