@@ -1,7 +1,7 @@
 """The program on a pretended GPU, at full width: nothing raises, it fits, and the plan has said so.
 
 What is run is in `tests/pretended_gpu/cases.py`, by one process for all tests: its torch must be changed before anything
-else imports it. By default each configuration runs with two or three blocks; the one for 24 GB is carried on to 60.
+imports it. By default each configuration runs with the fewest blocks; the one for 24 GB is carried on to 60.
 """
 
 import json
@@ -86,8 +86,8 @@ def in_order(found: Any) -> None:
 
 
 def in_half_precision(found: Any) -> None:
-    """Nothing of the transformer's is large in fp32: only what diffusers' norms and positions raise for a moment, head by
-    head, and the sums of attention's backward pass."""
+    """Nothing of the transformer's is large in fp32, except what diffusers' norms and positions raise for a moment, head
+    by head, and the sums of attention's backward pass."""
     by_head = re.compile(r"\w+ \(\d+, (\d+, 24|24, \d+), 128\)")
     for size in found["sizes"]:
         for stage in ("trying strengths", "stable losses", "drawing samples", "training"):

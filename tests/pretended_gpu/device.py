@@ -210,7 +210,7 @@ class PretendedGPU(TorchDispatchMode):
         return result
 
     def _of_known_shape(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """What an operator makes whose shape depends on content: of the positions in a mask, but not of what is there."""
+        """What an operator makes whose shape depends on content: on a mask, say, whatever is where it is set."""
         unknown = any(self.content(x) is None for x in tensors)
 
         def lifted(value: Any) -> Any:
