@@ -361,7 +361,7 @@ def time_block(page: Page, device: Any) -> None:
     try:
         with torch.device("meta"):
             like = QwenImageTransformer2DModel(num_layers=1)
-        block = memory.few_blocks(like, torch.bfloat16, AdapterConfig(rank=16), 1, device)
+        block = memory.few_blocks(memory.shape_of(like), torch.bfloat16, AdapterConfig(rank=16), 1, device)
         block.enable_gradient_checkpointing()
 
         def step() -> float:

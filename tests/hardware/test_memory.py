@@ -94,7 +94,7 @@ def test_an_adapter_at_bf16_keeps_no_input_twice() -> None:
     and that of out is kept by the attention anyway."""
     kept = []
     for raised in (True, False):
-        block = memory.few_blocks(on_meta(), torch.bfloat16, AdapterConfig(), 1, torch.device("meta"))
+        block = memory.few_blocks(memory.shape_of(on_meta()), torch.bfloat16, AdapterConfig(), 1, torch.device("meta"))
         for layer in block.modules():
             if isinstance(layer, LoraLayer):
                 layer.cast_input_dtype_enabled = raised

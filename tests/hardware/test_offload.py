@@ -326,7 +326,7 @@ def test_a_step_with_offloaded_activations_is_estimated(rank: int, monkeypatch: 
     with META:
         like = QwenImageTransformer2DModel(**shape)
     settings, model = AdapterConfig(rank=rank), ModelConfig(base="x/y", dtype="fp32")
-    real = memory.few_blocks(like, torch.float32, settings, 9, CPU)
+    real = memory.few_blocks(memory.shape_of(like), torch.float32, settings, 9, CPU)
     real.enable_gradient_checkpointing()
     plain = peak(real)
     real.zero_grad()

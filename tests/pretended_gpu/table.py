@@ -56,7 +56,7 @@ def _table(found: Mapping[str, Found]) -> str:
         f"| GB on the GPU: {what} | {' | '.join(f'`{name}`' for name in found)} |",
         "|---" * (1 + len(found)) + "|",
     ]
-    for stage in dict.fromkeys(name for _, planned in peaks.values() for name in planned):
+    for stage in dict.fromkeys(name for one in found.values() for name in one["sizes"][0]["planned"]):
         cells = (_cell(stage, *peaks[name]) for name in found)
         lines.append(f"| {stage} | {' | '.join(cells)} |")
     ends = [(max(found_peaks(one).values()), one["card"]) for one in found.values()]

@@ -5,6 +5,7 @@ classes run on the meta device, with three and with four blocks, and the peak of
 Attention counts as a fused kernel.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -211,13 +212,18 @@ def pass_bytes(
 def _carried_on(like: QwenImageTransformer2DModel, *what: Any, backward: bool) -> float:
     """The peak with all blocks: each adds what the fourth adds to the third."""
     settings = replace(what[-1], rank_pattern={})
-    three, four = (_peak(like, *what[:-1], settings, blocks, backward) for blocks in (3, 4))
+    three, four = (_peak(shape_of(like), *what[:-1], settings, blocks, backward) for blocks in (3, 4))
     return float(three + (int(like.config["num_layers"]) - 3) * (four - three))
+
+
+def shape_of(transformer: QwenImageTransformer2DModel) -> str:
+    """Its configuration, as JSON, for `few_blocks`."""
+    return json.dumps(qwen_image.known_keys(QwenImageTransformer2DModel, transformer.config), sort_keys=True)
 
 
 @lru_cache(maxsize=64)  # settings that do not change it are asked for again and again
 def _peak(
-    like: QwenImageTransformer2DModel,
+    shape: str,
     dtype: torch.dtype,
     gradient_checkpointing: bool,
     offload_activations: bool,
@@ -227,7 +233,7 @@ def _peak(
     backward: bool,
 ) -> int:
     """Peak bytes of a pass on the meta device. sizes: the batch's, and pixels of a picture."""
-    transformer = few_blocks(like, dtype, settings, blocks, torch.device("meta"))
+    transformer = few_blocks(shape, dtype, settings, blocks, torch.device("meta"))
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing(_checkpoint_elsewhere if offload_activations else None)
     transformer.train(backward)
@@ -252,14 +258,14 @@ def _checkpoint_elsewhere(block: Any, *inputs: Any) -> Any:
 
 
 def few_blocks(
-    like: QwenImageTransformer2DModel,
+    shape: str,
     dtype: torch.dtype,
     settings: AdapterConfig | None,
     blocks: int,
     device: torch.device,
 ) -> Any:
     """A transformer of that shape with so many blocks, random weights and, unless `settings` are None, the adapter."""
-    options = qwen_image.known_keys(QwenImageTransformer2DModel, like.config) | {"num_layers": blocks}
+    options = json.loads(shape) | {"num_layers": blocks}
     with device:
         transformer: Any = QwenImageTransformer2DModel(**options)
     for parameter in transformer.parameters():

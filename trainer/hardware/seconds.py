@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -210,20 +211,25 @@ def transformer_flop(
     like: QwenImageTransformer2DModel, settings: AdapterConfig, train: TrainConfig, side: int, *, backward: bool
 ) -> float:
     """FLOP of a batch of square pictures of so many pixels; with `backward` those of a step."""
-
-    def counted(blocks: int) -> int:
-        meta = torch.device("meta")
-        transformer: Any = memory.few_blocks(like, torch.bfloat16, settings, blocks, meta)
-        if train.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-            velocity = memory.forward(transformer, train.batch_size, side, of_input=False)
-            if backward:
-                velocity.sum().backward()
-        return counter.get_total_flops()
-
-    one, two = counted(1), counted(2)
+    shape, sizes = memory.shape_of(like), (train.batch_size, side)
+    thrifty = train.gradient_checkpointing and backward
+    one, two = (_flop(shape, settings, sizes, blocks, thrifty, backward) for blocks in (1, 2))
     return one + (int(like.config["num_layers"]) - 1) * (two - one)
+
+
+@lru_cache
+def _flop(
+    shape: str, settings: AdapterConfig, sizes: tuple[int, int], blocks: int, thrifty: bool, backward: bool
+) -> int:
+    """Counted on the meta device. sizes: the batch's, and pixels of a picture; thrifty: with gradient checkpointing."""
+    transformer: Any = memory.few_blocks(shape, torch.bfloat16, settings, blocks, torch.device("meta"))
+    if thrifty:
+        transformer.enable_gradient_checkpointing()
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        velocity = memory.forward(transformer, *sizes, of_input=False)
+        if backward:
+            velocity.sum().backward()
+    return counter.get_total_flops()
 
 
 def vae_flop(base: str, side: int) -> tuple[float, float]:
