@@ -24,14 +24,17 @@ hollow.install()
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # which reads in other threads
 
 from tests.pretended_gpu import table  # noqa: E402
-from tests.pretended_gpu.cases import CARDS, CASES, Case, Size, measure  # noqa: E402
+from tests.pretended_gpu.cases import CARDS, CASES, OTHERS, RUNS, Case, Size, measure  # noqa: E402
 
 
 def main() -> None:
+    shown = [case.name for case in (*RUNS, *OTHERS)]
     parser = argparse.ArgumentParser(
         prog="python -m tests.pretended_gpu", description="Run the program at full size on a pretended GPU."
     )
-    parser.add_argument("cases", nargs="*", default=[*CASES], help=f"some of {', '.join(CASES)}; all by default")
+    parser.add_argument(
+        "cases", nargs="*", default=shown, help=f"some of {', '.join(CASES)}; by default those of the page"
+    )
     parser.add_argument("--first", nargs="*", default=[], metavar="CASE", help="these only with fewest blocks")
     parser.add_argument("--share", action="store_true", help="find in the cache what cases before have encoded")
     parser.add_argument("--blocks", type=int, help="so many, instead of what is carried on to 60")

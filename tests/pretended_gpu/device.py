@@ -32,6 +32,8 @@ KNOWN = 600_000
 """Numbers of a tensor on the GPU whose content is known: a factor of rank 32 of the widest layer has so many."""
 FEW = 16
 """Numbers of a tensor that are made up one by one: losses, for instance."""
+OTHER = "other"
+"""What is in no stage."""
 CONTEXT = 0.6e9
 """Bytes that CUDA itself takes."""
 LARGE = 20e6
@@ -65,7 +67,7 @@ class Account:
         self.absent = absent
         self.live = Counter[tuple[str, str]]()
         self.stages = dict[str, Stage]()
-        self._seen, self._inside = WeakIdKeyDictionary(), ["other"]
+        self._seen, self._inside = WeakIdKeyDictionary(), [OTHER]
 
     @property
     def stage(self) -> Stage:
@@ -210,7 +212,7 @@ class PretendedGPU(TorchDispatchMode):
         return result
 
     def _of_known_shape(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """What an operator makes whose shape depends on content: on the positions in a mask, not on what is there."""
+        """What an operator makes whose shape depends on content: on a mask, say, whatever is where it is set."""
         unknown = any(self.content(x) is None for x in tensors)
 
         def lifted(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The library that lets a torch without CUDA have fake tensors on "cuda": built once, loaded before torch."""
+"""The library with which a torch without CUDA has fake tensors on "cuda": built once, loaded before torch."""
 
 import ctypes
 import hashlib

@@ -7,7 +7,8 @@
 - A module that moves gets new parameters: torch cannot put a fake tensor in the place of another one.
 - `torch.tensor` asks for the numbers in a list of tensors where nobody sees it; here they are asked for before.
 - The stable loss takes one batch of its sigmas: the others would show nothing new.
-- Random starts of experts on the CPU: minutes for numbers that nobody looks at.
+- Random starts of experts on the CPU take minutes, for numbers that nobody looks at. Small tensors, whose content is
+  known on the GPU, are zero.
 - Files of fake tensors, and of more than 64 MB, are written hollow.
 """
 
@@ -27,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from initializers.i2l import initializer
 from initializers.i2l.expert import Expert
 from tests.pretended_gpu import hollow
+from tests.pretended_gpu.device import KNOWN
 from trainer import files, validation
 from trainer.hardware import threads
 from trainer.hardware.live import fused_attention
@@ -56,6 +58,22 @@ def _first_batch(stable_errors: Any) -> Any:
         return found[:, :1].expand(-1, len(chosen))
 
     return errors
+
+
+@torch.no_grad()
+def _finite_start(expert: Expert, _: torch.Generator) -> None:
+    for weight in expert.parameters():
+        if weight.numel() <= KNOWN:
+            weight.zero_()
+
+
+def _attention(fused: Any) -> Any:
+    """Without a gradient there is nothing to keep: the windows of Qwen-VL are thousands."""
+
+    def attention(query: Tensor, *args: Any, **options: Any) -> Tensor:
+        return fused(query, *args, **options) if torch.is_grad_enabled() else torch.empty_like(query)
+
+    return attention
 
 
 class _Turns:
@@ -163,7 +181,7 @@ def replaced() -> Iterator[None]:
             (threads, "ThreadPoolExecutor", _Turns),
             (files, "save_file", _save_file),
             (safetensors.torch, "save_file", _save_file),
-            (Expert, "reset_parameters", lambda self, generator: None),
+            (Expert, "reset_parameters", _finite_start),
             (validation, "stable_errors", _first_batch(validation.stable_errors)),
             (torch.nn.Module, "_apply", _apply),
             (torch, "tensor", _tensor_of),
@@ -173,9 +191,6 @@ def replaced() -> Iterator[None]:
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(fused_attention())
         functional: Any = torch.nn.functional
-        keeping = functional.scaled_dot_product_attention
-        quick = lambda query, *args, **options: (  # noqa: E731
-            keeping(query, *args, **options) if torch.is_grad_enabled() else torch.empty_like(query)
-        )
-        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", quick))
+        attention = _attention(functional.scaled_dot_product_attention)
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", attention))
         yield

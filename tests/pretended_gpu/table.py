@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.pretended_gpu.device import OTHER
 from trainer.hardware.memory import CONTEXT_BYTES, usable
 
 PAGE = Path(__file__).parents[2] / "docs" / "real_size.md"
@@ -34,25 +35,34 @@ def _carried_on(found: Found, bytes_of: Callable[[Found], dict[str, float]]) -> 
     first, *others = found["sizes"]
     whole = {}
     for name, num_bytes in bytes_of(first).items():
+        if name == OTHER:  # what is left of the stage before, which may have found all in the cache
+            continue
         further = [(size["more"], bytes_of(size).get(name, num_bytes)) for size in others]
         whole[name] = num_bytes + sum(count * (other - num_bytes) for count, other in further) + CONTEXT_BYTES
     return whole
 
 
 def markdown(found: Mapping[str, Found]) -> str:
-    """A row for each stage of those that have a plan."""
-    runs = {name: one for name, one in found.items() if one["sizes"][0]["planned"]}
-    peaks = {name: (found_peaks(one), planned_peaks(one)) for name, one in runs.items()}
-    lines = [f"| GB on the GPU: found / planned | {' | '.join(f'`{name}`' for name in runs)} |"]
-    lines.append("|---" * (1 + len(runs)) + "|")
-    for stage in dict.fromkeys(name for _, planned in peaks.values() for name in planned):
-        cells = (_cell(stage, *peaks[name]) for name in runs)
+    """Those that have a plan, with a row for each stage; then the others."""
+    planned = {name: one for name, one in found.items() if one["sizes"][0]["planned"]}
+    others = {name: one for name, one in found.items() if name not in planned}
+    return "\n\n".join(_table(part) for part in (planned, others) if part)
+
+
+def _table(found: Mapping[str, Found]) -> str:
+    peaks = {name: (found_peaks(one), planned_peaks(one)) for name, one in found.items()}
+    what = "found / planned" if any(planned for _, planned in peaks.values()) else "found"
+    lines = [
+        f"| GB on the GPU: {what} | {' | '.join(f'`{name}`' for name in found)} |",
+        "|---" * (1 + len(found)) + "|",
+    ]
+    for stage in dict.fromkeys(name for one in found.values() for name in one["sizes"][0]["planned"]):
+        cells = (_cell(stage, *peaks[name]) for name in found)
         lines.append(f"| {stage} | {' | '.join(cells)} |")
-    highest = {name: max(measured.values()) for name, (measured, _) in peaks.items()}
-    lines.append(f"| **highest** | {' | '.join(f'**{_gb(highest[name])}**' for name in runs)} |")
-    lines.append(f"| card | {' | '.join(str(one['card']) for one in runs.values())} |")
-    fits = ("yes" if highest[name] <= usable(one["card"]) else "no" for name, one in runs.items())
-    lines.append(f"| fits | {' | '.join(fits)} |")
+    ends = [(max(found_peaks(one).values()), one["card"]) for one in found.values()]
+    lines.append(f"| **highest** | {' | '.join(f'**{_gb(highest)}**' for highest, _ in ends)} |")
+    lines.append(f"| card | {' | '.join(f'{card} GB' for _, card in ends)} |")
+    lines.append(f"| fits | {' | '.join('yes' if highest <= usable(card) else 'no' for highest, card in ends)} |")
     return "\n".join(lines)
 
 
