@@ -1,7 +1,7 @@
 """What a LoRA can start from: one module for each method, with a `Config` and `initialize(context, config) -> Seed`.
 
 To add an initializer, write its module and add a line to `_MODULES`; CONTRIBUTING.md has an example. A module may also
-have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `work(config, base, facts)`,
+have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `work(config, model, facts)`,
 `identity(config)`, `FILE_KEYS` and `embed(pictures, config, device)`: the functions below say what each is. A module is
 imported when it is asked for, so that importing this package costs nothing.
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from trainer.adapter import Initializer, RunFacts, Work
     from trainer.hub.sources import Need
+    from trainer.qwen_image import ModelConfig
 
 __all__ = [
     "UnknownInitializer",
@@ -98,12 +99,12 @@ def needs(method: str, config: Any, base: str) -> "list[Need]":
     return list(module.needs(config, base)) if hasattr(module, "needs") else []
 
 
-def work(method: str, config: Any, base: str, facts: "RunFacts") -> "Work":
+def work(method: str, config: Any, model: "ModelConfig", facts: "RunFacts") -> "Work":
     """What the initializer reads and computes in a run, for an estimate of its time; nothing by default."""
     from trainer.adapter import Work
 
     module = _module(method)
-    found: Work = module.work(config, base, facts) if hasattr(module, "work") else Work()
+    found: Work = module.work(config, model, facts) if hasattr(module, "work") else Work()
     return found
 
 

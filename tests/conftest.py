@@ -27,7 +27,8 @@ def own_hashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is kept of files' hashes does not go into the user's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("hashes")
-        patch.setattr(files, "_hashes", lambda: folder)
+        patch.setattr(files, "cache_folder", lambda: folder)
+        patch.setattr("trainer.qwen_image.cache_folder", lambda: folder)
         yield
 
 

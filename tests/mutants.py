@@ -166,16 +166,76 @@ MUTANTS = (
         "trainer/run.py",
         (
             "a run has no gradient checkpointing",
-            "gradient_checkpointing=checkpointing",
+            "gradient_checkpointing=settings.train.gradient_checkpointing",
             "gradient_checkpointing=False",
             "tests/test_run.py::test_gradient_checkpointing_is_at_work_where_it_is_configured",
         ),
     ),
     *_mutants(
+        "trainer/hardware/offload.py",
+        (
+            "blocks that checkpointing computes again stay on the GPU",
+            "always_call=True",
+            "always_call=False",
+            "tests/hardware/test_offload.py::test_gradients_are_equal_and_blocks_come_in_order[3]",
+        ),
+        (
+            "blocks are expected in the order of the forward pass only",
+            "last == index + 1 or last == index > 0",
+            "False",
+            "tests/hardware/test_offload.py::test_gradients_are_equal_and_blocks_come_in_order[3]",
+        ),
+        (
+            "no block comes ahead",
+            "0 <= following < len(self._blocks)",
+            "False",
+            "tests/hardware/test_offload.py::test_a_pass_that_breaks_off_leaves_the_weights_where_they_lie",
+        ),
+        (
+            "a block is used before it has come",
+            "torch.cuda.current_stream(self._device).wait_event(fetched.event)",
+            "pass",
+            "tests/hardware/test_offload.py::test_streams_wait_for_each_other",
+        ),
+        (
+            "a block comes into memory that is still in use",
+            "self._stream.wait_stream(torch.cuda.current_stream(self._device))",
+            "pass",
+            "tests/hardware/test_offload.py::test_streams_wait_for_each_other",
+        ),
+        (
+            "layers in 4 bits keep their weights on the GPU",
+            "_replace_4bit(block)\n    memories",
+            "pass\n    memories",
+            "tests/hardware/test_offload.py::test_quantised_blocks_are_fetched_as_they_are_stored[nf4]",
+        ),
+        (
+            "all blocks lie on the GPU",
+            "child is not blocks and child not in chosen",
+            "child is not blocks",
+            "tests/hardware/test_offload.py::test_all_but_the_offloaded_blocks_is_on_the_device",
+        ),
+    ),
+    *_mutants(
+        "trainer/hardware/parallel.py",
+        (
+            "accelerate moves offloaded blocks to the GPU",
+            "False if placed else None",
+            "None",
+            "tests/hardware/test_offload.py::test_accelerate_moves_nothing_that_is_meant_to_stay",
+        ),
+    ),
+    *_mutants(
         "trainer/qwen_image.py",
         (
+            "offloaded activations stay on the GPU",
+            "offload.checkpoint_on_cpu if offload_activations else None",
+            "None",
+            "tests/hardware/test_offload.py::test_what_checkpointing_keeps_goes_to_the_cpu_and_nothing_else",
+        ),
+        (
             "gradient checkpointing is never switched on",
-            "transformer.enable_gradient_checkpointing()",
+            "transformer.enable_gradient_checkpointing(offload.checkpoint_on_cpu if offload_activations else None)",
             "pass",
             "tests/test_qwen_image.py::test_gradient_checkpointing_keeps_less_and_changes_nothing",
         ),
@@ -403,6 +463,12 @@ MUTANTS = (
     ),
     *_mutants(
         "trainer/adapter.py",
+        (
+            "the adapter of an offloaded block lies on the CPU",
+            "parameter.detach().to(transformer.device, torch.float32)",
+            "parameter.detach().float()",
+            "tests/hardware/test_offload.py::test_all_but_the_offloaded_blocks_is_on_the_device",
+        ),
         (
             "a seed is not divided by PEFT's scale",
             "factors.b / scaling",
@@ -762,7 +828,7 @@ MUTANTS = (
         ),
         (
             "predictions of another Qwen-VL are read from the cache",
-            "read_by += qwen_image.identity(context.base)",
+            "read_by += _reader(context)",
             "pass",
             "tests/initializers/i2l/test_initializer.py::test_what_another_file_predicted_is_not_read",
         ),
@@ -813,8 +879,8 @@ MUTANTS = (
         "initializers/i2l/initializer.py",
         (
             "strength is tried on other pictures than those that were chosen",
-            "indices[index])",
-            "index)",
+            "indices[index], sigmas)",
+            "index, sigmas)",
             "tests/initializers/i2l/test_initializer.py::test_strength_is_tried_on_the_pictures_that_were_chosen",
         ),
         (
@@ -831,8 +897,14 @@ MUTANTS = (
         ),
         (
             "the strength with the highest loss is taken",
-            "means.argmin()",
-            "means.argmax()",
+            "np.argmin(losses)",
+            "np.argmax(losses)",
+            "tests/initializers/i2l/test_initializer.py::test_the_minimum_of_a_parabola",
+        ),
+        (
+            "each picture is tried at all sigmas",
+            "range(place, NUM_SIGMAS, len(tried))",
+            "range(NUM_SIGMAS)",
             "tests/initializers/i2l/test_initializer.py::test_strength_is_chosen_by_what_the_others_seed_does_to_a_picture",
         ),
         (

@@ -630,3 +630,13 @@ def test_a_rank_for_each_module_costs_no_more_than_one_for_all() -> None:
     seconds(AdapterConfig(rank=20))  # imports
     one, own = seconds(AdapterConfig(rank=20)), seconds(AdapterConfig(rank=20, rank_pattern=pattern))
     assert own < 3 * one
+
+
+def test_a_frozen_lora_is_held_in_the_precision_of_the_base() -> None:
+    """Raised to fp32, it would take twice the memory, and each layer's input once more."""
+    model = tiny(torch.bfloat16)
+    factors = LowRank(torch.randn(3, 64), torch.randn(64, 3))
+    adapter.attach_frozen(model, AdapterWeights({"transformer_blocks.0.attn.to_q": factors}))
+    (hook,) = model.transformer_blocks[0].attn.to_q._forward_hooks.values()
+    output(model)
+    assert {hook._a.dtype, hook._b.dtype} == {torch.bfloat16}

@@ -15,7 +15,7 @@ from diffusers import QwenImagePipeline
 
 import initializers
 import train as program
-from demo import base, build, creatures, experts, measure, painter, vae, vision
+from demo import base, build, creatures, experts, measure, painter, strengths, vae, vision
 from demo.text_encoder import templates
 from initializers.i2l.expert import read_geometry
 from initializers.i2l.layout import FILES, module_shapes
@@ -251,6 +251,46 @@ def test_experts_are_measured_with_right_and_wrong_pictures(tmp_path: Path, monk
     assert strength["right"] > 0
     text = (tmp_path / "report.md").read_text()
     assert 'strength = "auto"' in text and "| Style |" in text
+
+
+def test_ways_to_choose_a_strength_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two creatures with two pictures each, and runs of two steps."""
+    monkeypatch.setattr(creatures, "NUM_PICTURES", 2)
+    monkeypatch.setattr(strengths, "NOISE_SEEDS", (0,))
+    monkeypatch.setattr(strengths, "RATES", (3e-4,))
+    monkeypatch.setattr(strengths, "GRID", (0.0, 1.0))
+    monkeypatch.setattr(strengths, "RUN", ("train.steps=2", *strengths.RUN[1:]))
+    for index in (300, 301):
+        creatures.paint(tmp_path / "subjects", "new", index)
+    assert strengths.main([str(tmp_path / "subjects"), "--output", str(tmp_path / "out"), "--train"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(row["subject"], row["pictures"]) for row in report["rows"]] == [
+        ("new/300", "new"), ("new/301", "new"), ("new/300", "wrong"), ("new/301", "wrong"),
+    ]  # fmt: skip
+    for row in report["rows"]:
+        assert row["taken"][strengths.AUTO] == row["auto"]  # what the program itself chooses
+        base, seeded = row["held_out"]["0.0"], row["held_out"]["1.0"]
+        assert seeded > base if row["pictures"] == "wrong" else seeded < base
+        assert (row["auto"] > 0.5) == (row["pictures"] == "new")
+    changed = sum(row["taken"][strengths.FULL] != row["auto"] for row in report["rows"][:2])
+    assert len(report["runs"]) == 2 * changed and all(len(one["curve"]) == 2 for one in report["runs"])
+    assert "| forward passes |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_way_chooses_by_the_errors_it_computes() -> None:
+    errors = np.zeros((6, len(strengths.TRIED), 8))
+    errors += ((np.array(strengths.TRIED) - 0.6) ** 2)[None, :, None]
+    assert strengths.Way(strengths.TRIED)(errors) == 0.5
+    assert strengths.Way((0.0, 0.5, 1.25), 4, parabola=True)(errors) == 0.6
+    errors[1] += 9 * np.array(strengths.TRIED)[:, None]  # the second picture, which is not among the three
+    assert strengths.Way(strengths.TRIED)(errors) == 0.0
+    assert strengths.Way((0.0, 0.5, 1.25), 3, parabola=True)(errors) == 0.6
+    assert strengths.Way(strengths.TRIED).passes(6) == 288 and strengths.Way((0.0, 0.5, 1.25), 4).passes(6) == 24
+
+
+def test_the_sign_test() -> None:
+    assert strengths.paired([-0.01] * 9 + [0.02]) == "-0.70% (+2.00%), 9 lower, 1 higher, p = 0.02"
+    assert strengths.paired([0.0, 0.0]).endswith("0 lower, 0 higher, p = 1.00")
 
 
 def test_the_command_of_the_readme_on_a_shorter_run(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 import train as program
-from demo import build, creatures, experts, figure
+from demo import build, creatures, experts, figure, strengths
 from initializers.i2l import __main__ as i2l
 from initializers.i2l.layout import FILES
 from tests import mutants
 from tests.faults import __main__ as faults
+from trainer import doctor
 from trainer.bench import __main__ as bench
 from trainer.compare import __main__ as compare
 from trainer.formats import __main__ as formats
@@ -30,10 +31,12 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "demo.creatures": creatures.main,
     "demo.experts": experts.main,
     "demo.figure": figure.main,
+    "demo.strengths": strengths.main,
     "tests.faults": faults.main,
     "tests.mutants": mutants.main,
     "trainer.bench": bench.main,
     "trainer.compare": compare.main,
+    "trainer.doctor": doctor.main,
     "trainer.formats": formats.main,
 }
 
@@ -152,7 +155,7 @@ def commands(name: str) -> Iterator[tuple[str, list[str]]]:
             continue
         assert words[0] == "python", f"{name}: {line}"
         program_name, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
-        if program_name in ("pytest", "tests.test_losses"):
+        if program_name in ("pytest", "tests.test_losses", "tests.pretended_gpu"):
             for word in arguments:
                 assert not word.startswith("tests/") or (ROOT / word).exists(), f"{name}: {word}"
         else:

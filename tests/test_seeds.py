@@ -160,8 +160,10 @@ def test_a_trial_is_the_stable_loss_with_the_seed(
         weights = some_weights(context.modules, rank=4)
         assert context.try_seed is not None
         for _ in range(2):
-            values = [[context.try_seed(w, i) for i in range(4)] for w in (weights, AdapterWeights({}))]
-            told[:] = [sum(row) / 4 for row in values]
+            values = [[context.try_seed(w, i, range(8)) for i in range(4)] for w in (weights, AdapterWeights({}))]
+            told[:] = [float(torch.stack(row).mean()) for row in values]
+            some = context.try_seed(weights, 2, [6, 1])
+            torch.testing.assert_close(some, values[0][2][[6, 1]], rtol=1e-5, atol=0)  # with the same noise
         return Seed(weights, {})
 
     assert run(run_toml, tmp_path / "plain", *PLAIN, cache) == FINISHED

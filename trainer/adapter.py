@@ -7,7 +7,7 @@ alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by th
 import difflib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,16 +135,41 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a run, and the peak of its bytes on the GPU."""
+
+    name: str
+    num_bytes: float
+    instead: float | None = None
+    """Bytes on the GPU where there is no room for so many; None if there is no other way."""
+    how: str = ""
+    """What is done then, such as "on the CPU"."""
+    flop: float = 0.0
+    """What it computes, for an estimate of its time."""
+
+    @property
+    def least(self) -> float:
+        return self.num_bytes if self.instead is None else min(self.instead, self.num_bytes)
+
+    def plus(self, num_bytes: float) -> "Stage":
+        instead = None if self.instead is None else self.instead + num_bytes
+        return replace(self, num_bytes=self.num_bytes + num_bytes, instead=instead)
+
+
+@dataclass(frozen=True)
 class Work:
     """What an initializer does in a run, for an estimate of its time; none of it is in the cache yet."""
 
     num_bytes: float = 0.0
     """Read and written, beside the base."""
-    flop: float = 0.0
-    text_flop: float = 0.0
-    """In the base's text encoder."""
     passes: int = 0
     """Forward passes of the transformer with a picture each."""
+    stages: tuple[Stage, ...] = ()
+    """What its own models need, before the transformer is loaded."""
+    numbers: int = 0
+    """In the whole prediction, which is on the GPU while it is tried."""
+    stays: bool = False
+    """Whether all of it stays beside the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +192,9 @@ class InitContext:
     """Folder for what is expensive to compute; None: nothing is kept."""
     text_encoder: Any = None
     """`qwen_image.TextEncoder` of the base, if it may be loaded already. Whoever needs its memory calls `unload`."""
-    try_seed: Callable[[AdapterWeights, int], float] | None = None
-    """The stable loss of training picture `index` with these weights on the base; None where that cannot be had."""
+    try_seed: Callable[[AdapterWeights, int, Sequence[int]], Tensor] | None = None
+    """The errors of training picture `index` with these weights on the base, at some of the sigmas of the stable loss,
+    by their numbers (`validation.stable_errors`); None where that cannot be had."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Modules that have a rank of their own."""
 
@@ -242,8 +268,11 @@ def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) ->
     devices = {p.device for p in transformer.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         transformer.add_adapter(peft_config(config), adapter_name)
-    for parameter in _parameters(transformer, adapter_name).values():
-        parameter.data = parameter.data.float()  # PEFT takes over the base's type; a bf16 seed would be rounded
+    for name, parameter in _parameters(transformer, adapter_name).items():
+        # PEFT takes over a layer's type, in which a seed would be rounded, and its device: the CPU, if it is offloaded
+        module, _, own = name.rpartition(".")
+        whole = nn.Parameter(parameter.detach().to(transformer.device, torch.float32))
+        setattr(transformer.get_submodule(module), own, whole)
     if not config.use_dora:
         for _, layer in _layers(transformer, adapter_name):
             layer.cast_input_dtype_enabled = False
@@ -354,7 +383,7 @@ def read(transformer: nn.Module, adapter_name: str = NAME) -> AdapterWeights:
 
 
 def attach_frozen(transformer: nn.Module, weights: AdapterWeights) -> list[RemovableHandle]:
-    """Add dW of `weights` to the layers' outputs, not trained, until the handles are removed. In fp32.
+    """Add dW of `weights` to the layers' outputs, not trained, until the handles are removed. In the outputs' type.
 
     AdapterError if a module is missing or of another size.
     """
@@ -383,11 +412,11 @@ class _Constant:
     """A hook: output + x a^T b^T"""
 
     def __init__(self, factors: LowRank):
-        self._a, self._b = factors.a.float(), factors.b.float()
+        self._a, self._b = factors.a, factors.b
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        self._a, self._b = self._a.to(output.device), self._b.to(output.device)
-        return output + (inputs[0].float() @ self._a.T @ self._b.T).to(output.dtype)
+        self._a, self._b = self._a.to(output), self._b.to(output)
+        return output + inputs[0].to(output.dtype) @ self._a.T @ self._b.T
 
 
 def remove(transformer: Any) -> None:

@@ -86,11 +86,16 @@ def _how_to_go_on(error: BaseException, again: str) -> str:
     return "; ".join(getattr(error, "__notes__", [again]))
 
 
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "no triton" not in str(record.msg)  # torchao's, on every machine without a GPU
+
+
 def _quiet_libraries() -> None:
     """Their bars, their warnings about optional packages and a line for each request would bury ours. What is worth a
     word in a picture is said by notes."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    for name in ("PIL", "diffusers", "transformers", "accelerate", "httpx", "httpx2"):
+    logging.getLogger().addFilter(_is_of_use)
+    for name in ("PIL", "diffusers", "transformers", "accelerate", "httpx", "httpx2", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

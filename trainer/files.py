@@ -311,7 +311,7 @@ def _kept_hash(path: Path, size: int, changed: int) -> str:
     if size < KEPT_FROM:
         return sha256(path)
     known = {"path": str(path), "size": size, "time": changed}
-    kept = _hashes() / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
+    kept = cache_folder() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, KeyError):
         found = json.loads(kept.read_text(encoding="utf-8"))
         if {name: found[name] for name in known} == known:
@@ -325,8 +325,9 @@ def _kept_hash(path: Path, size: int, changed: int) -> str:
 KEPT_FROM = 1 << 22  # bytes; smaller files are read as quickly as what is kept
 
 
-def _hashes() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen-image-warm-start" / "hashes"
+def cache_folder() -> Path:
+    """This program's in the user's cache folder: XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen-image-warm-start"
 
 
 def sha256(path: Path) -> str:

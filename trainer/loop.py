@@ -55,6 +55,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Compute activations a second time instead of keeping them. This needs much less memory, and about a third more
     time."""
+    offload_activations: bool = False
+    """Let what gradient checkpointing still keeps, the input of each block, wait in the CPU's memory."""
 
     def problems(self) -> list[str]:
         found = [f"{name} must be at least 1" for name in ("steps", "batch_size", "gradient_accumulation_steps")
@@ -63,6 +65,8 @@ class TrainConfig:
                   if getattr(self, name) < 0]  # fmt: skip
         if not self.learning_rate > 0:
             found.append("learning_rate must be above 0")
+        if self.offload_activations and not self.gradient_checkpointing:
+            found.append("offload_activations needs gradient_checkpointing = true: it moves what checkpointing keeps")
         if self.warmup_steps >= self.steps:
             found.append(f"warmup_steps = {self.warmup_steps} leaves nothing of steps = {self.steps}")
         return found

@@ -3,7 +3,7 @@
 `LoraObjective` is what the loop trains, validates and saves. `Trials` tells an initializer what a start would be worth.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -218,7 +218,7 @@ def stable_losses(
 
 
 class Trials:
-    """What a start would be worth: the stable losses of training pictures with it on the base.
+    """What a start would be worth: the errors of training pictures with it on the base.
 
     The transformer is loaded at the first trial, when an initializer's own models are gone; the text encoder is
     unloaded before.
@@ -238,14 +238,17 @@ class Trials:
         self._text_encoder.unload()
         return self._load()
 
-    def __call__(self, weights: AdapterWeights, index: int) -> float:
-        """The stable loss of training picture `index` with `weights` on the base, or of the base if they are empty."""
+    def __call__(self, weights: AdapterWeights, index: int, sigmas: Sequence[int]) -> Tensor:
+        """The errors of training picture `index` with `weights` on the base, or of the base if they are empty, at some
+        of the sigmas of `validation.stable_errors`."""
         run, device = self._plan.config, self.transformer.device
-        item = self._encoded.item(self._plan.dataset.train[index])
+        items, dtype = [self._encoded.item(self._plan.dataset.train[index])], DTYPES[run.model.dtype]
         handles = adapter.attach_frozen(self.transformer, weights) if weights.factors else []
         try:
-            dtype, size = DTYPES[run.model.dtype], run.train.batch_size
-            return float(validation.stable_errors(self.transformer, [item], device, dtype, batch_size=size).mean())
+            size = run.train.batch_size
+            return validation.stable_errors(self.transformer, items, device, dtype, batch_size=size, chosen=sigmas)[
+                0
+            ].cpu()
         finally:
             for handle in handles:
                 handle.remove()

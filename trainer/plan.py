@@ -1,5 +1,6 @@
 """A run before it starts: its configuration, read and checked, what it would do, what it would need."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from trainer.data.pictures import DataError
 from trainer.export import ExportConfig
 from trainer.files import size
 from trainer.flow import FlowConfig
-from trainer.hardware import memory, parallel
+from trainer.hardware import memory, offload, parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.loop import TrainConfig
@@ -72,7 +73,7 @@ class Initializers(Protocol):
 
     def needs(self, method: str, config: Any, base: str) -> list[Need]: ...
 
-    def work(self, method: str, config: Any, base: str, facts: RunFacts) -> Work: ...
+    def work(self, method: str, config: Any, model: ModelConfig, facts: RunFacts) -> Work: ...
 
     def identity(self, method: str, config: Any) -> list[str]: ...
 
@@ -147,9 +148,9 @@ class Plan:
 
 FREE = (
     "output", "validation", "checkpoint", "export",
-    "model.base", "model.attention", "model.compile",
+    "model.base", "model.attention", "model.compile", "model.keep_quantized", "model.offload_blocks",
     "data.images", "data.recursive", "data.held_out", "data.trigger", "data.default_caption", "data.cache",
-    "train.gradient_accumulation_steps", "train.gradient_checkpointing",
+    "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.offload_activations",
 )  # fmt: skip
 """Keys that do not change what a run computes, or do so only by the pictures, captions and models of its course."""
 
@@ -196,7 +197,7 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
         whole = not found and all(sources.is_here(need) for need in needs)
         return initializers.identity(method, options) if whole else None
 
-    keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model.base)
+    keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model)
     return run, Start(method, initializers.get(method), options, found, needs, check_run, identity, keys, work)
 
 
@@ -213,10 +214,13 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
             "kept for the backward pass includes every weight as it was cast"
         )
     problems += parallel.problems(run.model.dtype, run.model.quantization, run.train.optimizer)
+    problems += offload.problems(run.model.offload_blocks, gradient_checkpointing=run.train.gradient_checkpointing)
     if run.model.quantization != "none" and run.adapter.use_dora:
         problems.append(
             '[adapter] use_dora: DoRA needs the base\'s weights unquantised; set [model] quantization = "none"'
         )
+    if run.model.offload_blocks and run.adapter.use_dora:
+        problems.append("[adapter] use_dora: DoRA needs all weights beside the adapter; set [model] offload_blocks = 0")
     if run.adapter.use_dora:  # its magnitudes cannot be said as b a
         for name in ("layouts", "rank"):
             if getattr(run.export, name):
@@ -227,6 +231,7 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         problems += [f"[model] base: {problem}" for problem in wrong]
         if not wrong:
             transformer = qwen_image.transformer_on_meta(run.model.base)
+            problems += _quantization_problems(run.model, transformer)
             modules = adapter.target_modules(transformer, run.adapter)
             multiple = qwen_image.picture_multiple(run.model.base)
     except adapter.AdapterError as error:
@@ -245,6 +250,19 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         raise config.ConfigError(problems)
     assert dataset is not None and transformer is not None
     return Plan(run, start, dataset, transformer, modules)
+
+
+def _quantization_problems(model: ModelConfig, transformer: QwenImageTransformer2DModel) -> list[str]:
+    stored = qwen_image.stored_quantization(model.base)
+    if stored not in (None, model.quantization):
+        advice = f'set it to "{stored}"' if stored in ("nf4", "int8") else "such a base cannot be trained on here"
+        return [f'[model] quantization: the base is stored in "{stored}"; {advice}']
+    names = [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]
+    return [
+        f'[model] quantization_skip: "{wanted}" is in the name of no linear layer'
+        for wanted in model.quantization_skip
+        if not any(f"{wanted}." in f"{name}." for name in names)
+    ]
 
 
 def plan_text(plan: Plan) -> str:
@@ -303,21 +321,42 @@ def pixels(plan: Plan) -> int:
     return max(example.bucket[0] * example.bucket[1] for example in plan.dataset.train)
 
 
+def memory_request(plan: Plan) -> memory.Request:
+    run = plan.config
+    facts = RunFacts(tuple(e.path for e in plan.dataset.train), run.adapter, can_try=not parallel.uses_fsdp())
+    return memory.Request(
+        transformer=plan.transformer,
+        model=run.model,
+        adapter=run.adapter,
+        train=run.train,
+        pixels=pixels(plan),
+        start=plan.start.work(facts),
+        draws=bool(run.validation.prompts),
+    )
+
+
 def memory_lines(plan: Plan) -> list[str]:
     """Estimates: nothing is loaded."""
-    run = plan.config
-    needs = memory.estimate(run.model.base, plan.transformer, run.model, run.adapter, run.train, pixels(plan))
+    run = memory_request(plan)
+    needs, waiting = memory.estimate(run), memory.waiting_bytes(run)
+    lines = [f"on the GPU, stage by stage, {size(memory.CONTEXT_BYTES)} for CUDA included:"]
+    for stage in needs.stages:
+        way = "" if stage.instead is None else f"   without room for it: {stage.how}"
+        mark = "   the most that is needed" if stage is needs.highest else ""
+        lines.append(f"  {stage.name:<28}{size(stage.num_bytes):>9}{way}{mark}")
     parts = ", ".join(f"{name} {size(value)}" for name, value in needs.parts.items())
-    stages = ", ".join(f"{name} {size(value)}" for name, value in needs.stages.items())
-    return [f"at its peak about {size(needs.peak)} on the GPU: {stages}", f"while training: {parts}"]
+    if waiting:
+        lines.append(f"in the CPU's memory, beside them: {size(waiting)} that come when they are needed")
+    return [*lines, f"while training: {parts}"]
 
 
 def fit_text(plan: Plan, vram: float) -> str:
     """Which settings would fit a card with so many GB, the smallest change first."""
-    run = plan.config
-    ways = memory.ways_to_fit(run.model.base, plan.transformer, run.model, run.adapter, run.train, pixels(plan))
-    usable = 0.95e9 * vram
-    lines = [f"on a card with {vram:g} GB, by estimates:"]
+    ways, usable = memory.ways_to_fit(memory_request(plan)), memory.usable(vram)
+    lines = [
+        f"on a card with {vram:g} GB, by estimates (it has {size(2**30 * vram)}; what is above {size(usable)} is left "
+        "for cuDNN's workspaces and fragmentation):"
+    ]
 
     def tell(num_bytes: float, stage: str, what: str) -> bool:
         verdict = "fits" if num_bytes <= usable else "does not fit"
@@ -325,15 +364,14 @@ def fit_text(plan: Plan, vram: float) -> str:
         return num_bytes <= usable
 
     for keys, needs in ways:
-        stage = max((name for name in needs.stages if name != memory.ENCODING), key=lambda name: needs.stages[name])
-        if tell(needs.peak, stage, "as it is" if not keys else " ".join(f"--set {key}" for key in keys)):
-            if needs.stages[memory.ENCODING] > usable:
-                lines.append("  captions are encoded on the CPU: the text encoder is too large for this card")
+        if tell(needs.peak, needs.highest.name, " ".join(f"--set {shlex.quote(key)}" for key in keys) or "as it is"):
+            moved = [stage for stage in needs.stages if stage.num_bytes > usable]
+            lines += [f"  {stage.name}: {stage.how}, since it would need {size(stage.num_bytes)}" for stage in moved]
             break
     else:
         lines.append("  nothing here fits: a smaller [adapter] rank or fewer target_modules help a little")
-    if run.model.quantization == "none" and ways[0][1].peak > usable:
-        offloaded = memory.offloaded_bytes(plan.transformer, run.model, ways[0][1])
+    if plan.config.model.quantization == "none" and ways[0][1].peak > usable:
+        offloaded = memory.offloaded_bytes(plan.transformer, plan.config.model, ways[0][1])
         where = "as it is, the weights in the CPU's memory, slower: accelerate launch --config_file "
         tell(offloaded, "training", f"{where}configs/accelerate/fsdp2_offload.yaml train.py ...")
     return "\n".join(lines)

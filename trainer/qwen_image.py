@@ -4,9 +4,13 @@ Each part is loaded alone and freed after use, so that text encoder and VAE neve
 """
 
 import gc
+import hashlib
+import importlib.util
 import inspect
 import json
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -15,12 +19,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from diffusers import (
     AutoencoderKLQwenImage,
     BitsAndBytesConfig,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    TorchAoConfig,
 )
 from PIL import Image
 from torch import Tensor
@@ -28,8 +34,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from trainer.errors import UserError
-from trainer.files import DTYPES, content_hash, read_header
+from trainer.files import DTYPES, cache_folder, content_hash, read_header, read_json, size
 from trainer.flow import generator
+from trainer.hardware import offload
 from trainer.hardware.live import LiveBytes
 from trainer.hub import sources
 from trainer.hub.sources import Need
@@ -59,6 +66,12 @@ PICTURE_MULTIPLE = 16
 """Sides of pictures are multiples of this many pixels in the published model: the VAE's step of 8, 2 x 2 in a patch."""
 
 
+LEFT_WHOLE = ("img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "img_mod", "txt_mod")
+"""What others leave unquantised: what comes in and goes out, and the modulations, which act on every token."""
+LEFT_WHOLE_OF_SMALL = ("img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "transformer_blocks.0.img_mod")
+"""What is left where all modulations in bf16 would not fit: they are 6.8 B of 20.4 B parameters."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """`[model]`"""
@@ -70,19 +83,43 @@ class ModelConfig:
     """The precision of the base model's weights and of the computation. The adapter is always in fp32."""
     quantization: Literal["none", "fp8", "int8", "nf4"] = "none"
     """How the frozen transformer's linear layers are stored. int8 and nf4 are computed by bitsandbytes and need a GPU.
-    fp8 (e4m3) is only stored: each layer is cast to `dtype` when it is needed."""
+    fp8 (e4m3, a scale for each row) is torchao's, and only stored so: each layer is cast to `dtype` when it is needed.
+    A base that is stored quantised is loaded as it is."""
+    quantization_skip: tuple[str, ...] = LEFT_WHOLE
+    """Modules, or parts of modules' names, whose layers stay in `dtype`. With fewer the base is smaller: the
+    modulations img_mod and txt_mod are a third of it."""
+    keep_quantized: bool = True
+    """Keep a base in nf4 or int8 in the user's cache folder after it was quantised once: later starts read that
+    instead of the whole base."""
+    text_encoder_quantization: Literal["none", "nf4"] = "none"
+    """How the text encoder is stored. nf4 makes it fit on small GPUs, with slightly other embeddings: 6.2 GB instead of
+    16.6 GB. Without it, it runs on the CPU where the GPU has no room."""
     attention: Attention = "native"
     """Which of diffusers' attention backends is used. "native" lets torch choose. flash_varlen (flash-attn 2),
     _flash_varlen_3 (flash-attn 3) and xformers must be installed first."""
     compile: bool = False
     """Compile each block with torch.compile. It takes minutes at the beginning, then steps are faster. A C++ compiler
     must be installed."""
+    offload_blocks: int = 0
+    """How many of the transformer's blocks (Qwen-Image has 60) lie in the CPU's memory, and come to the GPU when they
+    are needed. A number above means all. Each saves its weights on the GPU and takes as much of the CPU's memory. Steps
+    are slower where blocks do not come fast enough. It needs [train] gradient_checkpointing."""
 
     def problems(self) -> list[str]:
         found = check_base(self.base)
-        if self.compile and self.quantization == "fp8":
-            found.append('compile does not go with quantization = "fp8": its weights change their type in each block')
+        if self.quantization == "fp8" and importlib.util.find_spec("torchao") is None:
+            found.append('quantization: "fp8" needs torchao: pip install -e ".[fp8]"')
+        if self.offload_blocks < 0:
+            found.append(f"offload_blocks must be at least 0, not {self.offload_blocks}")
+        if self.offload_blocks and self.compile:
+            found.append("compile does not go with offload_blocks: each block has other weights whenever it is called")
+        if self.offload_blocks and self.quantization == "int8":
+            found.append('quantization: "int8" does not go with offload_blocks; use "nf4", "fp8" or "none"')
         return found
+
+    def stays_whole(self, module: str) -> bool:
+        """Whether a layer of that name is left unquantised; by the rule of diffusers."""
+        return any(f"{name}." in f"{module}." for name in self.quantization_skip)
 
 
 class ModelError(UserError):
@@ -217,24 +254,87 @@ def identity(base: str, parts: Sequence[str] = ENCODERS) -> list[str]:
 
 def load_transformer(config: ModelConfig, device: torch.device) -> QwenImageTransformer2DModel:
     """The transformer, frozen, on `device`. ModelError if it lacks a package for `attention`."""
-    options: dict[str, Any] = {"torch_dtype": DTYPES[config.dtype]}
-    if config.quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[config.dtype]
-        )
-    elif config.quantization == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if "quantization_config" in options:
-        options["device_map"] = {"": device}
-    transformer = QwenImageTransformer2DModel.from_pretrained(
-        sources.local(config.base), subfolder="transformer", use_safetensors=True, **options
-    )
-    if config.quantization == "fp8":
-        transformer.enable_layerwise_casting(torch.float8_e4m3fn, DTYPES[config.dtype])
-    if "quantization_config" not in options:
+    options: dict[str, Any] = {"torch_dtype": DTYPES[config.dtype], "use_safetensors": True}
+    folder, kept = sources.local(config.base) / "transformer", _quantised_folder(config)
+    if kept is not None and kept.is_dir():
+        log.info("the base in %s is read from %s", config.quantization, kept)
+        folder = kept
+    elif stored_quantization(config.base) is None:
+        options |= _quantising(config)
+    if config.quantization != "none":
+        options["device_map"] = {"": torch.device("cpu") if config.offload_blocks else device}
+    transformer = QwenImageTransformer2DModel.from_pretrained(folder, **options).requires_grad_(False)
+    if kept is not None and folder != kept:
+        _keep(transformer, kept)
+    if config.offload_blocks:
+        offload.place(transformer, transformer.transformer_blocks, config.offload_blocks, device)
+        transformer.hf_device_map = {"": device}  # where accelerate believes a quantised model to be
+    elif config.quantization == "none":
         transformer = transformer.to(device)
     set_attention(transformer, config.attention)
-    return transformer.eval().requires_grad_(False)
+    return transformer.eval()
+
+
+def _quantising(config: ModelConfig) -> dict[str, Any]:
+    """What `from_pretrained` must be told to quantise."""
+    skip = [*config.quantization_skip]
+    match config.quantization:
+        case "nf4":
+            dtype = DTYPES[config.dtype]
+            quantizer: Any = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=skip,
+            )
+        case "int8":
+            quantizer = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        case "fp8":
+            from torchao.quantization import Float8WeightOnlyConfig  # an extra, and slow to import
+
+            quantizer = TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert=skip)
+        case "none":
+            return {}
+    return {"quantization_config": quantizer}
+
+
+def _quantised_folder(config: ModelConfig) -> Path | None:
+    """Where this base is kept, or to be kept, quantised; None if it is not."""
+    if config.quantization not in ("nf4", "int8") or not config.keep_quantized or stored_quantization(config.base):
+        return None
+    names = [*identity(config.base, ("transformer",)), config.dtype, config.quantization, *config.quantization_skip]
+    return cache_folder() / "quantized" / hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+
+
+def _keep(transformer: QwenImageTransformer2DModel, folder: Path) -> None:
+    """Write a quantised base for the next start, if there is room for it; it appears whole or not at all."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    needed = sum(p.numel() * p.element_size() for p in transformer.parameters())
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder.parent).free < 1.1 * needed:
+            log.info("the quantised base (%s) is not kept: too little room in %s", size(needed), folder.parent)
+            return
+        transformer.save_pretrained(partial)
+        partial.rename(folder)
+        log.info("the quantised base (%s) is kept in %s; you can delete it", size(needed), folder)
+    except OSError as error:  # it is quantised again next time
+        log.warning("the quantised base could not be kept in %s (%s)", folder, error)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def stored_quantization(base: str) -> str | None:
+    """How the transformer's files are quantised: "nf4", "int8", or what they call it; None if they are not."""
+    file = sources.config_file(base, "transformer/config.json")
+    found = {} if file is None else read_json(file).get("quantization_config")
+    if not found:
+        return None
+    if found.get("quant_method") != "bitsandbytes":
+        return str(found.get("quant_method"))
+    return "nf4" if found.get("load_in_4bit") and found.get("bnb_4bit_quant_type") == "nf4" else "int8"
 
 
 def set_attention(transformer: QwenImageTransformer2DModel, name: str) -> None:
@@ -285,10 +385,16 @@ def picture_multiple(base: str) -> int:
     return 2 * 2 ** len(vae["temperal_downsample"]) if vae else PICTURE_MULTIPLE
 
 
-def set_up(transformer: QwenImageTransformer2DModel, config: ModelConfig, *, gradient_checkpointing: bool) -> None:
+def set_up(
+    transformer: QwenImageTransformer2DModel,
+    config: ModelConfig,
+    *,
+    gradient_checkpointing: bool,
+    offload_activations: bool = False,
+) -> None:
     """Switch on gradient checkpointing and compile, as configured. The adapter must be injected before."""
     if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(offload.checkpoint_on_cpu if offload_activations else None)
     if config.compile:
         transformer.compile_repeated_blocks()
 
@@ -316,36 +422,51 @@ def device_with_room(num_bytes: float, device: torch.device, what: str) -> torch
     return torch.device("cpu")
 
 
-def text_encoder_bytes(base: str) -> float:
+def text_encoder_bytes(base: str, quantization: str = "none") -> float:
     """Bytes of the text encoder's weights: of the files on this machine, else of Qwen2.5-VL-7B in bf16 (8.29 B
-    parameters)."""
+    parameters); in nf4 all but the embeddings of tokens and what comes out."""
     folder = sources.folder(base)
     files = [] if folder is None else [path.stat().st_size for path in (folder / "text_encoder").glob("*.safetensors")]
-    return float(sum(files)) if files else 16.6e9
+    return (float(sum(files)) if files else 16.6e9) * (0.375 if quantization == "nf4" else 1)
 
 
 class TextEncoder:
     """Qwen2.5-VL of a pipeline, which reads prompts, and pictures for i2L: loaded when it is first asked for, once for
     all who ask before `unload`; on the CPU if it does not fit on `device`."""
 
-    def __init__(self, base: str, device: torch.device):
-        self.base, self._device = base, device
+    def __init__(self, base: str, device: torch.device, quantization: str = "none"):
+        self.base, self._device, self._quantization = base, device, quantization
         self._loaded: Any = None
+
+    def identity(self) -> list[str]:
+        """What caches know its results by."""
+        return identity(self.base) + ([] if self._quantization == "none" else [self._quantization])
 
     def model(self, dtype: torch.dtype) -> Any:
         """Qwen2_5_VLForConditionalGeneration, in `dtype`."""
         if self._loaded is None or self._loaded.dtype != dtype:
             self.unload()
-            device = device_with_room(text_encoder_bytes(self.base), self._device, "the text encoder")
-            folder, options = sources.local(self.base), {"dtype": dtype, "use_safetensors": True}
+            needed = text_encoder_bytes(self.base, self._quantization)
+            device = device_with_room(needed, self._device, "the text encoder")
+            folder, options = sources.local(self.base), dict[str, Any](dtype=dtype, use_safetensors=True)
+            if self._quantization == "nf4":
+                options["quantization_config"] = transformers.BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+                )
+                options["device_map"] = {"": device}
             loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder="text_encoder", **options)
-            self._loaded = loaded.to(device).eval()
+            self._loaded = (loaded if self._quantization == "nf4" else loaded.to(device)).eval()
         return self._loaded
 
     def unload(self) -> None:
         """Free its memory."""
         self._loaded = None
         free_memory()
+
+
+def text_encoder(config: ModelConfig, device: torch.device) -> TextEncoder:
+    """As configured; nothing is loaded yet."""
+    return TextEncoder(config.base, device, config.text_encoder_quantization)
 
 
 class PromptEncoder:

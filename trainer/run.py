@@ -53,7 +53,7 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
         log.info("note: %s", note)
     job = Job(plan.output, settings.train, settings.checkpoint, settings.validation.every, plan.course())
     saved = loop.latest(job, accelerator) if resume else None
-    text_encoder, tick = TextEncoder(settings.model.base, accelerator.device), time.monotonic()
+    text_encoder, tick = qwen_image.text_encoder(settings.model, accelerator.device), time.monotonic()
     with accelerator.main_process_first():  # the others find it all in the cache
         if resume and accelerator.is_main_process:  # without --resume, the folder may hold files that are not ours
             remove_leftovers(plan.output)
@@ -74,8 +74,12 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
     report["sources"] |= started.report["sources"]
     if accelerator.is_main_process:
         write_json(plan.output / folder.RUN_FILE, {"status": "running", **report})
-    checkpointing = settings.train.gradient_checkpointing
-    qwen_image.set_up(started.transformer, settings.model, gradient_checkpointing=checkpointing)
+    qwen_image.set_up(
+        started.transformer,
+        settings.model,
+        gradient_checkpointing=settings.train.gradient_checkpointing,
+        offload_activations=settings.train.offload_activations,
+    )
     objective = LoraObjective(plan, started.transformer, encoded, accelerator)
     result = loop.train(objective, job, accelerator, resume=resume, quiet=quiet)
     parallel.unshard(objective.transformer)

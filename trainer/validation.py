@@ -73,25 +73,27 @@ def stable_errors(
     *,
     batch_size: int = NUM_SIGMAS,
     seed: int = 0,
+    chosen: Sequence[int] = range(NUM_SIGMAS),
 ) -> Tensor:
     """The velocity error of each item (first axis) at sigmas (i + 0.5) / 8 (second axis), each item with noise of its
     own, always the same. Their mean is the stable loss.
 
     Most of the noise of a training loss is the draw of sigmas and noise; here both are fixed, so that two values
-    differ only by the model. `batch_size` sigmas are computed together; another `seed` is another draw of the noise.
+    differ only by the model. `batch_size` sigmas are computed together; another `seed` is another draw of the noise;
+    `chosen` are the numbers i of the sigmas that are wanted.
     """
     losses = []
     for item in items:
         random = flow.generator("stable loss", item.digest, *([seed] if seed else []))
         all_noise = torch.randn(NUM_SIGMAS, *item.latents.shape, generator=random)
-        for rows in torch.arange(NUM_SIGMAS).split(batch_size):
+        for rows in torch.tensor([*chosen]).split(batch_size):
             sigmas, noise = flow.stratified_sigmas(NUM_SIGMAS)[rows].to(device), all_noise[rows].to(device)
             latents = item.latents.to(device).expand_as(noise)
             noisy = flow.interpolate(latents, noise, sigmas).to(dtype)
             prompt = item.prompt.to(device).expand(len(rows), -1, -1)
             predicted = qwen_image.predict_velocity(transformer, noisy, sigmas, prompt, None)
             losses.append(flow.losses(predicted, latents, noise))
-    return torch.cat(losses).view(len(items), NUM_SIGMAS)
+    return torch.cat(losses).view(len(items), len(chosen))
 
 
 @dataclass(frozen=True)

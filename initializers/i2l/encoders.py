@@ -4,6 +4,7 @@ The preprocessing is that of the published pipeline, by PIL and numpy alone. The
 and each is freed before the next is loaded.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
@@ -27,6 +29,7 @@ from transformers import (
 from initializers.i2l.layout import COARSE_TOKENS, FINE_TOKENS, layout_md5
 from trainer import qwen_image
 from trainer.files import LayoutError, content_hash, read_header, write_json, write_tensors
+from trainer.hardware import memory
 from trainer.hub import sources
 from trainer.hub.sources import Need
 
@@ -221,20 +224,27 @@ def encode_pictures(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The image embedding of each picture, B embedding_size in fp32: SigLIP2's pooled output, then DINOv3's CLS.
+    """The image embedding of each picture, B embedding_size in fp32 on the CPU: SigLIP2's pooled output, DINOv3's CLS.
 
     encoders: a folder or id that holds `SigLIP2-G384` and `DINOv3-7B`, as the published one does.
     """
-    siglip_folder, dinov3_folder = (sources.locate(str(encoders), file).parent for file in ENCODER_FILES)
-    siglip = load_siglip(siglip_folder, dtype, device)
-    parts = [_encode(siglip, embed_siglip, siglip_pixels, pictures)]
-    del siglip
-    qwen_image.free_memory()
-    dinov3 = load_dinov3(dinov3_folder, dtype, device)
-    parts.append(_encode(dinov3, embed_dinov3, dinov3_pixels, pictures))
-    del dinov3
-    qwen_image.free_memory()
+    parts = []
+    for name, file, load, embed, preprocess in (
+        ("SigLIP2", ENCODER_FILES[0], load_siglip, embed_siglip, siglip_pixels),
+        ("DINOv3", ENCODER_FILES[1], load_dinov3, embed_dinov3, dinov3_pixels),
+    ):
+        path = sources.locate(str(encoders), file)
+        needed = memory.with_activations(num_bytes(path, dtype))
+        model = load(path.parent, dtype, qwen_image.device_with_room(needed, torch.device(device), name))
+        parts.append(_encode(model, embed, preprocess, pictures, name).cpu())
+        del model
+        qwen_image.free_memory()
     return torch.cat(parts, dim=1)
+
+
+def num_bytes(path: Path, dtype: torch.dtype) -> float:
+    """Bytes of an encoder's weights in that precision."""
+    return float(dtype.itemsize * sum(map(math.prod, read_header(path).shapes.values())))
 
 
 @torch.no_grad()
@@ -275,9 +285,10 @@ def _encode(
     embed: Callable[[Any, Tensor], Tensor],
     preprocess: Callable[[Image.Image, int], Pixels],
     pictures: Sequence[Image.Image],
+    name: str,
 ) -> Tensor:
     parts = []
-    for start in range(0, len(pictures), CHUNK):
+    for start in tqdm(range(0, len(pictures), CHUNK), name, unit="batch", leave=False, disable=None):
         pixels = np.stack([preprocess(picture, model.config.image_size) for picture in pictures[start : start + CHUNK]])
         parts.append(embed(model, torch.from_numpy(pixels).to(model.device, model.dtype)).float())
     return torch.cat(parts)
@@ -389,7 +400,8 @@ def qwen_vl_residuals(
     for resolution, group in pictures.items():
         states = []
         chunk = max(1, CHUNK * RESOLUTIONS["coarse"] ** 2 // resolution**2)
-        for start in range(0, len(group), chunk):
+        what = f"Qwen-VL at {resolution} pixels"
+        for start in tqdm(range(0, len(group), chunk), what, unit="batch", leave=False, disable=None):
             squares = [cover_crop(picture, resolution) for picture in group[start : start + chunk]]
             patches = processor(images=squares, return_tensors="pt").to(model.device)
             num_image_tokens = int(patches["image_grid_thw"][0].prod()) // processor.merge_size**2  # equal for all

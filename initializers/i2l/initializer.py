@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from initializers.i2l import encoders
-from initializers.i2l.layout import FILES, Geometry, published_bytes
+from initializers.i2l.expert import factor_shapes, read_geometry
+from initializers.i2l.layout import FILES, PUBLISHED, Geometry, published_bytes
 from initializers.i2l.predictions import Predictions, dtype_for, predict_pictures, timed
 from initializers.i2l.recognise import (
     ORDER,
@@ -25,18 +27,21 @@ from initializers.i2l.recognise import (
     recognise,
 )
 from trainer import qwen_image
-from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed, Work
+from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed, Stage, Work
 from trainer.config import first_few
 from trainer.errors import UserError
-from trainer.files import content_hash
+from trainer.files import content_hash, read_header
+from trainer.hardware import memory
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.lowrank import LowRank, ranks_for_energy, scale
+from trainer.validation import NUM_SIGMAS
 
 FILE_KEYS = ("experts", "weights", "encoders")
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+STRENGTHS = (0.0, 0.5, 1.25)  # that "auto" tries
+STRENGTH_STEP = 0.05  # to which it rounds
 AUTO_NEEDS_TWO = 'strength = "auto" needs at least two pictures: each is tried with the seed of the others'
-MAX_TRIALS = 8  # pictures on which strengths are compared
+MAX_TRIALS = 4  # pictures on which strengths are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +64,9 @@ class Config:
     """Training pictures that the experts read: a number of them, spread evenly over all; file names; or 0 for all. Set
     it if some pictures are more typical than others, or if encoding all takes too long."""
     strength: float | Literal["auto"] = 1.0
-    """Factor of the seed: 1 is what the experts predict, 0 is the start of `random`. "auto" compares 0, 0.25, 0.5,
-    0.75, 1 and 1.25 by the loss on training pictures, each with the seed that the other pictures give. Lower it if the
-    first samples copy the training pictures."""
+    """Factor of the seed: 1 is what the experts predict, 0 is the start of `random`. "auto" tries 0, 0.5 and 1.25 on
+    training pictures, each with the seed that the other pictures give, and takes the minimum of the parabola through
+    the losses, at most 1.25. Lower it if the first samples copy the training pictures."""
     mode: Literal["seed", "merge"] = "seed"
     """What is done with the prediction. "seed": it is truncated to the adapter's rank and trained further. "merge": all
     of it stays on the base, frozen, and a new adapter is trained on top; the saved LoRA holds both, at the sum of their
@@ -154,29 +159,47 @@ def needs(config: Config, base: str) -> list[Need]:
     return found
 
 
-def work(config: Config, base: str, facts: RunFacts) -> Work:
+def work(config: Config, model: qwen_image.ModelConfig, facts: RunFacts) -> Work:
     """What it reads and computes, by the sizes of the files on this machine, else of the published ones.
 
     A model in bf16 takes as many FLOP for a token as it has bytes.
     """
-    kinds, num_bytes = list[str](), 0.0
+    kinds, read, numbers = list[str](), 0.0, 0
+    pictures = len(_choose_pictures(facts.images, config.pictures))
     for name in _expert_names(config):
         path = sources.cached(*expert_location(config.weights, name))
         kinds.append(name if name in FILES else recognise(name, Path(name).expanduser()).kind)
-        num_bytes += path.stat().st_size if path else published_bytes(kinds[-1])
+        read += path.stat().st_size if path else published_bytes(kinds[-1])
+        numbers += _predicted(kinds[-1], path, pictures)
+    found = Work(read, numbers=numbers, stays=config.mode == "merge")
     predicting = [kind for kind in kinds if kind != "bias"]
     if not predicting:
-        return Work(num_bytes)
+        return found
     paths = [sources.cached(config.encoders, file) for file in encoders.ENCODER_FILES]
     sizes = [path.stat().st_size if path else size for path, size in zip(paths, encoders.PUBLISHED_BYTES, strict=True)]
-    pictures = len(_choose_pictures(facts.images, config.pictures))
-    read = sum(encoders.TEXT_TOKENS[kind] for kind in predicting if kind in encoders.TEXT_TOKENS)
-    return Work(
-        num_bytes=num_bytes + sum(sizes),
-        flop=pictures * sum(size * tokens for size, tokens in zip(sizes, encoders.TOKENS, strict=True)),
-        text_flop=pictures * read * qwen_image.text_encoder_bytes(base),
-        passes=_num_passes(pictures) if config.strength == "auto" else 0,
+    tokens = sum(encoders.TEXT_TOKENS[kind] for kind in predicting if kind in encoders.TEXT_TOKENS)
+    text = qwen_image.text_encoder_bytes(model.base)
+    on_gpu = qwen_image.text_encoder_bytes(model.base, model.text_encoder_quantization)
+    reading = [("Qwen-VL", on_gpu, tokens * text)] if tokens else []
+    names = ("SigLIP2", "DINOv3")
+    reading += [(name, size, size * n) for name, size, n in zip(names, sizes, encoders.TOKENS, strict=True)]
+    return replace(
+        found,
+        num_bytes=read + sum(sizes),
+        passes=len(STRENGTHS) * NUM_SIGMAS if config.strength == "auto" else 0,
+        stages=tuple(
+            Stage(f"encoding pictures by {name}", memory.with_activations(size), 0.0, "on the CPU", pictures * flop)
+            for name, size, flop in reading
+        ),
     )
+
+
+def _predicted(kind: str, path: Path | None, pictures: int) -> int:
+    """How many numbers an expert predicts; of Bias those in its file, if that is on this machine."""
+    if kind == "bias":
+        return sum(map(math.prod, read_header(path).shapes.values())) if path else 0
+    shapes = factor_shapes(read_geometry(path) if path else PUBLISHED[kind].geometry, pictures)
+    return sum(math.prod(shape) for pair in shapes.values() for shape in pair)
 
 
 def identity(config: Config) -> list[str]:
@@ -288,11 +311,6 @@ def _choose_pictures(images: Sequence[Path], wanted: int | tuple[str, ...]) -> l
     return [names.index(name) for name in wanted]
 
 
-def _num_passes(count: int) -> int:
-    """Forward passes that strength = "auto" takes with so many pictures."""
-    return min(count, MAX_TRIALS) * len(STRENGTHS) * 8
-
-
 def _spread(count: int, limit: int) -> list[int]:
     """At most `limit` of the numbers 0 .. count - 1, spread evenly."""
     chosen = min(count, limit)
@@ -302,29 +320,42 @@ def _spread(count: int, limit: int) -> list[int]:
 def _choose_strength(
     context: InitContext, config: Config, predictions: Predictions, indices: Sequence[int]
 ) -> tuple[float, dict[str, Any]]:
-    """The strength with the lowest mean loss, and the mean losses of all strengths, for the report.
+    """The strength with the lowest loss, by a parabola through those tried, and what was tried, for the report.
 
     The loss on a picture is computed with the seed that the other pictures give, since a seed that has seen the picture
-    would gain by copying it. Seeds are not truncated.
+    would gain by copying it. Seeds are not truncated. The few pictures share the sigmas of the stable loss among them:
+    each sigma, with its noise, is computed once for each strength.
     """
     if context.try_seed is None:
         raise UserError('strength = "auto" needs the base and captions, as in train.py; here give a number')
     if len(indices) < 2:
         raise UserError(AUTO_NEEDS_TWO)
     tried = _spread(len(indices), MAX_TRIALS)
-    losses = torch.zeros(len(tried), len(STRENGTHS))
-    for row, index in enumerate(tqdm(tried, "i2L strength", unit="picture", leave=False, disable=None)):
-        others = [other for other in range(len(indices)) if other != index]
-        whole = dict(predictions.combine(config.expert_weights, others))
-        for column, strength in enumerate(STRENGTHS):
-            seed = {module: scale(x, strength) for module, x in whole.items()} if strength else {}
-            losses[row, column] = context.try_seed(AdapterWeights(seed), indices[index])
-    means = losses.mean(0)
-    if not bool(means.isfinite().all()):
+    errors = torch.zeros(len(STRENGTHS), NUM_SIGMAS)
+    with tqdm(total=len(tried) * len(STRENGTHS), desc="i2L strength", unit="trial", leave=False, disable=None) as bar:
+        for place, index in enumerate(tried):
+            sigmas = range(place, NUM_SIGMAS, len(tried))
+            others = [other for other in range(len(indices)) if other != index]
+            whole = dict(predictions.combine(config.expert_weights, others))
+            for row, strength in enumerate(STRENGTHS):
+                seed = {module: scale(x, strength) for module, x in whole.items()} if strength else {}
+                errors[row, sigmas] = context.try_seed(AdapterWeights(seed), indices[index], sigmas)
+                bar.update()
+    losses = errors.mean(1)
+    if not bool(losses.isfinite().all()):
         raise UserError(
             'strength = "auto": a loss that was tried is NaN or infinity; give a number, or use bf16 rather than fp16'
         )
-    best = STRENGTHS[int(means.argmin())]
-    shown = ", ".join(f"{strength:g}: {float(loss):.4f}" for strength, loss in zip(STRENGTHS, means, strict=True))
-    context.log(f"i2L: strength {best:g} has the lowest loss on pictures that the seed has not seen ({shown})")
-    return best, {"strengths": STRENGTHS, "losses": means.tolist(), "pictures": len(tried)}
+    best = round(STRENGTH_STEP * round(lowest(STRENGTHS, losses.tolist()) / STRENGTH_STEP), 2)
+    shown = ", ".join(f"{strength:g}: {float(loss):.4f}" for strength, loss in zip(STRENGTHS, losses, strict=True))
+    context.log(f"i2L: strength {best:g}, by a parabola through the losses on pictures the seed has not seen ({shown})")
+    return best, {"strengths": STRENGTHS, "losses": losses.tolist(), "pictures": len(tried)}
+
+
+def lowest(strengths: Sequence[float], losses: Sequence[float]) -> float:
+    """Where the parabola nearest to these losses is lowest, within the strengths; if it has no minimum, the strength
+    with the lowest loss."""
+    square, slope, _ = np.polyfit(strengths, losses, 2)
+    if square <= 0:
+        return strengths[int(np.argmin(losses))]
+    return float(np.clip(-slope / (2 * square), min(strengths), max(strengths)))

@@ -174,9 +174,14 @@ def _cache_file(
     """The file of an expert's prediction, named by a hash of all that it depends on."""
     read_by = encoders.identity(encoders_from)
     if expert_file.resolution is not None:
-        read_by += qwen_image.identity(context.base)
+        read_by += _reader(context)
     name = key("i2l", content_hash(expert_file.path), read_by, context.device.type, list(digests))
     return folder / f"{expert_file.kind}-{name[:32]}.safetensors"
+
+
+def _reader(context: InitContext) -> list[str]:
+    """What caches know Qwen-VL by."""
+    return qwen_image.identity(context.base) if context.text_encoder is None else context.text_encoder.identity()
 
 
 def read_predictions(file: Path) -> dict[str, Factors] | None:
@@ -223,7 +228,7 @@ def _residuals(
 
 def _residual_names(context: InitContext, resolutions: Sequence[int], digests: Sequence[str]) -> list[str]:
     """What the cache knows the hidden states by: all pictures at the first resolution, then at the next."""
-    model, device = qwen_image.identity(context.base), context.device.type
+    model, device = _reader(context), context.device.type
     return [key("i2l residual", model, device, resolution, digest) for resolution in resolutions for digest in digests]
 
 

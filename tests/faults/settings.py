@@ -74,11 +74,6 @@ OVERRIDES: list[tuple[str, tuple[str, ...], str]] = [
     ("an attention that is none", ("model.attention=flash",), '[model] attention: "flash" is not one of'),
     ("xformers without a GPU", ("model.attention=xformers",), '[model] attention: "xformers" needs a CUDA GPU'),
     ("1 for true", ("model.compile=1",), "[model] compile: must be true or false, not 1; write true"),
-    (
-        "fp8, compiled",
-        ("model.compile=true", "model.quantization=fp8", "train.gradient_checkpointing=true"),
-        "[model] compile does not go with",
-    ),
     # [data]
     ("no folder of pictures", ("data.images=nowhere",), "[data] images: there is no folder"),
     ("a folder's name that is empty", ("data.images=",), "[data] images must name a folder"),

@@ -1,6 +1,7 @@
 """Estimates of time: against arithmetic, and against what a run really does."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import train
 from tests.helpers import BAD_INPUT, FINISHED
 from trainer import adapter, qwen_image
 from trainer import run as running
-from trainer.adapter import AdapterConfig, Work
+from trainer.adapter import AdapterConfig, Stage, Work
 from trainer.data.dataset import Dataset, Example
 from trainer.hardware import memory, seconds
 from trainer.hardware.seconds import Card, Speed, Workload
 from trainer.loop import TrainConfig
 from trainer.plan import Plan, load_config, prepare
+from trainer.tracking import duration
 
 ROOT = Path(__file__).parents[2]
 REAL = sorted((ROOT / "configs").glob("qwen_image*.toml"))
@@ -35,12 +37,13 @@ SMALL: dict[str, Any] = {
 }
 WORK = Workload(
     num_bytes=60e9,
-    text_bytes=16e9,
-    captions=5e12,
+    captions=Stage("captions", 16e9, 0.0, "on the CPU", 5e12),
     pictures=10e12,
-    start=Work(num_bytes=20e9, flop=20e12, text_flop=40e12, passes=10),
+    start=Work(num_bytes=20e9, passes=10, stages=(Stage("text", 16e9, flop=40e12), Stage("pictures", 9e9, flop=20e12))),
     forward=70e12,
     step=220e12,
+    copied=8e9,
+    copies_a_step=2,
     validation_passes=30,
     decoding=100e12,
     validations=4,
@@ -154,7 +157,14 @@ def test_a_slower_card_is_slower_and_a_slower_disk_too() -> None:
     assert disk.total - fast.total == pytest.approx(40)
 
 
-def test_a_text_encoder_too_large_for_the_card_computes_on_the_cpu() -> None:
+def test_blocks_that_come_slower_than_they_are_computed_are_waited_for() -> None:
+    fast, slow = seconds.estimate(WORK, FAST), seconds.estimate(replace(WORK, copied=32e9), FAST)
+    assert WORK.copied / seconds.LINK < WORK.forward / FAST.flop < 32e9 / seconds.LINK == 2.0
+    assert fast.step == 2.2 and slow.step == 4.0
+    assert slow.validation == pytest.approx(30 * 2.0 + 1.0) and slow.before["trying strengths"] == 20.0
+
+
+def test_an_encoder_too_large_for_the_card_computes_on_the_cpu() -> None:
     small = seconds.estimate(WORK, replace(FAST, gigabytes=16))
     assert small.before["encoding captions and pictures"] == pytest.approx(5e12 / seconds.CPU_FLOP + 0.1)
     assert small.before["predicting the start"] == pytest.approx(40e12 / seconds.CPU_FLOP + 0.2)
@@ -164,9 +174,59 @@ def test_a_text_encoder_too_large_for_the_card_computes_on_the_cpu() -> None:
 def test_shipped_configurations_validate_a_tenth_of_the_time(path: Path, elsewhere: Path) -> None:
     work = seconds.count(real_plan(path, elsewhere))
     assert len(tomli.loads(path.read_text())["validation"]["prompts"]) > 0
-    for card in seconds.CARDS:
+    meant = re.search(r"_(\d+)gb$", path.stem)  # for cards of so many GB
+    cards = [card for card in seconds.CARDS if meant is None or card.gigabytes == int(meant[1])]
+    assert cards
+    for card in cards:
         speed = Speed(seconds.SHARE_OF_PEAK * card.teraflops * 1e12, seconds.DISK, card.gigabytes)
         assert 0.03 < seconds.estimate(work, speed).validating <= 0.1, card.name
+
+
+SHOWN = (
+    ("80gb", "H100"),
+    ("80gb", "A100"),
+    ("24gb", "RTX 4090"),
+    ("24gb", "RTX 3090"),
+    ("16gb", "RTX 4080"),
+    ("12gb", "RTX 4070"),
+)
+
+
+@pytest.mark.parametrize(("name", "card"), SHOWN)
+def test_the_pages_tell_what_is_estimated(name: str, card: str, elsewhere: Path) -> None:
+    chosen, plan = seconds.card(card), real_plan(ROOT / "configs" / f"qwen_image_{name}.toml", elsewhere)
+    speed = Speed(seconds.SHARE_OF_PEAK * chosen.teraflops * 1e12, seconds.DISK, chosen.gigabytes)
+    found = seconds.estimate(seconds.count(plan), speed)
+
+    def row(page: str, start: str) -> list[str]:
+        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+        (line,) = (line for line in lines if line.startswith(f"| {start} |"))
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    steps = found.steps * found.step
+    assert row("docs/real_size.md", card) == [
+        card,
+        f"{chosen.teraflops:g} TFLOP/s",
+        str(plan.config.data.resolution),
+        duration(found.first_step),
+        f"{found.step:.2g} s",
+        duration(steps),
+        duration(found.validation),
+        duration(found.total),
+    ]
+    minutes = [round(value / 60) for value in (found.first_step, found.total)]
+    told = [f"{m // 60} h {m % 60} min" if m > 60 else f"{m} min" for m in minutes]
+    assert row("README.md", f"{card}, {chosen.gigabytes:g} GB")[-2:] == told
+
+
+def test_offloaded_blocks_are_counted_in_their_precision(elsewhere: Path) -> None:
+    path = ROOT / "configs" / "qwen_image_16gb.toml"
+    none, some, more = (
+        seconds.count(real_plan(path, elsewhere, f"model.offload_blocks={n}", "train.gradient_accumulation_steps=3"))
+        for n in (0, 20, 99)
+    )
+    assert none.copied == 0 and more.copied == 3 * some.copied and none.copies_a_step == 6
+    assert more.copied == pytest.approx(0.5625 * 60 * 340e6, rel=0.05)  # of 20.4 B parameters nearly all
 
 
 def test_what_is_counted_is_what_a_run_does(run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:

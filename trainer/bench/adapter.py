@@ -31,7 +31,11 @@ def profile(prepared: Plan, device: torch.device) -> dict[str, Any]:
     run, area = prepared.config, plan.pixels(prepared)
     blocks = {
         way: memory.few_blocks(
-            prepared.transformer, DTYPES[run.model.dtype], None if way == BASE else run.adapter, 1, device
+            memory.shape_of(prepared.transformer),
+            DTYPES[run.model.dtype],
+            None if way == BASE else run.adapter,
+            1,
+            device,
         )
         for way in (BASE, PEFT, HERE)
     }

@@ -76,7 +76,7 @@ def measure(base: Path, name: str, settings: AdapterConfig, pixels: int, steps: 
         seconds.append(machine.now(device) - began)
     like = qwen_image.transformer_on_meta(str(base))
     needs = memory.resident_bytes(like, model, settings, TRAIN)
-    activations = memory.activation_bytes(like, model, TRAIN, pixels, settings)
+    activations = memory.step_bytes(like, model, TRAIN, settings, pixels) + memory.cast_bytes(like, model)
     return {
         "variant": name,
         "seconds_to_load": loaded,

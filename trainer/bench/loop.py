@@ -74,13 +74,18 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     settings = prepared.config
     machine.check(prepared, accelerator.device)
     sources.fetch(prepared.needs)
-    text_encoder = qwen_image.TextEncoder(settings.model.base, accelerator.device)
+    text_encoder = qwen_image.text_encoder(settings.model, accelerator.device)
     encoding = _encoding(prepared, accelerator.device, text_encoder)
     encoded = encode(prepared, accelerator.device, text_encoder, quiet=False)
     text_encoder.unload()
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
-    qwen_image.set_up(transformer, settings.model, gradient_checkpointing=settings.train.gradient_checkpointing)
+    qwen_image.set_up(
+        transformer,
+        settings.model,
+        gradient_checkpointing=settings.train.gradient_checkpointing,
+        offload_activations=settings.train.offload_activations,
+    )
     objective = LoraObjective(prepared, transformer, encoded, accelerator)
     whole, laps = list[float](), list[dict[str, float]]()
     for _ in range(TURNS):

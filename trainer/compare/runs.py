@@ -74,7 +74,7 @@ class Workbench:
         self._accelerator = parallel.make_accelerator(comparison.config.model.dtype)
         self.device = self._accelerator.device
         machine.check(comparison.subjects[0].plan, self.device)
-        self._text_encoder = qwen_image.TextEncoder(comparison.config.model.base, self.device)
+        self._text_encoder = qwen_image.text_encoder(comparison.config.model, self.device)
         self._encoded: dict[str, objective.Encoded] = {}
         self._base_losses: dict[str, float] = {}
         self._base_samples: dict[tuple[int, int], Tensor | None] = {}
@@ -86,7 +86,12 @@ class Workbench:
         began = time.monotonic()
         model, train = self._comparison.config.model, self._comparison.config.train
         transformer = qwen_image.load_transformer(model, self.device)
-        qwen_image.set_up(transformer, model, gradient_checkpointing=train.gradient_checkpointing)
+        qwen_image.set_up(
+            transformer,
+            model,
+            gradient_checkpointing=train.gradient_checkpointing,
+            offload_activations=train.offload_activations,
+        )
         self._loading_seconds += time.monotonic() - began
         return transformer
 

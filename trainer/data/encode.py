@@ -51,7 +51,7 @@ def encode_prompts(
     One by one, an embedding depends on its text alone. In a batch its last digits depend on the texts beside it, so
     that another prompt for validation would change training.
     """
-    model, encoder, ordered = qwen_image.identity(text_encoder.base), None, sorted(set(texts))
+    model, encoder, ordered = text_encoder.identity(), None, sorted(set(texts))
 
     def compute(positions: list[int]) -> list[Tensor]:
         nonlocal encoder

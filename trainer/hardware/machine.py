@@ -13,7 +13,7 @@ from trainer import config, qwen_image
 from trainer.files import size
 from trainer.hardware import memory, parallel
 from trainer.hub import sources
-from trainer.plan import Plan
+from trainer.plan import Plan, memory_request
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -40,7 +40,14 @@ def check(plan: Plan, device: torch.device) -> None:
     there = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
     if on_gpu and parallel.uses_fsdp():
         there *= parallel.num_processes()
-    needed = sum(memory.resident_bytes(plan.transformer, run.model, run.adapter, run.train).values())
+    resident = memory.resident_bytes(plan.transformer, run.model, run.adapter, run.train)
+    waiting = memory.waiting_bytes(memory_request(plan))
+    needed = sum(resident.values()) + (0 if on_gpu else waiting)
+    if on_gpu and waiting > (total := psutil.virtual_memory().total):
+        problems.append(
+            f"[model] offload_blocks: {size(waiting)} would lie in the CPU's memory, which has {size(total)}. "
+            'Offload fewer blocks, or store them in less: quantization = "nf4"'
+        )
     if needed > there:
         what = "the GPU has" if on_gpu else "the CPU has" if device.type == "cuda" else "there is no GPU, the CPU has"
         problems.append(

@@ -103,7 +103,8 @@ def wrap_ddp(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """DDP, where there are several processes. What is frozen is the same everywhere, and is not sent around."""
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
-    return accelerator.prepare(module)
+    placed = len({parameter.device for parameter in module.parameters()}) > 1  # parts of it are to stay on the CPU
+    return accelerator.prepare(module, device_placement=[False if placed else None])
 
 
 def shard(module: nn.Module, device: torch.device) -> None:

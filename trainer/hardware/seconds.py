@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer import qwen_image, validation
-from trainer.adapter import AdapterConfig, RunFacts, Work
+from trainer.adapter import AdapterConfig, RunFacts, Stage, Work
 from trainer.errors import UserError
 from trainer.files import DTYPES
 from trainer.hardware import machine, memory
@@ -33,7 +34,8 @@ from trainer.tracking import duration
 
 SHARE_OF_PEAK = 0.35  # a guess
 SHARE_OF_PRODUCT = 0.4  # of what one large product reaches, which is itself below the peak: a guess
-CPU_FLOP = 0.5e12  # a second, where the text encoder does not fit on the GPU: a guess
+CPU_FLOP = 0.5e12  # a second, where an encoder does not fit on the GPU: a guess
+LINK = 16e9  # bytes a second from the CPU's memory to the GPU, of blocks that lie there: a guess
 DISK = 2e9  # bytes a second, if the speed is neither told nor measured
 TEMPLATE_TOKENS = 34  # around a caption
 READ_AT_ONCE = 16 * 2**20  # bytes
@@ -107,14 +109,15 @@ class Workload:
 
     num_bytes: float
     """The base's, read once."""
-    text_bytes: float
-    """The text encoder's, among them."""
-    captions: float
+    captions: Stage
     pictures: float
     start: Work
     forward: float
     """A forward pass with one picture."""
     step: float
+    copied: float
+    """Bytes of blocks that come from the CPU's memory in a forward pass."""
+    copies_a_step: int
     validation_passes: int
     decoding: float
     """The sample pictures of a validation."""
@@ -148,39 +151,48 @@ class Seconds:
 
 
 def estimate(work: Workload, speed: Speed) -> Seconds:
-    """The text encoder computes on the CPU, if it does not fit on the GPU."""
-    fits = 1.1 * work.text_bytes < 1e9 * speed.gigabytes - memory.CONTEXT_BYTES
-    text_flop = speed.flop if fits else CPU_FLOP
-    validating = (work.validation_passes * work.forward + work.decoding) / speed.flop
+    """An encoder that does not fit on the GPU computes on the CPU."""
+
+    def encoding(stage: Stage) -> float:
+        fits = stage.num_bytes + memory.CONTEXT_BYTES <= memory.usable(speed.gigabytes)
+        return stage.flop / (speed.flop if fits else CPU_FLOP)
+
+    copying = work.copied / LINK  # while others compute
+    forward = max(work.forward / speed.flop, copying)
+    validating = work.validation_passes * forward + work.decoding / speed.flop
     before = {
         "reading models": (work.num_bytes + work.start.num_bytes) / speed.disk,
-        "encoding captions and pictures": work.captions / text_flop + work.pictures / speed.flop,
-        "predicting the start": work.start.text_flop / text_flop + work.start.flop / speed.flop,
-        "trying strengths": work.start.passes * work.forward / speed.flop,
+        "encoding captions and pictures": encoding(work.captions) + work.pictures / speed.flop,
+        "predicting the start": sum(map(encoding, work.start.stages)),
+        "trying strengths": work.start.passes * forward,
         "the first validation": validating,
     }
-    return Seconds(before, work.step / speed.flop, validating, work.validations, work.steps)
+    step = max(work.step / speed.flop, work.copies_a_step * copying)
+    return Seconds(before, step, validating, work.validations, work.steps)
 
 
 def count(plan: Plan) -> Workload:
     """What a run does that finds nothing in the cache."""
     run, data, base = plan.config, plan.dataset, plan.config.model.base
     side, number = pixels(plan), len(data.train) + len(data.held_out)
-    settings, like = run.adapter, plan.transformer
+    settings, like, blocks = run.adapter, plan.transformer, plan.transformer.transformer_blocks
     encoding, decoding = vae_flop(base, side)
-    text_bytes = qwen_image.text_encoder_bytes(base)
+    text = qwen_image.text_encoder_bytes(base)
+    text_loaded = memory.with_activations(qwen_image.text_encoder_bytes(base, run.model.text_encoder_quantization))
     checks, shown = run.validation, len(run.validation.prompts)
+    tokens = (number + shown) * (TEMPLATE_TOKENS + memory.PROMPT_TOKENS)
     pictures = sum(min(checks.num_pictures, len(part)) for part in (data.train, data.held_out))
     drawing = shown * checks.num_inference_steps * (2 if checks.true_cfg_scale > 1 else 1)
     one = TrainConfig(gradient_checkpointing=run.train.gradient_checkpointing)
     return Workload(
-        num_bytes=text_bytes + _transformer_bytes(plan),
-        text_bytes=text_bytes,
-        captions=text_bytes * (number + shown) * (TEMPLATE_TOKENS + memory.PROMPT_TOKENS),
+        num_bytes=text + _transformer_bytes(plan),
+        captions=Stage("encoding captions", text_loaded, flop=text * tokens),
         pictures=number * encoding,
         start=plan.start.work(RunFacts(tuple(e.path for e in data.train), settings, can_try=True)),
         forward=transformer_flop(like, settings, one, side, backward=False),
         step=transformer_flop(like, settings, run.train, side, backward=True) * run.train.gradient_accumulation_steps,
+        copied=min(run.model.offload_blocks, len(blocks)) * memory.weight_bytes(blocks[-1], run.model),
+        copies_a_step=2 * run.train.gradient_accumulation_steps,  # forward, and again in the backward pass
         validation_passes=pictures * validation.NUM_SIGMAS + drawing,
         decoding=shown * decoding,
         validations=math.ceil(run.train.steps / checks.every) + 1,
@@ -199,20 +211,25 @@ def transformer_flop(
     like: QwenImageTransformer2DModel, settings: AdapterConfig, train: TrainConfig, side: int, *, backward: bool
 ) -> float:
     """FLOP of a batch of square pictures of so many pixels; with `backward` those of a step."""
-
-    def counted(blocks: int) -> int:
-        meta = torch.device("meta")
-        transformer: Any = memory.few_blocks(like, torch.bfloat16, settings, blocks, meta)
-        if train.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-            velocity = memory.forward(transformer, train.batch_size, side, of_input=False)
-            if backward:
-                velocity.sum().backward()
-        return counter.get_total_flops()
-
-    one, two = counted(1), counted(2)
+    shape, sizes = memory.shape_of(like), (train.batch_size, side)
+    thrifty = train.gradient_checkpointing and backward
+    one, two = (_flop(shape, settings, sizes, blocks, thrifty, backward) for blocks in (1, 2))
     return one + (int(like.config["num_layers"]) - 1) * (two - one)
+
+
+@lru_cache
+def _flop(
+    shape: str, settings: AdapterConfig, sizes: tuple[int, int], blocks: int, thrifty: bool, backward: bool
+) -> int:
+    """Counted on the meta device. sizes: the batch's, and pixels of a picture; thrifty: with gradient checkpointing."""
+    transformer: Any = memory.few_blocks(shape, torch.bfloat16, settings, blocks, torch.device("meta"))
+    if thrifty:
+        transformer.enable_gradient_checkpointing()
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        velocity = memory.forward(transformer, *sizes, of_input=False)
+        if backward:
+            velocity.sum().backward()
+    return counter.get_total_flops()
 
 
 def vae_flop(base: str, side: int) -> tuple[float, float]:

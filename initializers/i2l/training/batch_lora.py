@@ -36,10 +36,11 @@ class BatchLora:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if name not in self._factors:
                 return output
-            a, b = self._factors[name]
-            x = inputs[0].to(a.dtype).flatten(1, -2) if inputs[0].ndim > 2 else inputs[0].to(a.dtype).unsqueeze(1)
-            added = torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))  # B T out
-            return output + added.view(output.shape).to(output.dtype)
+            x = inputs[0]
+            a, b = (factor.to(x.dtype) for factor in self._factors[name])  # small; raising x would keep it once more
+            tokens = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
+            added = torch.bmm(torch.bmm(tokens, a.transpose(1, 2)), b.transpose(1, 2))  # B T out
+            return output + added.view(output.shape)
 
         return add
 

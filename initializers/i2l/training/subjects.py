@@ -139,7 +139,7 @@ class Encoding:
 
     def prompts(self, texts: Iterable[str]) -> dict[str, Tensor]:
         """prompt_embeds of each text, L D."""
-        text_encoder = qwen_image.TextEncoder(self.model.base, self.device)
+        text_encoder = qwen_image.text_encoder(self.model, self.device)
         found = encode_prompts(self.cache, text_encoder, self.dtype, texts, batch_size=16, quiet=self.quiet)
         text_encoder.unload()
         return found
@@ -153,7 +153,7 @@ class Encoding:
         def embed(part: list[int]) -> list[Tensor]:
             pictures = [open_picture(examples[i].path) for i in part]
             if small:
-                return [*encoders.encode_squares(encoders.stacked(pictures), source, self.device, self.dtype)]
+                return [*encoders.encode_squares(encoders.stacked(pictures), source, self.device, self.dtype).cpu()]
             return [*encoders.encode_pictures(pictures, source, self.device, self.dtype)]
 
         name = ("image embedding", encoders.identity(source), str(self.dtype), small)
@@ -165,7 +165,7 @@ class Encoding:
         def read(part: list[int]) -> list[Tensor]:
             pictures = [open_picture(examples[i].path) for i in part]
             base = self.model.base
-            return [*encoders.qwen_vl_residual(pictures, base, resolution, self.device, self.dtype).half()]
+            return [*encoders.qwen_vl_residual(pictures, base, resolution, self.device, self.dtype).half().cpu()]
 
         name = ("residual", qwen_image.identity(self.model.base), str(self.dtype), resolution)
         return self._cached(examples, name, read, f"read pictures with Qwen-VL, {resolution} pixels")
@@ -178,7 +178,7 @@ class Encoding:
         what: str,
     ) -> Tensor:
         keys = [key(*name, example.digest) for example in examples]
-        return torch.stack(self.cache.get(keys, compute, what=what, batch_size=512, quiet=self.quiet)).cpu()
+        return torch.stack(self.cache.get(keys, compute, what=what, batch_size=512, quiet=self.quiet))
 
 
 class SubjectData:

@@ -28,13 +28,14 @@ from initializers.i2l.training.hypernetwork import ExpertConfig, Hypernetwork, S
 from initializers.i2l.training.subjects import Encoding, SubjectData, SubjectsConfig, read_subjects
 from trainer import checkpoint, flow, folder, loop, plan, qwen_image, validation
 from trainer import config as configuration
+from trainer.adapter import AdapterConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
 from trainer.data.cache import Cache
 from trainer.data.dataset import Example, load_picture
 from trainer.files import DTYPES, content_hash, remove_leftovers, write_json
 from trainer.flow import FlowConfig
-from trainer.hardware import machine, memory, parallel
+from trainer.hardware import machine, memory, offload, parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.loop import Loss, TrainConfig
@@ -103,6 +104,8 @@ def prepare(settings: HypernetworkConfig, *, resume: bool) -> list[list[Example]
             "[model] compile: each step puts other LoRAs into the blocks: they would be compiled every time"
         )
     problems += parallel.problems(settings.model.dtype, settings.model.quantization, settings.train.optimizer)
+    checkpointing = settings.train.gradient_checkpointing
+    problems += offload.problems(settings.model.offload_blocks, gradient_checkpointing=checkpointing)
     subjects = read_subjects(settings.data, square=settings.expert.train_encoders, problems=problems)
     if problems:
         raise configuration.ConfigError(problems)
@@ -123,7 +126,8 @@ def plan_text(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]
     base = sum(p.numel() for p in transformer.parameters())
     batch, pixels = settings.train.batch_size, settings.data.resolution**2
     weights = memory.weight_bytes(transformer, settings.model)
-    activations = memory.activation_bytes(transformer, settings.model, settings.train, pixels)
+    lora = AdapterConfig(rank=settings.expert.rank * settings.data.max_references)
+    activations = memory.step_bytes(transformer, settings.model, settings.train, lora, pixels)
     factors = batch * settings.data.max_references * settings.expert.rank * 4 * 2
     factors *= sum(inside + out for inside, out in layout.module_shapes(geometry).values())
     states = {"AdamW": 4 + 4 + 8, "8-bit AdamW": 4 + 4 + 2}
@@ -242,6 +246,7 @@ def _course(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]])
     }
     free = {"output", "validation", "checkpoint", "model.base", "model.attention", "expert.weights", "expert.encoders"}
     free |= {"data.images", "data.cache", "train.gradient_checkpointing"}
+    free |= {"train.offload_activations", "model.offload_blocks"}
     pictures = [(e.digest, e.caption) for group in subjects for e in group]
     return checkpoint.course(values, pictures, models, free)
 
@@ -256,8 +261,12 @@ class HypernetworkObjective:
     def __init__(self, settings: HypernetworkConfig, data: SubjectData, accelerator: Accelerator):
         self._settings, self._data, self._accelerator = settings, data, accelerator
         self._transformer = qwen_image.load_transformer(settings.model, accelerator.device)
-        checkpointing = settings.train.gradient_checkpointing
-        qwen_image.set_up(self._transformer, settings.model, gradient_checkpointing=checkpointing)
+        qwen_image.set_up(
+            self._transformer,
+            settings.model,
+            gradient_checkpointing=settings.train.gradient_checkpointing,
+            offload_activations=settings.train.offload_activations,
+        )
         geometry = _geometry(settings, self._transformer)
         self.network = Hypernetwork(settings.expert, geometry)
         self.network.to_device(accelerator.device)

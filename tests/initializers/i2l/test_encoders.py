@@ -15,6 +15,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from demo import text_encoder
 from initializers.i2l import encoders
+from trainer import qwen_image
 from trainer.files import LayoutError
 
 SIZES = pytest.mark.parametrize("size", [(64, 64), (130, 90), (90, 131), (1500, 1024), (2000, 2000), (1024, 1024)])
@@ -166,6 +167,29 @@ def test_embeddings_are_siglip_then_dinov3(siglip: SiglipVisionModel, dinov3: DI
         first = siglip(torch.from_numpy(encoders.siglip_pixels(pictures[9], 32))[None]).pooler_output
         second = dinov3(torch.from_numpy(encoders.dinov3_pixels(pictures[9], 32))[None]).last_hidden_state[:, 0]
     torch.testing.assert_close(found[9:], torch.cat([first, second], dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_each_encoder_asks_for_room_on_the_gpu(
+    siglip: SiglipVisionModel, dinov3: DINOv3ViTModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And runs where it is told to."""
+    encoders.save_siglip(siglip, tmp_path / "SigLIP2-G384", torch.float16)
+    encoders.save_dinov3(dinov3, tmp_path / "DINOv3-7B")
+    asked, placed = list[tuple[str, float, str]](), list[str]()
+
+    def room(num_bytes: float, device: torch.device, what: str) -> torch.device:
+        asked.append((what, num_bytes, str(device)))
+        return torch.device("cpu")
+
+    real = encoders._load
+    monkeypatch.setattr(qwen_image, "device_with_room", room)
+    monkeypatch.setattr(encoders, "_load", lambda *given: (placed.append(str(given[-1])), real(*given))[1])
+    encoders.encode_pictures([picture((80, 64), 0)], tmp_path, "cuda")
+    sizes = [4 * sum(p.numel() for p in model.parameters()) for model in (siglip, dinov3)]
+    assert [what for what, _, _ in asked] == ["SigLIP2", "DINOv3"] and {device for *_, device in asked} == {"cuda"}
+    for (_, num_bytes, _), size in zip(asked, sizes, strict=True):
+        assert size <= num_bytes <= 1.2 * size
+    assert placed == ["cpu", "cpu"]
 
 
 def test_embeddings_have_gradients(siglip: SiglipVisionModel, dinov3: DINOv3ViTModel) -> None:
