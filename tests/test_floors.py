@@ -13,10 +13,10 @@ FLOORS = {
     "transformers": ("5.4", "the image processor of Qwen2-VL that needs no torchvision is in a module of its own"),
     "peft": ("0.18", "the first for transformers 5"),
     "accelerate": ("1.13", "before, a quantised model on one GPU without an index is refused (its issue 3895)"),
-    "bitsandbytes": ("0.46", "its operators are torch's, which know shapes, and run on a CPU, too"),
+    "bitsandbytes": ("0.48", "models in int8 move between devices; transformers takes none before 0.46.1 for nf4"),
     "torchao": ("0.15", "diffusers takes none that is older"),
     "safetensors": ("0.5", "writes types of eight bits"),
-    "huggingface_hub": ("1.0", "what transformers 5 needs"),
+    "huggingface_hub": ("1.20", "goes on with a download whose connection broke; transformers 5.4 needs 1.5"),
 }  # fmt: skip
 
 
