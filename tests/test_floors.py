@@ -16,6 +16,7 @@ FLOORS = {
     "bitsandbytes": ("0.48", "models in int8 move between devices; transformers takes none before 0.46.1 for nf4"),
     "torchao": ("0.15", "diffusers takes none that is older"),
     "safetensors": ("0.5", "writes types of eight bits"),
+    "tomli": ("2.1", "its errors hold the text and the place, for the message about a configuration"),
     "huggingface_hub": ("1.20", "goes on with a download whose connection broke; transformers 5.4 needs 1.5"),
 }  # fmt: skip
 
