@@ -211,8 +211,8 @@ def test_the_page_is_as_it_is_found(everything: dict[str, Any]) -> None:
 def test_what_is_carried_on_is_what_60_blocks_need(everything: dict[str, Any], at_full_depth: dict[str, Any]) -> None:
     in_order(at_full_depth["qwen_image_24gb"])
     carried_on, measured = (table.found_peaks(found["qwen_image_24gb"]) for found in (everything, at_full_depth))
-    for name, num_bytes in measured.items():
-        assert num_bytes == pytest.approx(carried_on[name], rel=0.003), name
+    for name in table.planned_peaks(everything["qwen_image_24gb"]):
+        assert measured[name] == pytest.approx(carried_on[name], rel=0.003), name
     within_a_tenth(at_full_depth["qwen_image_24gb"])
     fits(at_full_depth["qwen_image_24gb"])
 
