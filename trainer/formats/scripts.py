@@ -66,7 +66,7 @@ class _Script:
             self.variables[name] = values
 
     def values(self, expression: str) -> list[Word]:
-        """What a shell puts in place of `$NAME`, `${NAME}`, `${NAME[@]}`, `${NAME:-default}`; `$@` is empty, as without arguments."""
+        """What `$NAME`, `${NAME}`, `${NAME[@]}` or `${NAME:-default}` means; `$@` is empty without arguments."""
         inner = expression[1:].removeprefix("{").removesuffix("}")
         name, default = inner, None
         if match := re.fullmatch(rf"({_NAME}):?-(.*)", inner, re.DOTALL):
