@@ -14,7 +14,8 @@ from trainer.flow import generator
 from trainer.formats.check import judge, verdict_text
 from trainer.formats.convert import Target, hand_off
 from trainer.formats.layouts import LAYOUTS
-from trainer.formats.lora import ALPHA_KEY, PEFT_FILE, FormatError, interface_metadata, open_lora, write_lora
+from trainer.formats.lora import FormatError, interface_metadata, open_lora, write_lora
+from trainer.formats.origin import ALPHA_KEY, PEFT_FILE
 from trainer.formats.read_config import Recipe, read_recipe
 from trainer.formats.rules import TRAINERS
 from trainer.lowrank import ordered, rank, relative_difference
