@@ -294,7 +294,7 @@ def test_bundled_embeddings_are_left_out_and_named(tmp_path: Path) -> None:
     beside = {"bundle_emb.my_char.qwen": torch.ones(4, 3584), "lora_te_x.lora_up.weight": torch.ones(2)}
     opened = open_lora(write(tmp_path / "x.safetensors", {**LORA, **beside}))
     assert opened.modules.keys() == {TO_Q}
-    assert sorted(note.split(" is left out (1 tensors, ")[0] for note in opened.notes) == [
+    assert sorted(note.split(" is left out (1 tensor, ")[0] for note in opened.notes) == [
         "a LoRA for the text encoder",
         "an embedding (textual inversion)",
     ]

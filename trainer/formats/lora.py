@@ -249,7 +249,7 @@ def _sort(header: Header) -> tuple[dict[str, ModuleKeys], list[str]]:
 
 def _left_out(what: str, keys: list[str], header: Header) -> str:
     num_bytes = sum(math.prod(header.shapes[key]) * _bits(header.dtypes[key]) / 8 for key in keys)
-    count = f"{len(keys)} tensors, {num_bytes / 1e6:.1f} MB, as {keys[0]}"
+    count = f"{len(keys)} tensor{'s' if len(keys) > 1 else ''}, {num_bytes / 1e6:.1f} MB, as {keys[0]}"
     return f"{what} is left out ({count}): only the transformer's part is read"
 
 
