@@ -1,7 +1,7 @@
 """What a LoRA can start from: one module for each method, with a `Config` and `initialize(context, config) -> Seed`.
 
 To add an initializer, write its module and add a line to `_MODULES`; CONTRIBUTING.md has an example. A module may also
-have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `work(config, model, facts)`,
+have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `work(config, model, facts)`, `notes(config)`,
 `identity(config)`, `FILE_KEYS` and `embed(pictures, config, device)`: the functions below say what each is. A module is
 imported when it is asked for, so that importing this package costs nothing.
 """
@@ -35,6 +35,7 @@ __all__ = [
     "identity",
     "names",
     "needs",
+    "notes",
     "resolve",
     "warm_start",
     "work",
@@ -106,6 +107,12 @@ def work(method: str, config: Any, model: "ModelConfig", facts: "RunFacts") -> "
     module = _module(method)
     found: Work = module.work(config, model, facts) if hasattr(module, "work") else Work()
     return found
+
+
+def notes(method: str, config: Any) -> list[str]:
+    """What is worth a word in the files of `config`, in which `check` has found no problem."""
+    module = _module(method)
+    return list(module.notes(config)) if hasattr(module, "notes") else []
 
 
 def identity(method: str, config: Any) -> list[str]:

@@ -1,14 +1,16 @@
-"""Start from the LoRA in a file, in any layout. The adapter truncates or pads it to the rank of the run."""
+"""Start from the LoRA, LoHa or LoKr in a file, in any layout. It is truncated or padded to the rank of the run."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.adapter import AdapterWeights, InitContext, Seed
 from trainer.files import content_hash
-from trainer.formats import FormatError, check_lora, read_lora
-from trainer.formats.lora import PEFT_CONFIG
-from trainer.lowrank import rank, scale
+from trainer.formats import FormatError
+from trainer.formats.lora import open_lora
+from trainer.formats.origin import PEFT_CONFIG
+from trainer.lowrank import LowRank, energy, energy_kept, rank, scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,7 @@ class Config:
     """`[init.file]`"""
 
     path: str = ""
-    """The LoRA: a .safetensors file, or a folder that PEFT or diffusers has written. `--init PATH` sets it."""
+    """The LoRA, LoHa or LoKr: a .safetensors file, or a folder of PEFT or diffusers. `--init PATH` sets it."""
     strength: float = 1.0
     """Factor of the LoRA: 1 is its own effect. Lower it if the LoRA is too strong a start."""
 
@@ -35,10 +37,15 @@ def check(config: Config) -> list[str]:
         return [*config.problems(), "path must name a LoRA file or folder"]
     found = config.problems()
     try:
-        check_lora(Path(config.path).expanduser())
+        open_lora(Path(config.path).expanduser())
     except FormatError as error:
         found.append(f"path: {error}")
     return found
+
+
+def notes(config: Config) -> list[str]:
+    """What is left out of the file, and the model that it was made for, if it is another."""
+    return [f"{config.path}: {note}" for note in open_lora(Path(config.path).expanduser()).notes]
 
 
 def identity(config: Config) -> list[str]:
@@ -50,9 +57,31 @@ def identity(config: Config) -> list[str]:
 
 
 def initialize(context: InitContext, config: Config) -> Seed:
-    """The file's effective factors times `strength`. FormatError if it cannot be read."""
-    weights, metadata = read_lora(Path(config.path).expanduser())
+    """The file's effective factors times `strength`; of a LoHa or LoKr what the largest rank of the adapter keeps.
+    FormatError if it cannot be read."""
+    file = open_lora(Path(config.path).expanduser())
+    weights, metadata = file.read(max((context.rank, *context.rank_pattern.values())))
     factors = {name: scale(factor, config.strength) for name, factor in weights.factors.items()}
-    ranks = sorted({rank(factor) for factor in factors.values()})
-    report = {"method": "file", "path": config.path, "strength": config.strength, "modules": len(factors)}
-    return Seed(AdapterWeights(factors), {**report, "ranks": ranks, "metadata": metadata})
+    lost = {name: value * config.strength**2 for name, value in weights.lost.items()}
+    kept = _kept(factors, lost)
+    if file.method != "LoRA":
+        context.log(f"{config.path} is a {file.method}: reading kept {100 * kept['total']:.1f} % of its energy")
+    report = {
+        "method": "file",
+        "path": config.path,
+        "kind": file.method,
+        "strength": config.strength,
+        "modules": len(factors),
+        "ranks": sorted({rank(factor) for factor in factors.values()}),
+        "energy_kept": kept,
+        "notes": file.notes,
+        "metadata": metadata,
+    }
+    return Seed(AdapterWeights(factors, lost), report)
+
+
+def _kept(factors: Mapping[str, LowRank], lost: Mapping[str, float]) -> dict[str, float]:
+    """The share of energy that reading has kept."""
+    before = {name: energy(factor) + lost.get(name, 0.0) for name, factor in factors.items()}
+    shares = {name: 1 - lost.get(name, 0.0) / whole if whole else 1.0 for name, whole in before.items()}
+    return energy_kept(shares, before)

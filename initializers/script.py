@@ -23,7 +23,7 @@ import initializers
 from trainer import adapter, config, lycoris
 from trainer.adapter import NAME, AdapterConfig, InitContext, Seed
 from trainer.data.pictures import SUFFIXES, DataError, pictures_in, upright
-from trainer.formats.lora import BASE_CHANGING
+from trainer.formats.origin import BASE_CHANGING
 from trainer.hub import sources
 
 log = logging.getLogger("trainer")
@@ -99,6 +99,8 @@ def warm_start(
         if problems:
             raise config.ConfigError(problems)
         context = _context(model, target, chosen, pictures)
+        for note in initializers.notes(method, own):
+            log.warning("warm start: %s", note)
         sources.fetch(initializers.needs(method, own, context.base))
         seed = initializers.get(method)(context, own)
     return {"init": seed.report, **_apply(model, seed, target, chosen.seed)}

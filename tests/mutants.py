@@ -464,6 +464,12 @@ MUTANTS = (
     *_mutants(
         "trainer/adapter.py",
         (
+            "what a seed lost when it was read counts as kept",
+            "left + cut, share * left / (left + cut)",
+            "left, share * left / left",
+            "tests/formats/test_methods.py::test_modules_of_a_smaller_rank_are_truncated_further",
+        ),
+        (
             "the adapter of an offloaded block lies on the CPU",
             "parameter.detach().to(device, torch.float32)",
             "parameter.detach().float()",
@@ -543,21 +549,57 @@ MUTANTS = (
         "trainer/formats/lora.py",
         (
             "a file's alpha is ignored",
-            "LowRank(a, b * scale)",
-            "LowRank(a, b)",
+            'tensors["b"] * scale',
+            'tensors["b"]',
             "tests/formats/test_layouts.py::test_every_layout_gives_the_same_weights",
         ),
         (
-            "rslora is read as plain LoRA",
-            "alpha / math.sqrt(rank) if",
-            "alpha / rank if",
-            "tests/formats/test_layouts.py::test_a_folder_of_peft_gives_peft_s_own_delta",
+            "keys that are left out are read with the others",
+            "*chain(*left_out.values())",
+            "*chain(*left_out)",
+            "tests/formats/test_methods.py::test_a_text_encoder_s_part_is_left_out_and_named",
         ),
         (
             "an alpha of our own changes dW the wrong way",
             "len(a) / alpha",
             "alpha / len(a)",
             "tests/formats/test_layouts.py::test_another_alpha_leaves_dw_as_it_is",
+        ),
+    ),
+    *_mutants(
+        "trainer/formats/origin.py",
+        (
+            "rslora is read as plain LoRA",
+            "math.sqrt(rank) if",
+            "rank if",
+            "tests/formats/test_layouts.py::test_a_folder_of_peft_gives_peft_s_own_delta",
+        ),
+        (
+            "PEFT's rank of single layers is ignored",
+            'patterns["rank_pattern"]',
+            "[]",
+            "tests/formats/test_methods.py::test_a_folder_of_peft_gives_peft_s_own_delta",
+        ),
+    ),
+    *_mutants(
+        "trainer/formats/methods.py",
+        (
+            "a LoKr is truncated to its least singular values",
+            ".sort(descending=True)",
+            ".sort()",
+            "tests/formats/test_methods.py::test_a_truncated_read_is_the_svd_of_dw",
+        ),
+        (
+            "alpha has an effect on whole matrices",
+            "return None\n\n\n@torch.no_grad()",
+            "return 1\n\n\n@torch.no_grad()",
+            "tests/formats/test_methods.py::test_dw_is_that_of_the_formula",
+        ),
+        (
+            "what truncation takes from a LoKr is not told",
+            "values[keep:].square()",
+            "values[len(values) :].square()",
+            "tests/formats/test_methods.py::test_a_truncated_read_is_the_svd_of_dw",
         ),
     ),
     *_mutants(
@@ -570,8 +612,8 @@ MUTANTS = (
         ),
         (
             "a module that is in a file twice is taken once",
-            "part) is not None",
-            "part) is None",
+            "name) is not None",
+            "name) is None",
             "tests/formats/test_layouts.py::test_damaged_and_foreign_files_are_named",
         ),
     ),

@@ -107,6 +107,8 @@ class AdapterConfig:
 class AdapterWeights:
     factors: Mapping[str, LowRank]
     """Module name -> effective factors, fp32. Names are the transformer's: `transformer_blocks.0.attn.to_q`."""
+    lost: Mapping[str, float] = field(default_factory=dict)
+    """The energy that modules had beside these factors, where they were truncated before."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,8 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
         if problem := _misfit(whole, sizes[name]):
             return problem, 0.0, 0.0, whole
         factors, share = _at_most(whole, layers[name].r[adapter_name])
-        return None, energy(whole), share, factors
+        left, cut = energy(whole), seed.weights.lost.get(name, 0.0)
+        return None, left + cut, share * left / (left + cut) if cut else share, factors
 
     # each is asked for once: a seed may be made as it is asked for, and fill no memory
     for name, (problem, before, share, factors) in zip(layers, parallel_map(fit, layers), strict=True):
@@ -340,7 +343,7 @@ def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_
     _write(layers, requested, adapter_name)
     largest = verify(transformer, AdapterWeights(requested), adapter_name)
     for name in given:
-        if name not in layers and (before := energy(given[name])):
+        if name not in layers and (before := energy(given[name]) + seed.weights.lost.get(name, 0.0)):
             lost[name] = energies[name] = before
     total = sum(energies.values())
     return {

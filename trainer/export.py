@@ -20,15 +20,8 @@ from trainer.config import first_few
 from trainer.files import DTYPES, new_folder, write_json, write_tensors, write_text
 from trainer.flow import generator
 from trainer.formats.layouts import LAYOUTS
-from trainer.formats.lora import (
-    DIFFUSERS_FILE,
-    PEFT_CONFIG,
-    PEFT_FILE,
-    interface_metadata,
-    peft_description,
-    plain,
-    write_lora,
-)
+from trainer.formats.lora import interface_metadata, peft_description, plain, write_lora
+from trainer.formats.origin import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from trainer.hub.sources import plain_id, repository
 from trainer.lowrank import concatenate, energy, energy_kept, ordered, rank, truncate
 

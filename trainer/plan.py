@@ -75,6 +75,8 @@ class Initializers(Protocol):
 
     def work(self, method: str, config: Any, model: ModelConfig, facts: RunFacts) -> Work: ...
 
+    def notes(self, method: str, config: Any) -> list[str]: ...
+
     def identity(self, method: str, config: Any) -> list[str]: ...
 
     def file_keys(self, method: str) -> tuple[str, ...]: ...
@@ -103,6 +105,8 @@ class Start:
     """The options that only say where these files are."""
     work: Callable[[RunFacts], Work] = lambda facts: Work()
     """What it will do in the run that is planned."""
+    notes: Sequence[str] = ()
+    """What is worth a word in the files that it starts from."""
 
 
 @dataclass(frozen=True)
@@ -198,14 +202,15 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
         return initializers.identity(method, options) if whole else None
 
     keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model)
-    return run, Start(method, initializers.get(method), options, found, needs, check_run, identity, keys, work)
+    notes = [] if found else initializers.notes(method, options)
+    return run, Start(method, initializers.get(method), options, found, needs, check_run, identity, keys, work, notes)
 
 
 def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
     """Check models, data, output, targets and initializer; ConfigError lists every problem at once."""
     output = Path(run.output)
     if resume and folder.is_begun(output):  # the seed is in the checkpoint: the initializer is not asked again
-        start = replace(start, problems=[], needs=[], check_run=lambda facts: [], work=lambda facts: Work())
+        start = replace(start, problems=[], needs=[], check_run=lambda facts: [], work=lambda facts: Work(), notes=())
     problems = [f"[init.{start.method}] {problem}" for problem in start.problems]
     problems += folder.problems(output, resume=resume, steps=run.train.steps)
     if run.model.quantization == "fp8" and not run.train.gradient_checkpointing:
@@ -290,9 +295,9 @@ def plan_text(plan: Plan) -> str:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What is worth a word in pictures, captions and the model; how captions are cut, if the tokenizer is on this
-    machine."""
-    found, base = [*plan.dataset.notes], plan.config.model.base
+    """What is worth a word in pictures, captions, the start and the model; how captions are cut, if the tokenizer is on
+    this machine."""
+    found, base = [*plan.dataset.notes, *plan.start.notes], plan.config.model.base
     if plan.start.method == "i2l" and qwen_image.is_2512(base):
         found.append(
             "i2L was made for the first Qwen-Image, Qwen/Qwen-Image: on Qwen-Image-2512 its LoRA has the right shape, "

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,17 +140,30 @@ TEXT_TO_IMAGE = "Qwen/Qwen-Image or Qwen/Qwen-Image-2512"
 _CONFIG = "transformer/config.json"
 _EDITS = "Qwen-Image-Edit, which is trained on pairs of pictures"
 _LAYERED = "Qwen-Image-Layered, which draws several layers at once"
-_NEW_CLASS = "Qwen-Image-2.1, a model of another architecture"
+QWEN_IMAGE_21 = "Qwen-Image-2.1, a model of another architecture"
+_FAMILY = {
+    "2-1": QWEN_IMAGE_21,
+    "2512": "Qwen-Image-2512",
+    "layered": "Qwen-Image-Layered",
+    "edit": "Qwen-Image-Edit",
+    "edit-2509": "Qwen-Image-Edit-2509",
+    "edit-plus": "Qwen-Image-Edit-2509",
+    "edit-plus-2509": "Qwen-Image-Edit-2509",
+    "edit-2511": "Qwen-Image-Edit-2511",
+    "edit-plus-2511": "Qwen-Image-Edit-2511",
+}
+"""How Qwen, and the programs that train LoRAs, name the models of the family after "qwen-image-"."""
+_MEMBER = re.compile(rf"qwen-?image(?:-({'|'.join(sorted(_FAMILY, key=len, reverse=True))})(?![a-z0-9]))?")
 _OTHERS = (  # files of other models of the family, what each says, and what the model is
     ("model_index.json", "_class_name", "QwenImageEditPipeline", _EDITS),
     ("model_index.json", "_class_name", "QwenImageEditInpaintPipeline", _EDITS),
     ("model_index.json", "_class_name", "QwenImageEditPlusPipeline", _EDITS),
     ("model_index.json", "_class_name", "QwenImageLayeredPipeline", _LAYERED),
-    ("model_index.json", "_class_name", "QwenImage21Pipeline", _NEW_CLASS),
+    ("model_index.json", "_class_name", "QwenImage21Pipeline", QWEN_IMAGE_21),
     (_CONFIG, "zero_cond_t", True, _EDITS),
     (_CONFIG, "use_layer3d_rope", True, _LAYERED),
     (_CONFIG, "use_additional_t_cond", True, _LAYERED),
-    (_CONFIG, "_class_name", "QwenImage21Transformer2DModel", _NEW_CLASS),
+    (_CONFIG, "_class_name", "QwenImage21Transformer2DModel", QWEN_IMAGE_21),
 )
 
 
@@ -168,7 +182,13 @@ def is_2512(base: str) -> bool:
     """Whether `base` is Qwen-Image-2512, by its name, or that of the model it was made from: in all else its files are
     as those of the first Qwen-Image."""
     made_from = (_said(base, name, sources.cached).get("_name_or_path") for name in ("model_index.json", _CONFIG))
-    return any("qwen-image-2512" in str(name).lower() for name in (base, *made_from))
+    return any(family_member(str(name)) == "Qwen-Image-2512" for name in (base, *made_from))
+
+
+def family_member(name: str) -> str | None:
+    """The model that a name, an id or a path speaks of last, if it is of the family and not the first."""
+    found = _MEMBER.findall(re.sub(r"[^a-z0-9]+", "-", name.lower()))
+    return _FAMILY.get(found[-1]) if found else None
 
 
 def _said(base: str, name: str, find: Callable[[str, str], Path | None]) -> dict[str, Any]:

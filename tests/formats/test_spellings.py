@@ -50,6 +50,7 @@ SPELLINGS: dict[str, tuple[Callable[[str], str], str, str]] = {
     "FSDP": (inside("_fsdp_wrapped_module"), A, B),
     "FSDP with checkpointing": (inside("_fsdp_wrapped_module._checkpoint_wrapped_module"), A, B),
     "DiffSynth-Studio": ("pipe.dit.{}".format, "lora_A.default.weight", "lora_B.default.weight"),
+    "DiffSynth-Studio, without the adapter's name": ("pipe.dit.{}".format, A, B),
     "kohya": (lambda name: f"lora_unet_{underscores(name)}", DOWN, UP),
     "kohya with a dot": (lambda name: f"lora_unet__{underscores(name)}", DOWN, UP),
     "kohya, compiled": (lambda name: f"lora_unet__orig_mod_{underscores(name)}", DOWN, UP),
@@ -90,6 +91,29 @@ def test_every_spelling_is_read_as_the_same_lora(spelling: str, tmp_path: Path) 
     assert_same(dict(read_lora(path)[0].factors))
     alphas = {f"{SPELLINGS[spelling][0](name)}.alpha": torch.tensor(6.0) for name in FACTORS}
     assert_same(dict(read_lora(write(path, {**content, **alphas}))[0].factors), scale=2.0)  # at rank 3
+
+
+HALVES = (
+    ("lora_A", "lora_B"),
+    (A, B),
+    ("lora_A.default.weight", "lora_B.default.weight"),
+    (DOWN, UP),
+    ("lora.down.weight", "lora.up.weight"),
+    ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+)
+"""As ComfyUI takes them; also below, with an underscore before `lora.down`."""
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.", "pipe.dit.", "lora_unet_", "lycoris_"])
+def test_every_half_that_comfyui_takes_is_read_under_every_prefix(prefix: str, tmp_path: Path) -> None:
+    def name(module: str) -> str:
+        return prefix + (underscores(module) if prefix.endswith("_") else module)
+
+    for a, b in HALVES:
+        assert_same(dict(read_lora(write(tmp_path / "lora.safetensors", spelled(name, a, b)))[0].factors))
+    content = {key.replace(".lora.", "_lora."): x for key, x in spelled(name, *HALVES[4]).items()}
+    assert len(content) == 2 * len(FACTORS)
+    assert_same(dict(read_lora(write(tmp_path / "lora.safetensors", content))[0].factors))
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", "base_model.model.transformer.", "module.base_model.model."])
@@ -159,19 +183,10 @@ OTHER_FILES: dict[str, tuple[dict[str, Tensor], str]] = {
     "an IP-Adapter": ({"image_proj.proj.weight": SOME, "ip_adapter.1.to_k_ip.weight": SOME}, "this is an IP-Adapter"),
     "an embedding": ({"emb_params": SOME}, "this is an embedding (textual inversion), as emb_params shows; it belongs"),
     "an embedding of diffusers": ({"<my-char>": SOME}, "this is an embedding (textual inversion), as <my-char> shows"),
-    "an embedding beside": (
-        {**LORA, "bundle_emb.my_char.string_to_param.*": SOME},
-        "beside the transformer's LoRA it holds an embedding (textual inversion) (1, as bundle_emb",
-    ),
     "a text encoder's LoRA": (
         {"text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight": SOME},
         "this is a LoRA for a text encoder, as text_encoder.model.layers.0.self_attn.q_proj shows; only the "
         "transformer is trained here, so choose one without it",
-    ),
-    "a text encoder's LoRA beside": (
-        {**LORA, "lora_te1_layers_0_mlp.lora_down.weight": SOME, "lora_te1_layers_0_mlp.lora_up.weight": SOME},
-        "beside the transformer's LoRA it holds a LoRA for a text encoder (1, as lora_te1_layers_0_mlp); only the "
-        "transformer is trained here, so choose one without it, or write a file that has the transformer's keys alone",
     ),
     "a LoRA of SDXL with its text encoders": (
         {f"{name}.lora_down.weight": SOME for name in ("lora_te1_text_model_q", "lora_unet_down_blocks_1_attn_to_q")},

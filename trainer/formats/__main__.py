@@ -14,14 +14,15 @@ from trainer.flow import generator
 from trainer.formats.check import judge, verdict_text
 from trainer.formats.convert import Target, hand_off
 from trainer.formats.layouts import LAYOUTS
-from trainer.formats.lora import ALPHA_KEY, PEFT_FILE, FormatError, interface_metadata, open_lora, write_lora
+from trainer.formats.lora import FormatError, interface_metadata, open_lora, write_lora
+from trainer.formats.origin import ALPHA_KEY, DIFFUSERS_METADATA, PEFT_FILE
 from trainer.formats.overview import overview
 from trainer.formats.read_config import Recipe, read_recipe
 from trainer.formats.rules import TRAINERS
-from trainer.lowrank import ordered, rank, relative_difference
+from trainer.lowrank import LowRank, energy, energy_kept, ordered, rank, relative_difference
 
 STALE_METADATA = (
-    "lora_adapter_metadata",
+    DIFFUSERS_METADATA,
     "ss_network_",
     "global_step",  # at which SimpleTuner would go on counting
     "sshs_model_hash",
@@ -102,10 +103,16 @@ def _convert(options: argparse.Namespace) -> int:
         problems.append("--rank must be at least 1")
     if options.layout and options.recipe:
         problems.append("--recipe has no effect with --layout: choose --for TRAINER")
-    file = open_lora(options.file)
+    file, recipe = open_lora(options.file), _recipe(options) if options.trainer else None
+    wanted = options.rank or (recipe.rank if recipe else None)
+    if file.method != "LoRA" and wanted is None:
+        most = max(rank for _, _, rank in file.sizes().values())
+        problems.append(f"{options.file} is a {file.method}, of rank up to {most}: say by --rank which the LoRA gets")
     if problems:
         raise FormatError("\n".join(problems))
-    weights, metadata = file.read()
+    for note in file.notes:
+        print(f"note: {note}")
+    weights, metadata = file.read(wanted)
     metadata = {key: value for key, value in metadata.items() if not key.startswith(STALE_METADATA)}
     if options.layout:
         return _convert_layout(options, weights, metadata)
@@ -113,7 +120,7 @@ def _convert(options: argparse.Namespace) -> int:
         trainer=options.trainer,
         modules=base_modules(options.base),
         base=options.base,
-        recipe=_recipe(options),
+        recipe=recipe,
         rank=options.rank,
         dtype=options.dtype,
     )
@@ -127,15 +134,17 @@ def _convert_layout(options: argparse.Namespace, weights: AdapterWeights, metada
     path = options.out / PEFT_FILE if options.layout == "peft" else options.out
     if options.layout != "peft" and path.suffix != ".safetensors":
         raise FormatError(f"{path}: the file's name must end in .safetensors")
-    factors, worst = {}, 0.0
+    factors, shares, energies, worst = dict[str, LowRank](), dict[str, float](), dict[str, float](), 0.0
     for name, x in weights.factors.items():
-        wanted = options.rank or rank(x)
-        factors[name] = ordered(x, wanted, generator("hand off", name))[0]
+        factors[name], share = ordered(x, options.rank or rank(x), generator("hand off", name))
+        energies[name] = energy(x) + weights.lost.get(name, 0.0)
+        shares[name] = share * energy(x) / energies[name] if energies[name] else share
         worst = max(worst, relative_difference(x, factors[name]))
     entries = {**metadata, **interface_metadata(options.layout, path.stem, [rank(x) for x in factors.values()])}
     write_lora(path, AdapterWeights(factors), entries, DTYPES[options.dtype], layout=options.layout)
     rounded = f"before rounding to {options.dtype}, dW differs by {worst:.0e} at most"
-    print(f"{options.out}: {len(factors)} modules; {rounded}")
+    kept = energy_kept(shares, energies)["total"]
+    print(f"{options.out}: {len(factors)} modules, with {kept:.2%} of the energy; {rounded}")
     return 0
 
 

@@ -8,7 +8,8 @@ import torch
 
 from trainer.adapter import AdapterWeights
 from trainer.formats.layouts import layouts_of
-from trainer.formats.lora import DIFFUSERS_METADATA, LoraFile, open_lora
+from trainer.formats.lora import LoraFile, open_lora
+from trainer.formats.origin import DIFFUSERS_METADATA
 from trainer.formats.read_config import Recipe, default_recipe
 from trainer.formats.rules import TRAINERS, Rules
 from trainer.lowrank import LowRank, norm, rank, relative_difference, scale
@@ -46,11 +47,11 @@ def judge(path: Path, trainer: str, modules: Mapping[str, tuple[int, int]], reci
     """By the rules in `TRAINERS`, for a model with these Linear layers (in_features, out_features). Without a recipe:
     at the file's rank, with that trainer's defaults otherwise. FormatError if the file is not a LoRA of Qwen-Image."""
     file, known = open_lora(path), TRAINERS[trainer]
-    weights, _ = file.read()
+    weights, _ = file.read(rank=1)  # a LoRA is read as it is; of a LoHa or LoKr all arrives, or nothing
     rules = known.rules_for(recipe is not None)
     if recipe is None:
         recipe = default_recipe(trainer, max(rank(x) for x in weights.factors.values()))
-    verdict = Verdict(trainer, layouts_of(file.modules), notes=list(recipe.notes))
+    verdict = Verdict(trainer, layouts_of(file.modules), notes=[*recipe.notes, *file.notes])
     _check_sizes(weights, modules, verdict)
     _load(verdict, file, weights, rules, _Adapter(recipe, modules))
     if known.older is not None:
@@ -118,7 +119,7 @@ def _check_sizes(weights: AdapterWeights, modules: Mapping[str, tuple[int, int]]
 
 def _not_loaded(name: str, file: LoraFile, rules: Rules, trained: set[str]) -> str | None:
     if not rules.takes(name, file.modules[name]):
-        return f"key not known: {file.modules[name].a}"
+        return f"key not known: {file.modules[name].first}"
     return None if name in trained else "not among the modules that are trained"
 
 

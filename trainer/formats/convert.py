@@ -116,10 +116,12 @@ def _fit(weights: AdapterWeights, target: Target, given: Recipe) -> _Fitted:
     for module, whole in weights.factors.items():  # each is read once: it may be computed then
         if target.modules.get(module) != (whole.a.shape[1], whole.b.shape[0]):
             raise FormatError(f"the model has no {module} of this size: choose --base")
-        energies[module] = energy(whole)
+        left = energy(whole)
+        energies[module] = left + weights.lost.get(module, 0.0)
         if module in trained:
             on_cpu = LowRank(whole.a.cpu(), whole.b.cpu())
-            factors[module], kept[module] = ordered(on_cpu, given.rank, generator("hand off", module))
+            factors[module], share = ordered(on_cpu, given.rank, generator("hand off", module))
+            kept[module] = share * left / energies[module] if left else share
     if not factors:
         raise FormatError(f"none of the LoRA's {len(energies)} modules is trained by the recipe")
     if TRAINERS[target.trainer].rules_for(True).missing == "error":  # else the trainer starts the others itself

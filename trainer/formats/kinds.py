@@ -1,21 +1,48 @@
 """What a file or folder is that is no plain LoRA of Qwen-Image's transformer, and what to do with it then."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer.config import first_few
 from trainer.formats.layouts import Sorted, module_name
+from trainer.qwen_image import QWEN_IMAGE_21, family_member
 
-_DORA = "DoRA, whose magnitudes no low-rank change can express"
-OTHER_METHODS = {
-    "lora_magnitude_vector": _DORA,
-    "dora_scale": _DORA,
-    "lokr_": "LoKr",
-    "hada_": "LoHa",
-    "oft_": "OFT",
+DORA = "DoRA, whose magnitudes no low-rank change can express"
+_METHODS = {
+    r"lora_magnitude_vector|\.(?:dora_scale|magnitude)(?:\.|$)": DORA,
+    r"\.lora_mid\.|\.(?:hada|lokr)_t[12](?:\.|$)": "a Tucker decomposition, as convolutions have it",
+    r"\.boft_": "BOFT",
+    r"\.oft_": "OFT or BOFT",
+    r"\.glora_[A-E]|\.[ab][12]\.weight$": "GLoRA",
+    r"\.ia3_l|\.on_input$": "(IA)^3",
+    r"\.[wb]_norm$": "a file with trained norms",
+    r"\.(?:diff|diff_b|set_weight)$": "a file of full-rank differences",
+    r"\.lora_E(?:\.|$)": "AdaLoRA",
+    r"\.lambda_layer$": "T-LoRA",
+    r"\.p?vera_": "VeRA",
+    r"\.fourierft_": "FourierFT",
+    r"\.waveft_": "WaveFT",
+    r"\.vblora_": "VB-LoRA",
+    r"\.randlora_": "RandLoRA",
+    r"\.c3a_": "C3A",
+    r"\.(?:miss|bone)_": "MiSS (Bone)",
+    r"\.hra_": "HRA",
+    r"\.road_": "RoAd",
+    r"\.shira_": "SHiRA",
+    r"\.delora_": "DeLoRA",
+    r"\.gralora_": "GraLoRA",
+    r"\.tinylora_": "TinyLoRA",
+    r"\.unilora_": "Uni-LoRA",
 }
-"""What a part of a key says of the method that made the file."""
+"""What is in some key, and the method that made the file."""
+_READ = ("LORA", "LOHA", "LOKR")
+"""`peft_type` of what is read."""
+_EXTRACT = (
+    "only LoRA, LoHa and LoKr are read: apply it to the base in the program that made it, extract a LoRA from the "
+    "difference (ComfyUI and LyCORIS have tools for it), and take that"
+)
 
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 CHECKPOINT_FILES = ("trainable.safetensors", "optimizer.safetensors")
@@ -23,6 +50,11 @@ CHECKPOINT_FILES = ("trainable.safetensors", "optimizer.safetensors")
 _TEXT_ENCODER = re.compile(
     r"lora_te|lora_clip|text_encoder|text_model|(?:^|[._])te\d?[._]|(?:^|[._])layers[._]\d+[._](?:self_attn|mlp)"
 )
+_BESIDE = (
+    ("a LoRA for the text encoder", _TEXT_ENCODER),
+    ("an embedding (textual inversion)", re.compile(r"^bundle_emb\.")),
+)
+"""What is left out where it lies beside the transformer's LoRA, and what is in its keys."""
 _KINDS = (
     (
         r"(?:^|\.)(?:exp_avg\w*|momentum_buffer|state[12]|absmax[12])$",
@@ -53,6 +85,9 @@ _KINDS = (
 """What is in some key, what the file then is, and what to do."""
 
 _OTHER_MODELS = {
+    "gate_layer": QWEN_IMAGE_21,
+    "in_layer": QWEN_IMAGE_21,
+    "single_stream": QWEN_IMAGE_21,
     "controlnet": "a ControlNet",
     "single_transformer_blocks": "Flux",
     "double_blocks": "Flux",
@@ -67,17 +102,50 @@ _OTHER_MODELS = {
 }
 
 
-def other_kind(found: Sorted, keys: Collection[str]) -> str | None:
+def beside(keys: Collection[str]) -> dict[str, list[str]]:
+    """What a file has beside a LoRA of the transformer and may be left out, and its keys."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        if what := next((what for what, pattern in _BESIDE if pattern.search(key)), None):
+            found.setdefault(what, []).append(key)
+    return found
+
+
+def other_method(keys: Collection[str]) -> str | None:
+    """By which method, none that is read, a file with these keys was made, and what to do."""
+    for pattern, method in _METHODS.items():
+        if hit := next((key for key in keys if re.search(pattern, key)), None):
+            return f"this is {method}, as {hit} shows; {_EXTRACT}"
+    return None
+
+
+def other_peft(config: Mapping[str, Any]) -> str | None:
+    """The same, from PEFT's adapter_config.json."""
+    if config.get("use_dora"):
+        return f"this is {DORA}; {_EXTRACT}"
+    kind = str(config.get("peft_type") or _READ[0])
+    return None if kind.upper() in _READ else f"this is {kind} of PEFT; {_EXTRACT}"
+
+
+def made_for(said: Mapping[str, object]) -> tuple[str, str] | None:
+    """The model of the family that a file was made for, if it is another than the first, and who says so.
+
+    said: what metadata, PEFT's configuration and a model card say, by where they say it.
+    """
+    for where, name in said.items():
+        if member := family_member(str(name)):
+            return member, f"{where} says {name}"
+    return None
+
+
+def other_kind(found: Sorted) -> str | None:
     """What a file with these keys is, and what to do, or None if it may be a LoRA of the transformer."""
-    for mark, method in OTHER_METHODS.items():
-        if any(mark in key for key in keys):
-            return f"this is {method}: a plain LoRA is needed"
     for pattern, what, advice in _KINDS:
         if hits := [key for key in found.unread if re.search(pattern, key)]:
             return _told(found, hits, what, advice)
-    if others := [name for name in dict.fromkeys(found.foreign) if not _TEXT_ENCODER.search(name)]:
+    if others := [name for name in found.foreign if not _TEXT_ENCODER.search(name)]:
         return f"Qwen-Image has no such modules: {first_few(others)}. {_other_model(others)}"
-    if hits := [*dict.fromkeys(found.foreign)]:
+    if hits := [*found.foreign]:
         advice = "only the transformer is trained here, so choose one without it"
         return _told(found, hits, "a LoRA for a text encoder", advice)
     if not found.modules:

@@ -6,6 +6,7 @@ A key is prefix + module + half, and optionally there is an `.alpha` for each mo
                "lora_unet_" (kohya)                                                module names with underscores
     half       lora_A | lora_down | lora.down (rank, in_features);  lora_B | lora_up | lora.up (out_features, rank)
                then optionally the adapter's name, such as ".default", then ".weight"
+               or a part of a LoHa (hada_w1_a ...) or LoKr (lokr_w1 ...), which `methods` makes factors of
 
 We write the layouts of `LAYOUTS`. `module_name` and `sort_keys` read more: any of the prefixes that are in use, alone
 or after one another, names of wrappers such as `_orig_mod.` anywhere, dots or underscores.
@@ -16,9 +17,10 @@ prefix, add it to `_PREFIXES`.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer.adapter import TARGETS
+from trainer.formats import methods
 
 OUTER_MODULES = (
     "img_in",
@@ -63,7 +65,9 @@ LAYOUTS: dict[str, Layout] = {
 only one that its old versions take."""
 
 _KEY = re.compile(
-    r"(?P<module>.+)\.(?:(?P<half>lora_A|lora_B|lora_down|lora_up|(?:lora|lora_linear_layer)\.(?:down|up))"
+    r"(?P<module>.+)(?:\.|_(?=lora\.(?:down|up)))"
+    r"(?:(?:(?P<half>lora_A|lora_B|lora_down|lora_up|(?:lora|lora_linear_layer)\.(?:down|up))"
+    r"|(?P<part>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?))"
     r"(?:\.default|(?:\.(?P<adapter>[^.]+))?\.weight)?|(?P<alpha>alpha))"
 )
 _PREFIXES = (
@@ -96,6 +100,18 @@ class ModuleKeys:
     a: str | None = None
     b: str | None = None
     alpha: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+    """The keys of a LoHa or LoKr, which has no a and b, by the names of its parts: "lokr_w1"."""
+
+    @property
+    def method(self) -> str:
+        """LoRA, LoHa or LoKr."""
+        return methods.name_of(self.parts)
+
+    @property
+    def first(self) -> str:
+        """A key that shows how the module is named."""
+        return self.a or self.b or next(iter(self.parts.values()), "") or self.alpha or ""
 
 
 def module_name(name: str) -> str | None:
@@ -116,8 +132,8 @@ class Sorted:
     """The keys of a file by module, and what is none."""
 
     modules: dict[str, ModuleKeys]
-    foreign: list[str]
-    """Module names that Qwen-Image does not have."""
+    foreign: dict[str, list[str]]
+    """Module names that Qwen-Image does not have, and their keys."""
     unread: list[str]
     """Keys that are not part of a LoRA."""
     twice: list[tuple[str, str]]
@@ -128,22 +144,34 @@ class Sorted:
 
 def sort_keys(keys: Collection[str]) -> Sorted:
     modules, adapters = dict[str, ModuleKeys](), set[str]()
-    found = Sorted(modules, [], [], [], [])
+    found = Sorted(modules, {}, [], [], [])
     for key in sorted(keys):
         match = _KEY.fullmatch(key)
         if match is None:
             found.unread.append(key)
-        elif (name := module_name(match["module"])) is None:
-            found.foreign.append(match["module"])
-        else:
-            part = "alpha" if match["alpha"] else "a" if match["half"].endswith(("A", "down")) else "b"
-            if part != "alpha":
-                adapters.add(match["adapter"] or "")
-            if getattr(modules.setdefault(name, ModuleKeys()), part) is not None:
-                found.twice.append((name, key))
-            setattr(modules[name], part, key)
+            continue
+        name = module_name(match["module"])
+        if name is None:
+            found.foreign.setdefault(match["module"], []).append(key)
+            continue
+        if not match["alpha"]:
+            adapters.add(match["adapter"] or "")
+        if _put(modules.setdefault(name, ModuleKeys()), match):
+            found.twice.append((name, key))
     found.adapters.extend(sorted(adapters))
     return found
+
+
+def _put(keys: ModuleKeys, match: re.Match[str]) -> bool:
+    """Into its place in `keys`; returns whether there was another."""
+    if match["part"]:
+        twice = match["part"] in keys.parts
+        keys.parts[match["part"]] = match.string
+        return twice
+    name = "alpha" if match["alpha"] else "a" if match["half"].endswith(("A", "down")) else "b"
+    twice = getattr(keys, name) is not None
+    setattr(keys, name, match.string)
+    return twice
 
 
 def layouts_of(modules: Mapping[str, ModuleKeys]) -> list[str]:

@@ -2,14 +2,16 @@
 
 The effective factors are what the file's own trainer would apply: b is multiplied by alpha / rank, where alpha comes
 from `.alpha`, else from PEFT's adapter_config.json beside the file or from diffusers' metadata in it, else is the rank.
+A LoHa or LoKr becomes the factors of its dW.
 """
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,11 @@ from trainer.adapter import AdapterWeights, pattern_of_ranks
 from trainer.config import first_few
 from trainer.errors import UserError
 from trainer.files import write_json, write_tensors
-from trainer.formats import kinds
-from trainer.formats.layouts import LAYOUTS, PEFT_PREFIX, ModuleKeys, sort_keys
+from trainer.formats import kinds, methods, origin
+from trainer.formats.layouts import LAYOUTS, ModuleKeys, sort_keys
+from trainer.formats.origin import ALPHA_KEY, DIFFUSERS_FILE, OF_BLISSFUL, PEFT_CONFIG, PEFT_FILE, Header
+from trainer.hardware.threads import parallel_map
 from trainer.lowrank import LowRank, rank
-
-PEFT_FILE, PEFT_CONFIG, DIFFUSERS_FILE = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "pytorch_lora_weights.safetensors",
-)
-ALPHA_KEY = "warm_start_alpha"
-"""In the metadata of our files: the trainer that the file is for multiplies by this / rank."""
-DIFFUSERS_METADATA = "lora_adapter_metadata"
-"""PEFT's configuration, in the metadata of files that diffusers writes."""
-_PEFT_KEY = re.compile(rf"(?:(?:_orig_mod|module)\.)*{re.escape(PEFT_PREFIX)}")
-"""As PEFT itself writes keys: its configuration holds alpha."""
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class FormatError(UserError):
@@ -46,44 +37,72 @@ class FormatError(UserError):
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA whose header has been read and found in order."""
+    """A LoRA, LoHa or LoKr whose header has been read and found in order."""
 
     path: Path
     modules: dict[str, ModuleKeys]
     shapes: dict[str, tuple[int, ...]]
     scales: dict[str, float]
-    """What the file's own trainer multiplies b a by, by module."""
+    """What the file's own trainer multiplies dW by, by module: b a of a LoRA."""
     metadata: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    """What a user should know of it: what is left out, and that it was made for another model."""
+
+    @property
+    def method(self) -> str:
+        """LoRA, LoHa or LoKr; "LoKr and LoRA" if modules differ."""
+        return " and ".join(sorted({keys.method for keys in self.modules.values()}))
 
     def sizes(self) -> dict[str, tuple[int, int, int]]:
-        """in_features, out_features and rank of each module."""
-        found = {}
+        """in_features, out_features and rank of each module; of a LoHa or LoKr what its rank is at most."""
+        found = dict[str, tuple[int, int, int]]()
         for name, keys in self.modules.items():
-            assert keys.a and keys.b
-            found[name] = (self.shapes[keys.a][1], self.shapes[keys.b][0], self.shapes[keys.a][0])
+            if keys.parts:
+                found[name] = methods.size({part: self.shapes[key] for part, key in keys.parts.items()})
+            else:
+                assert keys.a and keys.b
+                found[name] = (self.shapes[keys.a][1], self.shapes[keys.b][0], self.shapes[keys.a][0])
         return found
 
-    def read(self) -> tuple[AdapterWeights, dict[str, str]]:
-        """Effective factors in fp32 by module name, and metadata. FormatError if there is NaN in them."""
-        factors, problems = {}, []
-        with safe_open(self.path, framework="pt") as tensors:
-            for name, keys in self.modules.items():
-                a, b = tensors.get_tensor(keys.a).float(), tensors.get_tensor(keys.b).float()
-                scale = self.scales[name]
-                if not (bool(a.isfinite().all()) and bool(b.isfinite().all()) and math.isfinite(scale)):
+    def read(self, rank: int | None = None) -> tuple[AdapterWeights, dict[str, str]]:
+        """Effective factors in fp32 by module name, and metadata. FormatError names all modules with NaN.
+
+        rank: what a LoHa or LoKr, whose rank may be thousands, is truncated to, exactly; the weights say what is lost.
+        Without it all of it is read, which may take fifty times the bytes of the file. A LoRA is read as it is.
+        """
+        factors, lost, problems = dict[str, LowRank](), dict[str, float](), []
+        with safe_open(self.path, framework="pt") as file:
+            named = (keys.parts or {"a": keys.a or "", "b": keys.b or ""} for keys in self.modules.values())
+            tensors = ({part: file.get_tensor(key).float() for part, key in keys.items()} for keys in named)
+            computed = parallel_map(partial(self._effective, rank=rank), zip(self.modules, tensors, strict=True))
+            for name, found in zip(self.modules, computed, strict=True):
+                if found is None:
                     problems.append(f"{name} contains NaN or infinity")
-                factors[name] = LowRank(a, b * scale)
+                    continue
+                factors[name], cut = found
+                if self.modules[name].parts:
+                    lost[name] = cut
         if problems:
             raise FormatError(f"{self.path}: {first_few(problems)}")
-        return AdapterWeights(factors), self.metadata
+        return AdapterWeights(factors, lost), self.metadata
+
+    def _effective(self, module: tuple[str, Mapping[str, Tensor]], rank: int | None) -> tuple[LowRank, float] | None:
+        """Factors from the tensors of a module, and the energy that is lost; None if there is NaN in them."""
+        name, tensors = module
+        scale = self.scales[name]
+        if not (math.isfinite(scale) and all(bool(tensor.isfinite().all()) for tensor in tensors.values())):
+            return None
+        if self.modules[name].parts:
+            return methods.factors(tensors, scale, rank)
+        return LowRank(tensors["a"], tensors["b"] * scale), 0.0
 
 
-def read_lora(path: Path) -> tuple[AdapterWeights, dict[str, str]]:
+def read_lora(path: Path, rank: int | None = None) -> tuple[AdapterWeights, dict[str, str]]:
     """Effective factors in fp32 by module name, and the file's metadata. FormatError if anything is wrong with it.
 
-    `path` is a .safetensors file, or a folder as PEFT or diffusers writes it.
+    `path` is a .safetensors file, or a folder as PEFT or diffusers writes it; rank: as in `LoraFile.read`.
     """
-    return open_lora(path).read()
+    return open_lora(path).read(rank)
 
 
 def check_lora(path: Path) -> dict[str, tuple[int, int, int]]:
@@ -187,28 +206,37 @@ def open_lora(path: Path) -> LoraFile:
     file = find_lora(path)
     try:
         with safe_open(file, framework="pt") as tensors:
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+            shapes = {key: tuple(own.get_shape()) for key, own in slices.items()}
+            dtypes = {key: own.get_dtype() for key, own in slices.items()}
             metadata = dict(tensors.metadata() or {})
-            modules = _sort(shapes)
+            header = Header(shapes, dtypes, metadata, origin.description(file, shapes, metadata))
+            modules, notes = _sort(header)
             _check_shapes(modules, shapes)
-            own = float(metadata[ALPHA_KEY]) if ALPHA_KEY in metadata else None
             alphas = {
-                name: float(tensors.get_tensor(keys.alpha).float().reshape(-1)[0]) if keys.alpha else own
+                name: float(tensors.get_tensor(keys.alpha).float().reshape(-1)[0])
                 for name, keys in modules.items()
+                if keys.alpha
             }
-            scales = _scales(modules, shapes, alphas, _peft_config(file, modules, metadata))
-    except FormatError as error:
+            scales = origin.scales(modules, header, alphas)
+            notes += origin.family_notes(file, header)
+    except UserError as error:
         raise FormatError(f"{file}: {error}") from None
     except (SafetensorError, OSError) as error:
         raise FormatError(
             f"{file}: this is not a whole safetensors file ({error}). Download or copy it again."
         ) from error
-    return LoraFile(file, modules, shapes, scales, metadata)
+    return LoraFile(file, modules, shapes, scales, metadata, notes)
 
 
-def _sort(shapes: Mapping[str, Any]) -> dict[str, ModuleKeys]:
-    found = sort_keys(shapes)
-    if problem := kinds.other_kind(found, shapes):
+def _sort(header: Header) -> tuple[dict[str, ModuleKeys], list[str]]:
+    """The keys by module, and a note on each kind that is left out."""
+    left_out = kinds.beside(header.shapes)
+    own = sorted(header.shapes.keys() - {OF_BLISSFUL, *chain(*left_out.values())})
+    found = sort_keys(own)
+    if not found.modules:
+        left_out, found = {}, sort_keys(header.shapes)  # and what it is instead is told
+    if problem := kinds.other_method(own) or kinds.other_kind(found):
         raise FormatError(problem)
     if len(found.adapters) > 1:
         raise FormatError(kinds.several_adapters(found.adapters))
@@ -216,84 +244,47 @@ def _sort(shapes: Mapping[str, Any]) -> dict[str, ModuleKeys]:
         raise FormatError("{} is in it twice, the second time as {}".format(*found.twice[0]))
     if found.unread:
         raise FormatError(f"these tensors are not part of a plain LoRA: {first_few(found.unread)}")
-    return found.modules
+    return found.modules, [_left_out(what, keys, header) for what, keys in left_out.items()]
+
+
+def _left_out(what: str, keys: list[str], header: Header) -> str:
+    num_bytes = sum(math.prod(header.shapes[key]) * _bits(header.dtypes[key]) / 8 for key in keys)
+    count = f"{len(keys)} tensor{'s' if len(keys) > 1 else ''}, {num_bytes / 1e6:.1f} MB, as {keys[0]}"
+    return f"{what} is left out ({count}): only the transformer's part is read"
+
+
+def _bits(dtype: str) -> int:
+    """The bits of a number, by its type in a safetensors header: "BF16", "F8_E4M3", "BOOL"."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
 
 
 def _check_shapes(modules: Mapping[str, ModuleKeys], shapes: Mapping[str, tuple[int, ...]]) -> None:
     problems = []
     for name, keys in modules.items():
-        if keys.a is None or keys.b is None:
-            missing = [half for half, key in (("lora_A", keys.a), ("lora_B", keys.b)) if key is None]
-            problems.append(f"{name} lacks {' and '.join(missing)}")
-            continue
-        a, b = shapes[keys.a], shapes[keys.b]
-        if len(a) != 2 or len(b) != 2:
-            problems.append(f"{name} has factors of shapes {a} and {b}: two dimensions each are needed")
-        elif 0 in (*a, *b):
-            problems.append(f"{name} has empty factors of shapes {a} and {b}")
-        elif a[0] != b[1]:
-            problems.append(f"{name} has rank {a[0]} in {keys.a} and {b[1]} in {keys.b}")
-        elif keys.alpha and math.prod(shapes[keys.alpha]) != 1:
+        problem: str | None
+        if keys.alpha and math.prod(shapes[keys.alpha]) != 1:
             problems.append(f"{keys.alpha} is not one number")
+        if keys.parts and (keys.a or keys.b):
+            problem = f"is both LoRA and {keys.method}"
+        elif keys.parts:
+            problem = methods.problem({part: shapes[key] for part, key in keys.parts.items()})
+        else:
+            problem = _misfit(keys, shapes)
+        if problem:
+            problems.append(f"{name} {problem}")
     if problems:
         raise FormatError(first_few(problems, "; "))
 
 
-def _peft_config(file: Path, modules: Mapping[str, ModuleKeys], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What PEFT's adapter_config.json says of a file of PEFT, or diffusers' metadata in the file; empty if neither is
-    there. FormatError if PEFT's is needed and missing."""
-    beside = file.with_name(PEFT_CONFIG)
-    of_peft = [keys for keys in modules.values() if _PEFT_KEY.match(keys.a or "")]
-    try:
-        if (file.name == PEFT_FILE or of_peft) and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
-        elif DIFFUSERS_METADATA in metadata:
-            entries = json.loads(metadata[DIFFUSERS_METADATA])
-            config = {key.removeprefix("transformer."): value for key, value in entries.items()}
-        elif any(not keys.alpha for keys in of_peft):
-            raise FormatError(f"{PEFT_CONFIG} is missing beside it, and with it alpha: put both into one folder")
-        else:
-            return {}
-        if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-            raise FormatError("its PEFT configuration has no r and lora_alpha: it is not of a LoRA")
-    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
-        raise FormatError(f"its PEFT configuration cannot be read ({error})") from error
-    if config.get("use_dora"):
-        raise FormatError(f"this is {kinds.OTHER_METHODS['dora_scale']}: a plain LoRA is needed")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
-        raise FormatError(
-            f"it was started by {start}, which changes the base too: convert it to a plain LoRA with PEFT"
-        )
-    return config
-
-
-def _scales(
-    modules: Mapping[str, ModuleKeys],
-    shapes: Mapping[str, tuple[int, ...]],
-    alphas: Mapping[str, float | None],
-    config: Mapping[str, Any],
-) -> dict[str, float]:
-    """What the file's own trainer multiplies b a by. Patterns of PEFT are tried one by one, as PEFT does it."""
-    try:
-        patterns = [
-            (re.compile(rf"(.*\.)?({key})$"), alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()
-        ]
-    except (re.error, AttributeError) as error:
-        raise FormatError(f"its PEFT configuration cannot be read (alpha_pattern: {error})") from error
-    found = {}
-    for name, keys in modules.items():
-        assert keys.a
-        alpha, rank = alphas[name], shapes[keys.a][0]
-        if alpha is None and not config:
-            found[name] = 1.0
-            continue
-        rooted = config.get("use_rslora") and alpha is None
-        if alpha is None:
-            own = _PEFT_KEY.sub("", keys.a).rpartition(".lora")[0]  # PEFT's name of it, if it wrapped more than ours
-            matching = (value for pattern, value in patterns if pattern.match(name) or pattern.match(own))
-            alpha = next(matching, config["lora_alpha"])
-        if not alpha:
-            raise FormatError(f"{name} has alpha 0, which some programs read as no effect, others as rank")
-        found[name] = alpha / math.sqrt(rank) if rooted else alpha / rank
-    return found
+def _misfit(keys: ModuleKeys, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    if keys.a is None or keys.b is None:
+        return f"lacks {' and '.join(half for half, key in (('lora_A', keys.a), ('lora_B', keys.b)) if key is None)}"
+    a, b = shapes[keys.a], shapes[keys.b]
+    if len(a) != 2 or len(b) != 2:
+        return f"has factors of shapes {a} and {b}: two dimensions each are needed"
+    if 0 in (*a, *b):
+        return f"has empty factors of shapes {a} and {b}"
+    if a[0] != b[1]:
+        return f"has rank {a[0]} in {keys.a} and {b[1]} in {keys.b}"
+    return None

@@ -33,6 +33,8 @@ _THREE = ("", "transformer.", "diffusion_model.")
 class Rules:
     accepts: tuple[Layout, ...]
     """Factors in other layouts are foreign."""
+    methods: tuple[str, ...] = ("LoRA",)
+    """Modules of other methods are foreign, too."""
     foreign: Literal["ignored", "error"] = "ignored"
     """Ignored means that the module starts at random, and that nobody hears of it."""
     alpha_keys: Literal["read", "ignored", "error"]
@@ -54,6 +56,9 @@ class Rules:
     source: str
 
     def takes(self, module: str, keys: ModuleKeys) -> bool:
+        if keys.method != "LoRA":
+            stems = tuple(layout.keys(module)[2].removesuffix("alpha") for layout in self.accepts)
+            return keys.method in self.methods and keys.first.startswith(stems)
         return any((keys.a, keys.b) == layout.keys(module)[:2] for layout in self.accepts)
 
 
@@ -247,6 +252,7 @@ TRAINERS: Mapping[str, Trainer] = {
         ),
         script=Rules(  # of `warm_start` in the script: it takes whatever `read_lora` does
             accepts=(*LAYOUTS.values(), *_layouts(_THREE, _HALVES)),
+            methods=("LoRA", "LoHa", "LoKr"),
             alpha_keys="read",
             scale="file",
             rank="any",
@@ -266,6 +272,7 @@ TRAINERS: Mapping[str, Trainer] = {
                 *_layouts(_THREE, _COMFYUI_HALVES),
                 *_layouts(("lora_unet_", "lycoris_"), _COMFYUI_HALVES, flat=True),
             ),
+            methods=("LoRA", "LoHa", "LoKr"),
             alpha_keys="read",
             scale="file",
             rank="any",
