@@ -268,10 +268,11 @@ def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) ->
     devices = {p.device for p in transformer.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         transformer.add_adapter(peft_config(config), adapter_name)
+    device = transformer.device  # diffusers looks at all modules for it
     for name, parameter in _parameters(transformer, adapter_name).items():
         # PEFT takes over a layer's type, in which a seed would be rounded, and its device: the CPU, if it is offloaded
         module, _, own = name.rpartition(".")
-        whole = nn.Parameter(parameter.detach().to(transformer.device, torch.float32))
+        whole = nn.Parameter(parameter.detach().to(device, torch.float32))
         setattr(transformer.get_submodule(module), own, whole)
     if not config.use_dora:
         for _, layer in _layers(transformer, adapter_name):

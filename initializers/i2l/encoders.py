@@ -381,7 +381,7 @@ def qwen_vl_residuals(
     dtype: torch.dtype = torch.float32,
     text_encoder: qwen_image.TextEncoder | None = None,
 ) -> dict[int, Tensor]:
-    """Resolution -> pictures in, resolution -> residual (B num_tokens hidden_size, fp32) out.
+    """Resolution -> pictures in, resolution -> residual (B num_tokens hidden_size, fp32, on the CPU) out.
 
     A residual is 0.05 times the last hidden states of Qwen2.5-VL for the edit template with the picture and an empty
     prompt, without those of the system text. base: folder or id of the Qwen-Image pipeline. text_encoder: the base's,
@@ -405,8 +405,9 @@ def qwen_vl_residuals(
             squares = [cover_crop(picture, resolution) for picture in group[start : start + chunk]]
             patches = processor(images=squares, return_tensors="pt").to(model.device)
             num_image_tokens = int(patches["image_grid_thw"][0].prod()) // processor.merge_size**2  # equal for all
-            states.append(_hidden_states(model, patches, before, num_image_tokens, after)[:, drop:].float())
-        result[resolution] = torch.cat(states) * RESIDUAL_SCALE
+            hidden = _hidden_states(model, patches, before, num_image_tokens, after)[:, drop:]
+            states.append((hidden.float() * RESIDUAL_SCALE).cpu())  # 20 MB a picture at 1024 pixels
+        result[resolution] = torch.cat(states)
     del model
     text_encoder.unload()
     return result

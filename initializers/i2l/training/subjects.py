@@ -165,7 +165,7 @@ class Encoding:
         def read(part: list[int]) -> list[Tensor]:
             pictures = [open_picture(examples[i].path) for i in part]
             base = self.model.base
-            return [*encoders.qwen_vl_residual(pictures, base, resolution, self.device, self.dtype).half().cpu()]
+            return [*encoders.qwen_vl_residual(pictures, base, resolution, self.device, self.dtype).half()]
 
         name = ("residual", qwen_image.identity(self.model.base), str(self.dtype), resolution)
         return self._cached(examples, name, read, f"read pictures with Qwen-VL, {resolution} pixels")
