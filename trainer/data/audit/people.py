@@ -131,7 +131,7 @@ def anchors(detector: _Detector) -> _Array:
 
 
 def _body(found: _Found) -> _Array:
-    """Two corners of the square around a person: point 0 lies between the hips, point 1 on the circle around the body."""
+    """Two corners of the square around a person: point 0 lies between the hips, point 1 on a circle around the body."""
     hips, rim = found.points[:2]
     radius = np.hypot(*(rim - hips))
     return np.stack([hips - radius, hips + radius])

@@ -33,7 +33,7 @@ class Rules:
     """The largest share of a picture, from 0 to 1, that may be without any detail. Empty pictures lie above."""
     copies: bool = True
     """Name all but one of the pictures that are the same to the pixel."""
-    near_duplicates: float = 0.1
+    near_duplicates: float = 0.15
     """The share of the bits of two perceptual hashes, from 0 to 1, below which pictures count as near-duplicates: all
     but the best are named."""
     captions: bool = True
