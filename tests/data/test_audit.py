@@ -565,4 +565,4 @@ def test_hashes_are_those_of_the_files(folder: Path) -> None:
     good(folder, 1)
     entry = audited(folder)["pictures"][0]
     assert entry["sha256"] == hashlib.sha256((folder / "good0.png").read_bytes()).hexdigest()
-    assert Image.open(io.BytesIO(measures.thumbnail(painted(1, (1000, 500))))).size == (320, 160)
+    assert Image.open(io.BytesIO(measures.thumbnail(painted(1, (1000, 500))))).size == (256, 128)

@@ -46,6 +46,7 @@ def _add_audit(commands: Commands) -> None:
     )
     parser.add_argument("--base", metavar="MODEL", help="count the tokens of captions by this model's tokenizer")
     parser.add_argument("--rules", type=Path, metavar="FILE", help="limits, in TOML")
+    parser.add_argument("--quick", action="store_true", help="without faces, hands, people and text, which take longer")
     parser.set_defaults(run=_audit)
 
 
@@ -78,7 +79,7 @@ def _asked(options: argparse.Namespace) -> "Audit":
         raise config.ConfigError(problems)
     here = isinstance(base, str) and sources.is_here(qwen_image.need(base, ("tokenizer",)))
     multiple = qwen_image.picture_multiple(str(base)) if here else qwen_image.PICTURE_MULTIPLE
-    return Audit(data, rules, multiple, qwen_image.PROMPT_LIMIT, base if here else None)
+    return Audit(data, rules, multiple, qwen_image.PROMPT_LIMIT, base if here else None, options.quick)
 
 
 def _table(table: dict[str, Any], name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ BLOCK = 8  # pixels of the square that counts as flat or not
 FLAT = 2 / 255  # standard deviation of luminance in a flat block: what JPEG leaves in an even wall
 TILES = 4  # a picture has TILES x TILES parts, of which the sharpest counts
 HASH_SIDE = 16  # a perceptual hash has HASH_SIDE**2 bits
-THUMBNAIL = 320  # pixels of the longer side
+THUMBNAIL = 256  # pixels of the longer side
 _Array = NDArray[np.floating[Any]]
 
 
@@ -110,5 +110,5 @@ def thumbnail(image: Image.Image) -> bytes:
     """A JPEG."""
     small, file = image.copy(), io.BytesIO()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(file, "JPEG", quality=80)
+    small.save(file, "JPEG", quality=75)
     return file.getvalue()
