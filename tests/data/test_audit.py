@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+import train
 from tests.data.made import encoded, flipped
 from tests.helpers import BAD_INPUT, FINISHED, files
 from trainer.data.__main__ import main
@@ -467,6 +468,20 @@ def test_a_run_leaves_out_what_the_audit_says_to(folder: Path) -> None:
         "left out by the audit: min_side, captions (1): small.png",
         "left out by the audit: copies (1): zz_copy.png",
     ]
+
+
+def test_the_plan_says_what_the_audit_leaves_out(run_toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, rules = run_toml.parent / "pictures", run_toml.parent / "rules.toml"
+    put(folder, "dark.png", encoded(between(painted(7, (64, 64)), 0, 50), "PNG"), b"a dark one")
+    rules.write_text('leave_out = ["min_lights"]')
+    audited(folder, "--config", str(run_toml), "--rules", str(rules), "--set", "data.resolution=64")
+    file = run_toml.parent / "audit" / "audit.json"
+    words = ["--config", str(run_toml), "--plan", "--set"]
+    assert train.main([*words, f"data.audit={file}"]) == FINISHED
+    said = capsys.readouterr().out
+    assert "pictures     4 for training, 2 held out" in said
+    assert "note         left out by the audit: min_lights (1): dark.png" in said
+    assert train.main([*words, f"data.audit={file.parent}"]) == BAD_INPUT
 
 
 def test_a_folder_that_is_held_out_is_not_in_the_audit_but_heeds_it(folder: Path) -> None:

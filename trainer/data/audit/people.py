@@ -34,7 +34,7 @@ class _Detector(NamedTuple):
     strides: tuple[int, ...]
     """One for each layer of anchors."""
     anchors: int
-    """Of a layer in each cell."""
+    """How many a layer has in each cell."""
     score: float
     """From which something counts as found."""
 

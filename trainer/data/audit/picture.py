@@ -20,14 +20,14 @@ class Seen:
     """What its file holds."""
 
     sha256: str
-    """Of the file; "" if it could not be read."""
+    """The file's, in hex; "" if it could not be read."""
     problem: str = ""
     """Why it cannot be used; then there is nothing else."""
     measures: Measures | None = None
     done: tuple[str, ...] = ()
     """What training does to it: turned upright, laid over white, ..."""
     boxes: Mapping[str, list[Box]] = field(default_factory=dict)
-    """Of each kind that was looked for."""
+    """Those of each kind that was looked for."""
     thumbnail: bytes = b""
     """A JPEG."""
 
@@ -43,7 +43,7 @@ class Picture:
     cropped: float
     caption: Caption
     tokens: int | None
-    """Of the caption; None if no base was given, or there is none."""
+    """Those of the caption; None if there is none, or no base was given."""
 
 
 def see(path: Path, find: Find) -> Seen:

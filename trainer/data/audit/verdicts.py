@@ -13,7 +13,7 @@ from trainer.errors import UserError
 from trainer.files import sha256
 
 FORMAT = 1
-"""Of audit.json. A file of another number is refused."""
+"""The number of audit.json's format. A file of another one is refused."""
 KEEP, LOOK, LEAVE_OUT = "keep", "look", "leave out"
 """What an audit says of a picture: train on it; see for yourself; do not train on it."""
 
@@ -23,7 +23,7 @@ class Verdict:
     file: str
     """Its path under the folder that was audited, with `/`."""
     sha256: str
-    """Of the file; "" if it could not be read."""
+    """The file's, in hex; "" if it could not be read."""
     verdict: str
     reasons: tuple[tuple[str, str], ...]
     """Pairs of a rule and what it found."""
