@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.data",
         description="Pictures and captions, before training.",
-        epilog="Exit codes: 0 done; 2 something is wrong with the arguments, the rules or the folder.",
+        epilog="Exit codes: 0 done; 1 stopped, or failed; 2 something is wrong with the arguments or the folder.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_audit(commands)
@@ -72,7 +72,7 @@ def _asked(options: argparse.Namespace) -> "Audit":
     about = {**_table(table, "data"), "images": options.folder}
     about.pop("audit", None)  # that of an earlier audit, which may be old
     data = config.parse(DataConfig, about, "data", problems)
-    rules = config.parse(Rules, config.read_toml(options.rules, problems) if options.rules else {}, "", problems)
+    rules = _rules(options.rules, problems)
     base = options.base or _table(table, "model").get("base")
     problems += qwen_image.check_base(base) if isinstance(base, str) else []
     if problems or data is None or rules is None:
@@ -80,6 +80,16 @@ def _asked(options: argparse.Namespace) -> "Audit":
     here = isinstance(base, str) and sources.is_here(qwen_image.need(base, ("tokenizer",)))
     multiple = qwen_image.picture_multiple(str(base)) if here else qwen_image.PICTURE_MULTIPLE
     return Audit(data, rules, multiple, qwen_image.PROMPT_LIMIT, base if here else None, options.quick)
+
+
+def _rules(path: Path | None, problems: list[str]) -> Rules | None:
+    if path is None:
+        return Rules()
+    unreadable, wrong = list[str](), list[str]()
+    table = config.read_toml(path, unreadable)
+    rules = None if unreadable else config.parse(Rules, table, "", wrong)
+    problems += [*unreadable, *(f"{path}: {problem}" for problem in wrong)]
+    return rules
 
 
 def _table(table: dict[str, Any], name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -128,7 +128,8 @@ def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
     found = _scan_folder(_folder(config.images), config, options, verdicts, problems, notes)
     if isinstance(config.held_out, str):
         train = found
-        held_out = _scan_folder(_folder(config.held_out), config, options, verdicts, problems, notes)
+        known = replace(verdicts, must_know=False) if verdicts else None  # it is another folder than was audited
+        held_out = _scan_folder(_folder(config.held_out), config, options, known, problems, notes)
         problems += _in_both(train, held_out)
     elif problems:  # some pictures are missing from `found`: nothing to choose from
         train, held_out = found, []
@@ -216,8 +217,8 @@ def _scan_folder(
         problems.append(f"{folder}: cannot be read ({error.strerror})")
         return []
     files, pictures, below = here.files, here.pictures, here.below
-    asked_for = folder in (_folder(config.images), _folder(str(config.held_out)))
-    if asked_for and not pictures and not (below and config.recursive):
+    named = [_folder(name) for name in (config.images, config.held_out) if isinstance(name, str)]
+    if folder in named and not pictures and not (below and config.recursive):
         names = first_few((p.name for p in below), count=5)
         more = f"; there are pictures in folders below it ({names}): set recursive = true to use them" if below else ""
         problems.append(f"{folder}: there is no picture in it ({', '.join(SUFFIXES)}){more}")
@@ -232,8 +233,7 @@ def _scan_folder(
         if path.suffix.lower() not in (*SUFFIXES, *CAPTION_SUFFIXES) and path.name != "metadata.jsonl":
             notes.add("not read, being neither pictures nor captions", str(path))
     if verdicts is not None:
-        must_know = folder != _folder(str(config.held_out))
-        pictures = verdicts.without_left_out(pictures, problems, notes, must_know=must_know)
+        pictures = verdicts.without_left_out(pictures, problems, notes)
         files = _without_captions(files, {*here.pictures} - {*pictures}, pictures)
     captions = Captions(folder, problems, notes)
     captions.read(files, here.pictures)

@@ -60,7 +60,7 @@ def _of_itself(picture: Picture, rules: Rules, resolution: int, token_limit: int
     yield from _of_light(measures, rules)
     yield from _of_boxes(picture, rules)
     if rules.captions and picture.caption.problem:
-        yield "captions", f"no caption: {picture.caption.problem}"
+        yield "captions", picture.caption.problem
     limit = token_limit if rules.max_tokens is None else rules.max_tokens
     if picture.tokens is not None and picture.tokens > limit:
         yield "max_tokens", f"the caption has {picture.tokens} tokens, more than {limit}: the end is not read"

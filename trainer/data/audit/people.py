@@ -80,23 +80,24 @@ class PeopleFinder:
 
     def _detect(self, detector: _Detector, image: Image.Image) -> list[_Found]:
         """What scores enough, the best of those that overlap."""
-        longer, (width, height) = max(image.size), image.size
-        margin = ((longer - width) // 2, (longer - height) // 2)
-        square = Image.new("RGB", (longer, longer))
-        square.paste(image, margin)
-        small = square.resize((detector.side, detector.side), Image.Resampling.BILINEAR, reducing_gap=2)
+        scale = detector.side / max(image.size)
+        width, height = (max(round(side * scale), 1) for side in image.size)
+        margin = ((detector.side - width) // 2, (detector.side - height) // 2)
+        square = Image.new("RGB", (detector.side, detector.side))
+        square.paste(image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2), margin)
         span = 1 - detector.darkest
-        outputs = self._run(detector.file, np.asarray(small, np.float32) / 255 * span + detector.darkest)
+        outputs = self._run(detector.file, np.asarray(square, np.float32) / 255 * span + detector.darkest)
         offsets, logits = sorted(outputs, key=lambda output: -output.shape[-1])
         scores = 1 / (1 + np.exp(-np.clip(logits[:, 0], -80, 80)))
         centres = anchors(detector)
         found = list[_Found]()
         for index in np.argsort(-scores)[: int((scores > detector.score).sum())]:
-            pairs = offsets[index].reshape(-1, 2) / detector.side
-            centre, half, points = pairs[0] + centres[index], pairs[1] / 2, pairs[2:] + centres[index]
-            box = np.concatenate([centre - half, centre + half]) * longer - (margin + margin)
+            pairs = offsets[index].reshape(-1, 2)
+            here = centres[index] * detector.side - margin
+            centre, half, points = (pairs[0] + here) / scale, pairs[1] / 2 / scale, (pairs[2:] + here) / scale
+            box = np.concatenate([centre - half, centre + half])
             if all(_overlap(box, other.box) < OVERLAP for other in found):
-                found.append(_Found(float(scores[index]), box, points * longer - margin))
+                found.append(_Found(float(scores[index]), box, points))
         return found
 
     def _hands(self, image: Image.Image) -> Iterator[Box]:

@@ -38,6 +38,8 @@ class Verdicts:
     folder: str
     """That was audited."""
     pictures: tuple[Verdict, ...]
+    must_know: bool = True
+    """Whether a picture that is not in it is a problem."""
 
     def of(self, path: Path) -> Verdict | None:
         """That of a picture: by content, so that a renamed one is known; of several copies, the one of the same name,
@@ -48,14 +50,11 @@ class Verdicts:
         kept = [v for v in same if v.verdict != LEAVE_OUT]
         return next(iter([*named, *kept, *same]), None)
 
-    def without_left_out(
-        self, pictures: Sequence[Path], problems: list[str], notes: Notes, *, must_know: bool
-    ) -> list[Path]:
-        """The pictures to train on; of the others, and why, the notes tell. must_know: those that were not audited are
-        a problem."""
+    def without_left_out(self, pictures: Sequence[Path], problems: list[str], notes: Notes) -> list[Path]:
+        """The pictures to train on. The notes tell which others there are, and why."""
         found = {path: self.of(path) for path in pictures}
         unknown = [path for path, verdict in found.items() if verdict is None]
-        if unknown and must_know:
+        if unknown and self.must_know:
             problems.append(self._not_audited(unknown, len(pictures)))
         for path, verdict in found.items():
             if verdict is not None and verdict.verdict == LEAVE_OUT:

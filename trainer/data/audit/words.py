@@ -1,5 +1,6 @@
 """The captions of an audited folder: what each says, in which script, and what is wrong with it."""
 
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -28,7 +29,7 @@ class Caption:
     script: str = ""
     """That of its letters, the trigger aside: "Latin", "Chinese", "Chinese and Latin"; "" if it has none."""
     problem: str = ""
-    """Why there is none, or why it cannot be used."""
+    """That there is none, or why it cannot be used."""
 
 
 def captions_of(folder: Path, here: Contents, config: DataConfig, problems: list[str]) -> dict[Path, Caption]:
@@ -43,7 +44,8 @@ def captions_of(folder: Path, here: Contents, config: DataConfig, problems: list
         if text is None:
             problem = _problem_of(path, wrong)
             said.add(problem)
-            made[path] = Caption(problem=problem or "its row in metadata.jsonl cannot be used")
+            short = problem.replace(f"{folder}{os.sep}", "") or "its row in metadata.jsonl is damaged"
+            made[path] = Caption(problem=f"no usable caption: {short}")
         else:
             made[path] = _caption(text, config)
     problems += [problem for problem in wrong if problem not in said]
@@ -55,9 +57,9 @@ def _caption(text: str, config: DataConfig) -> Caption:
     try:
         text = text if own else clean(config.default_caption)[0]
     except CaptionError as error:
-        return Caption(problem=f"default_caption: {error}")
+        return Caption(problem=f"no usable caption: default_caption {error}")
     if not text:
-        return Caption(problem="there is none")
+        return Caption(problem="no caption")
     whole, _ = with_trigger(config.trigger, text)
     has_trigger = not config.trigger or whole != f"{config.trigger}, {text}"
     return Caption(whole, own, has_trigger, script(text, config.trigger))
