@@ -465,7 +465,7 @@ MUTANTS = (
         "trainer/adapter.py",
         (
             "the adapter of an offloaded block lies on the CPU",
-            "parameter.detach().to(transformer.device, torch.float32)",
+            "parameter.detach().to(device, torch.float32)",
             "parameter.detach().float()",
             "tests/hardware/test_offload.py::test_all_but_the_offloaded_blocks_is_on_the_device",
         ),

@@ -208,6 +208,7 @@ def assert_as_shipped(demo: Path) -> None:
     QwenImagePipeline.from_pretrained(demo / "model")
 
 
+@pytest.mark.slow
 def test_models_encoders_and_an_expert_can_be_built_anew(small_world: Path, tmp_path: Path) -> None:
     """Every kind of step once; a second call changes nothing."""
     steps = ["text", "vae", "base", "vision", "subjects", "style", "images", "measure", "manifest"]
@@ -253,6 +254,7 @@ def test_experts_are_measured_with_right_and_wrong_pictures(tmp_path: Path, monk
     assert 'strength = "auto"' in text and "| Style |" in text
 
 
+@pytest.mark.slow
 def test_ways_to_choose_a_strength_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two creatures with two pictures each, and runs of two steps."""
     monkeypatch.setattr(creatures, "NUM_PICTURES", 2)

@@ -1,7 +1,8 @@
 """The program on a pretended GPU, at full width: nothing raises, it fits, and the plan has said so.
 
 What is run is in `tests/pretended_gpu/cases.py`, by one process for all tests, since torch must be changed before it is
-imported. By default each configuration runs with the fewest blocks; the one for 24 GB is carried on to 60.
+imported. By default two configurations run: the one for 24 GB with two numbers of blocks, which are carried on to 60,
+and the one for 12 GB, which has blocks on the CPU, with the fewest. `-m slow` runs the others, `-m long` everything.
 """
 
 import json
@@ -20,9 +21,10 @@ from trainer.hardware.memory import CONTEXT_BYTES, usable
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("qwen_image_12gb", "qwen_image_16gb", "qwen_image_24gb", "qwen_image_80gb")
-RUNS = ("quick_12gb", "quick_16gb", "quick_24gb", "quick_80gb")
+DAILY, SLOW = ("quick_24gb", "quick_12gb"), ("quick_16gb", "quick_80gb")
 """The same with fewer experts."""
-FIRST = ("quick_12gb", "quick_16gb", "quick_80gb", "warm_start")
+RUNS = [*DAILY, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+FIRST = ("quick_12gb", "warm_start")
 """With fewest blocks only."""
 OTHERS = ("merge", "compare", "i2l_style", "i2l_coarse", "i2l_fine")
 WHOLE = {
@@ -60,9 +62,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-@pytest.fixture(scope="session")
-def quick(shared: Path) -> dict[str, Any]:
-    return run(shared, "itself", *RUNS, "warm_start", "--share", "--first", *FIRST)
+def quick(shared: Path, name: str) -> Any:
+    words = [*SLOW, "--share"] if name in SLOW else ["itself", *DAILY, "warm_start", "--share", "--first", *FIRST]
+    return run(shared, *words)[name]
 
 
 @pytest.fixture(scope="session")
@@ -135,45 +137,47 @@ def fits_with_what_is_absent(found: Any, limit: float) -> None:
             assert told["peak"] + told["absent"] + CONTEXT_BYTES <= limit, name
 
 
-def test_it_notices_what_it_is_there_for(quick: dict[str, Any]) -> None:
-    in_order(quick["itself"])
+def test_it_notices_what_it_is_there_for(shared: Path) -> None:
+    in_order(quick(shared, "itself"))
 
 
 @pytest.mark.parametrize("name", [*RUNS, "warm_start"])
-def test_nothing_raises(quick: dict[str, Any], name: str) -> None:
-    in_order(quick[name])
+def test_nothing_raises(shared: Path, name: str) -> None:
+    in_order(quick(shared, name))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_as_planned(quick: dict[str, Any], name: str) -> None:
-    as_planned(quick[name])
+def test_a_run_is_as_planned(shared: Path, name: str) -> None:
+    as_planned(quick(shared, name))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_nothing_large_is_in_fp32(quick: dict[str, Any], name: str) -> None:
-    in_half_precision(quick[name])
+def test_nothing_large_is_in_fp32(shared: Path, name: str) -> None:
+    in_half_precision(quick(shared, name))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_step_waits_twice(quick: dict[str, Any], name: str) -> None:
-    few_waits_and_copies(quick[name])
+def test_a_step_waits_twice(shared: Path, name: str) -> None:
+    few_waits_and_copies(quick(shared, name))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_fits_its_card(quick: dict[str, Any], name: str) -> None:
-    fits_with_what_is_absent(quick[name], usable(quick[name]["card"]))
+def test_a_run_fits_its_card(shared: Path, name: str) -> None:
+    found = quick(shared, name)
+    fits_with_what_is_absent(found, usable(found["card"]))
 
 
-def test_encoders_find_room_beside_a_transformer(quick: dict[str, Any]) -> None:
-    found = quick["warm_start"]
+def test_encoders_find_room_beside_a_transformer(shared: Path) -> None:
+    found = quick(shared, "warm_start")
     fits_with_what_is_absent(found, found["bytes"])
     siglip, dinov3 = (found["sizes"][0]["stages"][f"encoding pictures by {name}"] for name in ("SigLIP2", "DINOv3"))
     assert siglip["peak"] > 3e9 > dinov3["peak"]  # the larger one has gone to the CPU
 
 
-def test_the_plan_of_60_blocks(quick: dict[str, Any]) -> None:
-    within_a_tenth(quick["quick_24gb"])
-    fits(quick["quick_24gb"])
+@pytest.mark.parametrize("name", ["quick_24gb", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_the_plan_of_60_blocks(shared: Path, name: str) -> None:
+    within_a_tenth(quick(shared, name))
+    fits(quick(shared, name))
 
 
 @pytest.mark.long

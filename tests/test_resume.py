@@ -260,6 +260,7 @@ def test_only_errors_for_users_end_without_a_traceback(caplog: pytest.LogCapture
         assert issubclass(error, UserError) is (error is not TrainingError)
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_and_a_console_without_utf_8(
     run_toml: Path, pictures: Path, tmp_path: Path
 ) -> None:

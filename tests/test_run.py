@@ -90,7 +90,10 @@ COURSES = {
 }
 
 
-@pytest.mark.parametrize("course", COURSES)
+@pytest.mark.parametrize(
+    "course",
+    [name if name in ("plain", "dora") else pytest.param(name, marks=pytest.mark.slow) for name in COURSES],
+)
 def test_ten_and_ten_steps_are_twenty(
     course: str, run_toml: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,11 +187,12 @@ def die_in(owner: Any, name: str, call: int) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "call", "resumes_at"),
     [
-        (LoraObjective, "loss", 0, None),
+        pytest.param(LoraObjective, "loss", 0, None, marks=pytest.mark.slow),
         (LoraObjective, "loss", 3, 2),
-        (tracking.Tracker, "scalars", 6, 4),  # lines of steps 0 to 4 are written, not that of the validation
+        # lines of steps 0 to 4 are written, not that of the validation
+        pytest.param(tracking.Tracker, "scalars", 6, 4, marks=pytest.mark.slow),
         (trainer.files, "save_file", 2, 2),  # in the second checkpoint
-        (trainer.files, "save_file", 6, 6),  # in the adapter
+        pytest.param(trainer.files, "save_file", 6, 6, marks=pytest.mark.slow),  # in the adapter
         (export, "export", 0, 6),
     ],
 )

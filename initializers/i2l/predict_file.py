@@ -140,6 +140,7 @@ def _write_for_trainer(
     target = Target(
         trainer=options.trainer,
         modules=linears(qwen_image.transformer_on_meta(request.base)),
+        base=request.base,
         recipe=request.recipe,
         rank=options.rank,
         dtype=options.dtype,

@@ -148,6 +148,7 @@ def test_stopped_by_ctrl_c_it_says_how_to_go_on(
     assert go(run_toml, tmp_path / "cut", "--compare", "random") == FINISHED
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole(run_toml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     arguments = ("--compare", "random", "gaussian")
@@ -452,6 +453,7 @@ def test_results_of_other_settings_are_not_mixed_in(
     assert (tmp_path / "out" / "report.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_results_of_other_files_of_one_name_are_not_mixed_in(
     run_toml: Path, tmp_path: Path, loras: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -528,6 +530,7 @@ def check_seconds(report: dict[str, Any]) -> None:
     assert rows["no-training"]["start_seconds"] == rows["i2l"]["start_seconds"]
 
 
+@pytest.mark.slow
 def test_wrong_pictures_start_as_i2l_does_on_them(tmp_path: Path) -> None:
     """With strengths tried on them, and as many of them as there are, which need not be as many as the subject has."""
     for index, count in ((300, 2), (301, 5)):

@@ -131,4 +131,7 @@ ROWS: list[tuple[str, Callable[[], Outcome], str]] = [
     ("SIGKILL at 10 random moments", functools.partial(killed, 10, 10), _STEPS),
     ("SIGKILL at 100 random moments", functools.partial(killed, 100, 100), _STEPS),
 ]  # fmt: skip
-FAULTS = [Fault(KIND, what, do, FINISHED, "", lost, by_command="100" in what, posix=True) for what, do, lost in ROWS]
+FAULTS = [
+    Fault(KIND, what, do, FINISHED, "", lost, slow="10 " in what, by_command="100" in what, posix=True)
+    for what, do, lost in ROWS
+]

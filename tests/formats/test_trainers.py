@@ -16,6 +16,7 @@ import tomli
 import torch
 import yaml
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -128,12 +129,16 @@ def through_peft(state: dict[str, Tensor], *, rank: int, alpha: float, targets: 
 
 
 def simpletuner(folder: Path) -> Deltas:
+    """As 4.7.0 does it, which takes rank and alpha from the file; an older one would take the configuration's."""
     settings = json.loads((folder / "config.json").read_text())
-    assert settings["init_lora_step"] == 0 and settings["lora_dropout"] == 0
+    assert settings["lora_dropout"] == 0 and settings["lora_alpha"] == settings["lora_rank"]
+    with safe_open(settings["init_lora"], framework="pt") as file:
+        assert "global_step" not in file.metadata()
     state = {k.removeprefix("transformer."): v for k, v in load_file(settings["init_lora"]).items()}
     targets = json.loads(Path(settings["peft_lora_target_modules"]).read_text())
-    alpha = settings["lora_alpha"]
-    found, result = through_peft(state, rank=settings["lora_rank"], alpha=alpha, targets=targets)
+    (rank,) = {min(tensor.shape) for tensor in state.values()}
+    assert rank == settings["lora_rank"] and not any(key.endswith(".alpha") for key in state)
+    found, result = through_peft(state, rank=rank, alpha=rank, targets=targets)
     assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora_" in key]
     return found
 
@@ -176,7 +181,8 @@ def onetrainer(folder: Path) -> Deltas:
 def arguments(text: str) -> dict[str, str]:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     words = shlex.split(" ".join(lines).replace("\\ ", " "))
-    return {word[2:]: words[i + 1] for i, word in enumerate(words) if word.startswith("--")}
+    pairs = zip(words, [*words[1:], "--"], strict=True)
+    return {word[2:]: "" if value.startswith("--") else value for word, value in pairs if word.startswith("--")}
 
 
 def diffsynth(folder: Path) -> Deltas:
@@ -347,7 +353,8 @@ def test_rank_alpha_and_targets_come_from_the_recipe(trainer: str, tmp_path: Pat
     covered = trainer == "onetrainer"
     assert ("filled with rows that change nothing" in said) == covered
     assert read_lora(done.file)[0].factors.keys() == (set(trained) if covered else expected.keys())
-    if trainer in ("musubi-tuner", "simpletuner"):  # their scale here is 6 / 3, whatever the file says
+    assert any("lora_alpha = 6 is ignored" in note for note in recipe.notes) == (trainer == "simpletuner")
+    if trainer == "musubi-tuner":  # its scale here is 6 / 3, whatever the file says
         for name, x in load_pairs(done.file).items():
             delta = 2 * x.b.double() @ x.a.double()
             assert (delta - expected[name]).norm() <= 1e-5 * expected[name].norm()
@@ -449,7 +456,7 @@ def test_the_lines_that_are_written_are_a_recipe(trainer: str, tmp_path: Path) -
             r"networks\.lora, not networks\.lora_qwen_image",
         ),
         ("musubi-tuner", "a.toml", "network_dim = ", "no configuration of musubi-tuner"),
-        ("ai-toolkit", "a.yaml", "config: {process: [{network: {}, model: {arch: flux}}]}", "model.arch is qwen_image"),
+        ("ai-toolkit", "a.yaml", "config: {process: [{network: {}, model: {arch: flux}}]}", "model.arch of qwen_image"),
         ("ai-toolkit", "a.yaml", "config: {process: [{network: {type: lokr}, model: {arch: qwen_image}}]}", "lokr"),
         ("ai-toolkit", "a.yaml", "config: [", "no configuration of ai-toolkit"),
         ("simpletuner", "a.json", '{"model_family": "flux"}', "flux"),
@@ -479,7 +486,8 @@ NOTED = {
     "diffusion-pipe": ("float32", RECIPES["diffusion-pipe"][1]),
     "onetrainer": (
         "layer_filter_preset alone",
-        '{"training_method": "LORA", "model_type": "QWEN", "layer_filter_preset": "attn-mlp"}',
+        '{"training_method": "LORA", "model_type": "QWEN", "layer_filter_preset": "attn-mlp", '
+        '"text_encoder": {"train": false}}',
     ),
     "diffsynth": ("single name", "train.py --lora_base_model dit --lora_target_modules to_q"),
     "diffusers": ("--lora_alpha is 4", "x.py --pretrained_model_name_or_path x --rank 16"),

@@ -1,4 +1,4 @@
-"""`python -m trainer.formats convert | check`"""
+"""`python -m trainer.formats convert | check | trainers`"""
 
 import argparse
 import logging
@@ -15,6 +15,7 @@ from trainer.formats.check import judge, verdict_text
 from trainer.formats.convert import Target, hand_off
 from trainer.formats.layouts import LAYOUTS
 from trainer.formats.lora import ALPHA_KEY, PEFT_FILE, FormatError, interface_metadata, open_lora, write_lora
+from trainer.formats.overview import overview
 from trainer.formats.read_config import Recipe, read_recipe
 from trainer.formats.rules import TRAINERS
 from trainer.lowrank import ordered, rank, relative_difference
@@ -22,12 +23,13 @@ from trainer.lowrank import ordered, rank, relative_difference
 STALE_METADATA = (
     "lora_adapter_metadata",
     "ss_network_",
+    "global_step",  # at which SimpleTuner would go on counting
     "sshs_model_hash",
     "sshs_legacy_hash",
     "modelspec.hash",
     ALPHA_KEY,
 )
-"""Beginnings of keys that speak of the tensors as they were, or of a scale that is now in b."""
+"""Beginnings of keys that speak of the training and the tensors as they were, or of a scale that is now in b."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="what a trainer will do with a LoRA file")
     check.add_argument("file", type=Path)
     check.add_argument("--for", dest="trainer", choices=[*TRAINERS], required=True)
+    commands.add_parser("trainers", help="what is known of each program: versions, layouts, alpha, what is strict")
     for command in (convert, check):
         command.add_argument(
             "--recipe",
@@ -61,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--base", default="Qwen/Qwen-Image", help="the model (default: Qwen/Qwen-Image)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if options.command == "trainers":
+        print(overview())
+        return 0
     try:
         return _check(options) if options.command == "check" else _convert(options)
     except (UserError, OSError) as error:
@@ -106,6 +112,7 @@ def _convert(options: argparse.Namespace) -> int:
     target = Target(
         trainer=options.trainer,
         modules=base_modules(options.base),
+        base=options.base,
         recipe=_recipe(options),
         rank=options.rank,
         dtype=options.dtype,

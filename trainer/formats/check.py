@@ -8,7 +8,7 @@ import torch
 
 from trainer.adapter import AdapterWeights
 from trainer.formats.layouts import layouts_of
-from trainer.formats.lora import LoraFile, open_lora
+from trainer.formats.lora import DIFFUSERS_METADATA, LoraFile, open_lora
 from trainer.formats.read_config import Recipe, default_recipe
 from trainer.formats.rules import TRAINERS, Rules
 from trainer.lowrank import LowRank, norm, rank, relative_difference, scale
@@ -31,7 +31,7 @@ class Verdict:
     dead: dict[str, int] = field(default_factory=dict)
     """Ranks that are zero in both factors, and will never learn."""
     errors: list[str] = field(default_factory=list)
-    """That the trainer will raise."""
+    """That the trainer will raise, or that its start from the file would be another one."""
     notes: list[str] = field(default_factory=list)
     difference: float = 0.0
     """|dW at step 0 - dW of the file| / |dW of the file|, over all modules."""
@@ -45,20 +45,37 @@ class Verdict:
 def judge(path: Path, trainer: str, modules: Mapping[str, tuple[int, int]], recipe: Recipe | None = None) -> Verdict:
     """By the rules in `TRAINERS`, for a model with these Linear layers (in_features, out_features). Without a recipe:
     at the file's rank, with that trainer's defaults otherwise. FormatError if the file is not a LoRA of Qwen-Image."""
-    file = open_lora(path)
+    file, known = open_lora(path), TRAINERS[trainer]
     weights, _ = file.read()
-    rules = TRAINERS[trainer].rules_for(recipe is not None)
-    ranks = {name: rank(x) for name, x in weights.factors.items()}
+    rules = known.rules_for(recipe is not None)
     if recipe is None:
-        recipe = default_recipe(trainer, max(ranks.values()))
+        recipe = default_recipe(trainer, max(rank(x) for x in weights.factors.values()))
     verdict = Verdict(trainer, layouts_of(file.modules), notes=list(recipe.notes))
     _check_sizes(weights, modules, verdict)
-    trained = set(weights.factors) if rules.extra == "none" else set(recipe.targets(modules))
+    _load(verdict, file, weights, rules, _Adapter(recipe, modules))
+    if known.older is not None:
+        before = Verdict(trainer, verdict.layouts)
+        _load(before, file, weights, known.older, _Adapter(recipe, modules))
+        if not before.equal:
+            verdict.notes.append(f"a version before {known.since} does not start from this file: {_reason(before)}")
+    return verdict
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """What the trainer has built before it reads the file."""
+
+    recipe: Recipe
+    modules: Mapping[str, tuple[int, int]]
+    """The model's Linear layers."""
+
+
+def _load(verdict: Verdict, file: LoraFile, weights: AdapterWeights, rules: Rules, adapter: _Adapter) -> None:
+    recipe = adapter.recipe
+    trained = set(weights.factors) if rules.extra == "none" else set(recipe.targets(adapter.modules))
     alpha_keys = [name for name, keys in file.modules.items() if keys.alpha]
     if alpha_keys and rules.alpha_keys == "error":
-        verdict.errors.append(
-            f"{len(alpha_keys)} keys .alpha are in the file: any key that it does not know is an error"
-        )
+        verdict.errors.append(f"{len(alpha_keys)} keys .alpha are in the file: {rules.alpha_error}")
     for name, factors in weights.factors.items():
         why = _not_loaded(name, file, rules, trained)
         if why is not None:
@@ -72,9 +89,17 @@ def judge(path: Path, trainer: str, modules: Mapping[str, tuple[int, int]], reci
         if dead:
             verdict.dead[name] = dead
     verdict.random = sorted(trained - verdict.loaded.keys()) if rules.missing == "random" else []
-    _collect_errors(verdict, rules, recipe, ranks, trained)
+    _collect_errors(verdict, rules, recipe, {name: rank(x) for name, x in weights.factors.items()}, trained)
     verdict.difference = _difference(weights, verdict.loaded)
-    return verdict
+
+
+def _reason(verdict: Verdict) -> str:
+    """Why the start is not the file, in few words."""
+    if verdict.errors:
+        return verdict.errors[0]
+    if wrong := sorted({round(value, 6) for value in verdict.scales.values() if abs(value - 1) > TOLERANCE}):
+        return f"it arrives at {wrong[-1]:g} times the effect that the file means"
+    return f"{len(verdict.ignored)} modules are ignored, and start at random"
 
 
 def _check_sizes(weights: AdapterWeights, modules: Mapping[str, tuple[int, int]], verdict: Verdict) -> None:
@@ -100,7 +125,8 @@ def _not_loaded(name: str, file: LoraFile, rules: Rules, trained: set[str]) -> s
 def _scale(name: str, file: LoraFile, rules: Rules, recipe: Recipe) -> float:
     if rules.scale == "recipe":
         return recipe.alpha / recipe.rank
-    if rules.scale == "one" or (file.modules[name].alpha is None and not rules.reads_peft_metadata):
+    heeded = rules.reads_peft_metadata and DIFFUSERS_METADATA in file.metadata
+    if rules.scale == "one" or (file.modules[name].alpha is None and not heeded):
         return 1.0
     return file.scales[name]
 
@@ -125,6 +151,8 @@ def _collect_errors(
             f"{len(others)} modules have another rank than the configuration's {recipe.rank}, as {others[0]} with "
             f"{ranks[others[0]]}"
         )
+    if rules.rank == "one" and len(mixed := sorted({ranks[name] for name in verdict.loaded})) > 1:
+        verdict.errors.append(f"ranks {mixed[0]} to {mixed[-1]} are in the file: it takes one for all modules")
     if rules.missing == "error" and (missing := sorted(trained - verdict.loaded.keys())):
         verdict.errors.append(f"{len(missing)} modules are trained and not in the file, as {missing[0]}")
     extra = [name for name, why in verdict.ignored.items() if not why.startswith("key")]
@@ -169,7 +197,7 @@ def verdict_text(verdict: Verdict) -> str:
         lines.append(f"{title} starts from this file: dW at step 0 is the file's")
     else:
         wrong = f"dW at step 0 differs from the file's by {verdict.difference:.0%}"
-        lines.append(f"{title} does not start from this file: {'it will not start' if verdict.errors else wrong}")
+        lines.append(f"{title} does not start from this file: {'see the errors' if verdict.errors else wrong}")
         lines.append(f"`python -m trainer.formats convert FILE OUT --for {verdict.trainer}` makes one that fits")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from trainer.formats.check import Verdict, judge
 from trainer.formats.lora import FormatError, interface_metadata, write_lora
 from trainer.formats.read_config import Recipe, rank_problem, read_recipe
 from trainer.formats.rules import TRAINERS, by_suffix
-from trainer.formats.write_config import SNIPPETS, readme
+from trainer.formats.write_config import SNIPPETS, Start, readme
 from trainer.lowrank import LowRank, energy, energy_kept, ordered, pad, rank, relative_difference, zeros
 from trainer.qwen_image import Dtype
 
@@ -27,6 +27,8 @@ class Target:
     """A key of `TRAINERS`."""
     modules: Mapping[str, tuple[int, int]]
     """in_features and out_features of the model's Linear layers."""
+    base: str = "Qwen/Qwen-Image"
+    """Id or folder of the model, for the configuration that is written."""
     recipe: Recipe | None = None
     """The trainer's configuration, if the user has one."""
     rank: int | None = None
@@ -40,7 +42,8 @@ class Target:
         """
         if self.recipe is None:
             wanted = self.rank or max(rank(x) for x in weights.factors.values())
-            return Recipe(rank=wanted, alpha=float(wanted), trains=by_suffix(_types(weights.factors)))
+            types = _types([name for name in weights.factors if TRAINERS[self.trainer].covers(name)])
+            return Recipe(rank=wanted, alpha=float(wanted), trains=by_suffix(types))
         if problem := rank_problem(self.recipe, self.rank):
             raise FormatError(problem)
         return self.recipe
@@ -71,7 +74,7 @@ def hand_off(weights: AdapterWeights, target: Target, folder: Path, metadata: Ma
         extra = _write_files(partial, file_name, fitted, target, given, metadata)
         types, snippet, recipe = _types(fitted.trained), None, target.recipe
         if trainer in SNIPPETS:
-            snippet = SNIPPETS[trainer](folder.absolute() / file_name, given, types)
+            snippet = SNIPPETS[trainer](Start(folder.absolute() / file_name, given, types, target.base))
             write_text(partial / snippet.name, snippet.text)
             if trainer == "simpletuner":  # which reads its targets from a file of their own
                 write_text(partial / "targets.json", json.dumps(types) + "\n")
@@ -178,7 +181,7 @@ def _account(fitted: _Fitted, recipe: Recipe) -> list[str]:
         share = sum(energies[module] for module in dropped) / total
         types = ", ".join(_types(dropped))
         what = f"{len(dropped)} modules ({types}), with {share:.2%} of the energy"
-        lines.append(f"dropped, because the recipe does not train them: {what}")
+        lines.append(f"dropped, because they are not trained: {what}")
     return lines
 
 

@@ -33,6 +33,8 @@ PEFT_FILE, PEFT_CONFIG, DIFFUSERS_FILE = (
 )
 ALPHA_KEY = "warm_start_alpha"
 """In the metadata of our files: the trainer that the file is for multiplies by this / rank."""
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+"""PEFT's configuration, in the metadata of files that diffusers writes."""
 _PEFT_KEY = re.compile(rf"(?:(?:_orig_mod|module)\.)*{re.escape(PEFT_PREFIX)}")
 """As PEFT itself writes keys: its configuration holds alpha."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -245,8 +247,8 @@ def _peft_config(file: Path, modules: Mapping[str, ModuleKeys], metadata: Mappin
     try:
         if (file.name == PEFT_FILE or of_peft) and beside.is_file():
             config = json.loads(beside.read_text(encoding="utf-8"))
-        elif "lora_adapter_metadata" in metadata:
-            entries = json.loads(metadata["lora_adapter_metadata"])
+        elif DIFFUSERS_METADATA in metadata:
+            entries = json.loads(metadata[DIFFUSERS_METADATA])
             config = {key.removeprefix("transformer."): value for key, value in entries.items()}
         elif any(not keys.alpha for keys in of_peft):
             raise FormatError(f"{PEFT_CONFIG} is missing beside it, and with it alpha: put both into one folder")
