@@ -18,6 +18,7 @@ from trainer.data.pictures import pixel_hash
 WORKING = 512  # pixels of the square whose area a picture is scaled down to
 BLOCK = 8  # pixels of the square that counts as flat or not
 FLAT = 2 / 255  # standard deviation of luminance in a flat block: what JPEG leaves in an even wall
+ROUNDING = 2 / 255  # differences between neighbours that soft gradients have in 8 bits
 TILES = 4  # a picture has TILES x TILES parts, of which the sharpest counts
 HASH_SIDE = 16  # a perceptual hash has HASH_SIDE**2 bits
 THUMBNAIL = 256  # pixels of the longer side
@@ -70,27 +71,29 @@ def sharpness(values: _Array) -> float:
 
     In a sharp picture differences between neighbours shrink when it is blurred; in a blurred one they stay. With F the
     differences along an axis, and B those after a mean of 9 pixels along it, blur = 1 - sum(max(0, F - B)) / sum(F),
-    the larger one of both axes. Parts are taken one by one, since a background may well be blurred; those with less
-    than half of the mean detail say little, and are left out.
+    the larger one of both axes. Two things are added. Parts are taken one by one, since a background may well be
+    blurred; those with less than half of the mean detail say little, and are left out. And a sum(F) counts as no less
+    than a quarter of the other axis': what was moved has hardly any detail along its way.
     """
     found: list[tuple[float, float]] = []
     for part in _tiles(values):
         sums = [_differences(part), _differences(part.T)]
-        detail = sum(total for total, _ in sums)
-        if all(total > 0 for total, _ in sums):
-            found.append((detail / part.size, min(lost / total for total, lost in sums)))
+        most = max(total for total, _ in sums)
+        if most > 0:
+            found.append((most / part.size, min(lost / max(total, most / 4) for total, lost in sums)))
     enough = sum(detail for detail, _ in found) / max(len(found), 1) / 2
     return max((sharp for detail, sharp in found if detail >= enough), default=0.0)
 
 
 def _differences(values: _Array, width: int = 9) -> tuple[float, float]:
-    """Sums, over pixels, of the differences between neighbours along the first axis, and of how much a mean of `width`
-    pixels takes from them."""
+    """Sums of the differences between neighbours along the first axis that are more than rounding, and of how much a
+    mean of `width` pixels takes from them."""
     padded = np.pad(values, ((width // 2 + 1, width // 2), (0, 0)), mode="edge")
     sums = np.cumsum(padded, axis=0, dtype=np.float64)
     blurred = (sums[width:] - sums[:-width]) / width
     before, after = np.abs(np.diff(values, axis=0)), np.abs(np.diff(blurred, axis=0))
-    return float(before.sum()), float(np.maximum(before - after, 0).sum())
+    counts = before > ROUNDING
+    return float(before[counts].sum()), float(np.maximum(before - after, 0)[counts].sum())
 
 
 def _tiles(values: _Array) -> list[_Array]:
