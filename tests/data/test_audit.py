@@ -414,7 +414,7 @@ def test_what_the_extra_would_add_is_said(
     good(folder, 1)
     monkeypatch.setattr(run, "not_looked_for", lambda: ["faces, hands and people", "text and watermarks"])
     report = audited(folder)
-    said = "not looked for: faces, hands and people; text and watermarks. To have it looked for: pip install"
+    said = "not looked for: faces, hands and people; text and watermarks. To look for them: pip install"
     assert said in capsys.readouterr().out
     assert any(said in note for note in report["notes"])
     assert said in (folder.parent / "audit" / "audit.html").read_text(encoding="utf-8")
@@ -589,6 +589,17 @@ def test_what_is_no_file_is_left_out(folder: Path) -> None:
     report = audited(folder)
     assert rules_of(report) == {"pipe.png": ["damaged"]} and report["pictures"][2]["sha256"] == ""
     assert len(scanned(folder).train) == 2
+
+
+def test_a_name_that_is_not_utf8(folder: Path) -> None:
+    good(folder, 2)
+    try:
+        (folder / "good0.png").rename(os.fsdecode(os.fsencode(folder) + b"/\xff.png"))
+    except OSError:
+        pytest.skip("this disk takes no such names")
+    report = audited(folder)
+    assert rules_of(report) == {"\\udcff.png": ["captions"]}
+    assert len(scanned(folder, default_caption="zorp").train) == 2
 
 
 def test_hashes_are_those_of_the_files(folder: Path) -> None:

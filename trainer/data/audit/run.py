@@ -100,7 +100,7 @@ def _pictures(asked: Audit, folder: Path, captions: dict[Path, Caption]) -> Iter
         if found.measures is not None:
             bucket = nearest(found.measures.size, options)
             enlargement, cropped = fitting(found.measures.size, bucket)
-        name = path.relative_to(folder).as_posix()
+        name = path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode()  # what is not UTF-8
         yield Picture(name, found, bucket, enlargement, cropped, caption, tokens.get(caption.text))
 
 
@@ -141,7 +141,7 @@ def _notes(asked: Audit, pictures: Sequence[Picture]) -> Iterator[str]:
     if asked.quick:
         yield "nothing was looked for in the pictures: --quick"
     elif missing := not_looked_for():
-        yield f"not looked for: {'; '.join(missing)}. To have it looked for: {EXTRA}"
+        yield f"not looked for: {'; '.join(missing)}. To look for them: {EXTRA}"
     if asked.base is None:
         yield "tokens of captions were not counted: name a base that is on this machine, by --config or --base"
     own = [picture.caption for picture in pictures if picture.caption.own]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,17 @@ class Verdicts:
         """That of a picture: by content, so that a renamed one is known; of several copies, the one of the same name,
         else the first that is not left out. None if it was not audited as it is now."""
         digest = file_hash(path)
-        same = [v for v in self.pictures if v.sha256 == digest and (digest or Path(v.file).name == path.name)]
-        named = [v for v in same if Path(v.file).name == path.name]
-        kept = [v for v in same if v.verdict != LEAVE_OUT]
-        return next(iter([*named, *kept, *same]), None)
+        same = self._by_hash.get(digest, [])
+        named = [verdict for verdict in same if Path(verdict.file).name == path.name]
+        kept = [verdict for verdict in same if verdict.verdict != LEAVE_OUT]
+        return next(iter([*named, *kept, *same] if digest else named), None)
+
+    @cached_property
+    def _by_hash(self) -> dict[str, list[Verdict]]:
+        found: dict[str, list[Verdict]] = {}
+        for verdict in self.pictures:
+            found.setdefault(verdict.sha256, []).append(verdict)
+        return found
 
     def without_left_out(self, pictures: Sequence[Path], problems: list[str], notes: Notes) -> list[Path]:
         """The pictures to train on. The notes tell which others there are, and why."""
