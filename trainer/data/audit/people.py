@@ -2,7 +2,7 @@
 
 They are single-shot detectors in the way of BlazeFace (Bazarevsky et al., 2019): for each of a fixed set of anchors a
 score, and box and points as offsets from the anchor's centre. A picture is seen as a whole, scaled to the model's small
-square, so that what takes less than about a twentieth of its width is not found.
+square, so that faces of less than about a tenth of its longer side, and hands of less than a fifth, are not found.
 """
 
 import math
