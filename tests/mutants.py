@@ -73,8 +73,8 @@ MUTANTS = (
         "trainer/data/audit/verdicts.py",
         (
             "what is to be looked at is left out, too",
-            "verdict.verdict != LEAVE_OUT]",
-            "verdict.verdict == KEEP]",
+            "verdict is None or verdict.verdict != LEAVE_OUT]",
+            "verdict is None or verdict.verdict == KEEP]",
             "tests/data/test_audit.py::test_a_run_leaves_out_what_the_audit_says_to",
         ),
         (
