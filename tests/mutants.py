@@ -70,6 +70,48 @@ def _mutants(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
 
 MUTANTS = (
     *_mutants(
+        "trainer/data/audit/verdicts.py",
+        (
+            "what is to be looked at is left out, too",
+            "verdict is None or verdict.verdict != LEAVE_OUT]",
+            "verdict is None or verdict.verdict == KEEP]",
+            "tests/data/test_audit.py::test_a_run_leaves_out_what_the_audit_says_to",
+        ),
+        (
+            "a picture that was not audited is trained on",
+            "if unknown and self.must_know:",
+            "if False:",
+            "tests/data/test_audit.py::test_an_audit_of_other_pictures",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/audit/measures.py",
+        (
+            "a picture that is sharp along one axis is sharp",
+            "min(lost / max",
+            "max(lost / max",
+            "tests/data/test_audit.py::test_a_picture_that_was_moved_is_not_sharp",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/audit/judge.py",
+        (
+            "empty pictures are all copies of one another",
+            "m is not None and m.flat <= rules.max_flat",
+            "m is not None",
+            "tests/data/test_audit.py::test_empty_pictures_are_no_copies",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/audit/people.py",
+        (
+            "a palm alone is a hand",
+            "if score[0] >= HAND:",
+            "if True:",
+            "tests/data/test_audit_finds.py::test_a_palm_alone_is_no_hand",
+        ),
+    ),
+    *_mutants(
         "trainer/objective.py",
         (
             "caption dropout does nothing",

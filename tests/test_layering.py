@@ -10,6 +10,9 @@ FLOORS = {
     1: (
         "trainer.compare.statistics",
         "trainer.config",
+        "trainer.data.audit.boxes",
+        "trainer.data.audit.duplicates",
+        "trainer.data.audit.rules",
         "trainer.data.pictures",
         "trainer.files",
         "trainer.flow",
@@ -22,19 +25,28 @@ FLOORS = {
     2: (
         "trainer.adapter",
         "trainer.checkpoint",
+        "trainer.data.audit.measures",
+        "trainer.data.audit.page",
+        "trainer.data.audit.people",
         "trainer.data.cache",
         "trainer.data.notes",
         "trainer.hardware.offload",
         "trainer.hub.sources",
         "trainer.tracking",
     ),
-    3: ("trainer.data.captions", "trainer.lycoris", "trainer.qwen_image"),
+    3: (
+        "trainer.data.audit.find",
+        "trainer.data.audit.verdicts",
+        "trainer.data.captions",
+        "trainer.lycoris",
+        "trainer.qwen_image",
+    ),
     4: ("trainer.data.dataset", "trainer.folder", "trainer.formats", "trainer.validation"),
-    5: ("trainer.compare.report", "trainer.data.encode", "trainer.export", "trainer.loop"),
-    6: ("trainer.cli", "trainer.hardware.memory"),
-    7: ("trainer.plan",),
-    8: ("trainer.hardware.machine",),
-    9: ("trainer.hardware.seconds", "trainer.objective"),
+    5: ("trainer.compare.report", "trainer.data.audit.words", "trainer.data.encode", "trainer.export", "trainer.loop"),
+    6: ("trainer.cli", "trainer.data.audit.picture", "trainer.hardware.memory"),
+    7: ("trainer.data.audit.judge", "trainer.plan"),
+    8: ("trainer.data.audit.run", "trainer.hardware.machine"),
+    9: ("trainer.data.__main__", "trainer.hardware.seconds", "trainer.objective"),
     10: ("trainer.run",),
     11: ("trainer.bench", "trainer.compare.plan"),
     12: ("trainer.compare.measures", "trainer.doctor"),
@@ -78,7 +90,15 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
 
 
 HOME = {name: number for number, names in FLOORS.items() for name in names}
-ROOMS = {"trainer", "trainer.bench", "trainer.compare", "trainer.data", "trainer.hardware", "trainer.hub"}
+ROOMS = {
+    "trainer",
+    "trainer.bench",
+    "trainer.compare",
+    "trainer.data",
+    "trainer.data.audit",
+    "trainer.hardware",
+    "trainer.hub",
+}
 """Packages that hold nothing themselves."""
 
 

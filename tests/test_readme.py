@@ -19,6 +19,7 @@ from tests.faults import __main__ as faults
 from trainer import doctor
 from trainer.bench import __main__ as bench
 from trainer.compare import __main__ as compare
+from trainer.data import __main__ as data
 from trainer.formats import __main__ as formats
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "tests.mutants": mutants.main,
     "trainer.bench": bench.main,
     "trainer.compare": compare.main,
+    "trainer.data": data.main,
     "trainer.doctor": doctor.main,
     "trainer.formats": formats.main,
 }

@@ -11,6 +11,7 @@ import pytest
 import initializers
 from initializers.i2l.training.train import HypernetworkConfig
 from trainer import config
+from trainer.data.audit.rules import Rules
 from trainer.plan import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ def keys(cls: type[Any], where: str) -> Iterator[tuple[str, str]]:
 
 
 KEYS = [*keys(RunConfig, ""), *keys(HypernetworkConfig, "hypernetwork")]
+KEYS += keys(Rules, "rules")
 KEYS += [key for name in initializers.names() for key in keys(initializers.config_class(name), f"init.{name}")]
 
 

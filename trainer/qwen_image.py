@@ -517,15 +517,24 @@ def cut_prompts(base: str, texts: Iterable[str]) -> dict[str, str]:
     long = [text for text in texts if len(text.encode()) > PROMPT_LIMIT]  # a token is at least one byte
     if not long:
         return {}
+    tokenizer, tokens = _tokens(base, long)
+    first = max(0, PROMPT_LIMIT - 12)
+    cut = {text: found[first:PROMPT_LIMIT] for text, found in tokens if len(found) > PROMPT_LIMIT}
+    return {text: tokenizer.decode(end).strip() for text, end in cut.items()}
+
+
+def prompt_tokens(base: str, texts: Iterable[str]) -> dict[str, int]:
+    """Texts -> the number of tokens of each, of which PROMPT_LIMIT are read."""
+    return {text: len(found) for text, found in _tokens(base, texts)[1]}
+
+
+def _tokens(base: str, texts: Iterable[str]) -> tuple[Any, list[tuple[str, list[int]]]]:
+    """The base's tokenizer, and the tokens of each text in the pipeline's template, without those of the template."""
     tokenizer = AutoTokenizer.from_pretrained(sources.local(base), subfolder="tokenizer")
     pipeline = QwenImagePipeline(scheduler=None, vae=None, transformer=None, text_encoder=None, tokenizer=tokenizer)
     template, before = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
-    limit, after, cut = before + PROMPT_LIMIT, len(tokenizer(template.split("{}")[1]).input_ids), {}
-    for text in long:
-        tokens = tokenizer(template.format(text)).input_ids[:-after]
-        if len(tokens) > limit:
-            cut[text] = tokenizer.decode(tokens[max(before, limit - 12) : limit]).strip()
-    return cut
+    after = len(tokenizer(template.split("{}")[1]).input_ids)
+    return tokenizer, [(text, tokenizer(template.format(text)).input_ids[before:-after]) for text in texts]
 
 
 def stack_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -83,3 +83,25 @@ def test_bad_arguments_are_told(run_toml: Path, caplog: pytest.LogCaptureFixture
     assert main(["loop", "--config", str(run_toml), "--steps", str(WARMUP)]) == BAD_INPUT
     assert main(["loop", "--config", str(run_toml), "--set", "train.stepz=3"]) == BAD_INPUT
     assert "--steps must be more" in caplog.text and "train.stepz" in caplog.text.replace("[train] ", "train.")
+
+
+def test_an_audit_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "bench.json"
+    words = ["audit", "--pictures", "20", "--megapixels", "0.06", "--output", str(output)]
+    assert main(words) == FINISHED
+    report = json.loads(output.read_text())
+    assert report["pictures"] == 20 and report["size"] == [300, 200]
+    assert report["seconds"] > 0 and report["peak_memory_bytes"] > 1e7
+    assert "20 pictures of 300 x 200" in capsys.readouterr().out
+    assert main(["audit", "--pictures", "0"]) == BAD_INPUT
+
+
+@pytest.mark.slow
+def test_a_thousand_pictures_are_audited_in_a_minute_and_memory_does_not_grow_with_them(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    assert main(["audit", "--output", str(output)]) == FINISHED
+    report = json.loads(output.read_text())
+    assert report["pictures"] == 1000 and report["size"][0] * report["size"][1] == pytest.approx(2e6, rel=0.01)
+    assert report["seconds"] < 60
+    grown = report["peak_memory_bytes"] - report["peak_memory_bytes_with_a_tenth"]
+    assert grown < 100e6  # pictures are 6 MB each, thumbnails 10 kB

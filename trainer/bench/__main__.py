@@ -1,4 +1,4 @@
-"""`python -m trainer.bench loop | adapter | full-size`"""
+"""`python -m trainer.bench loop | adapter | full-size | audit`"""
 
 import argparse
 import sys
@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m trainer.bench", description="What a training step costs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.bench", description="What a training step costs, and an audit."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     loop = commands.add_parser("loop", help="seconds of a step, and what of it is the loop around it")
     adapter = commands.add_parser("adapter", help="what the adapter adds to a block with random weights")
@@ -41,7 +43,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     full_size.add_argument(
         "--folder", type=Path, default=Path(), help="for the weights (default: here); they are deleted"
     )
-    for command in (loop, adapter, full_size):
+    audit = commands.add_parser("audit", help="seconds and memory of an audit of pictures that are painted for it")
+    audit.add_argument("--pictures", type=int, default=1000, help="default: 1000")
+    audit.add_argument("--megapixels", type=float, default=2.0, help="of each (default: 2)")
+    for command in (loop, adapter, full_size, audit):
         command.add_argument("--output", type=Path, metavar="FILE", help="write the report there, as JSON")
     return parser.parse_args(arguments)
 
@@ -49,7 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     from trainer.files import write_json  # what takes seconds to import is imported here: --help answers at once
 
-    text, report = _full_size(options) if options.command == "full-size" else _step(options)
+    measures = {"full-size": _full_size, "audit": _audit}
+    text, report = measures.get(options.command, _step)(options)
     print(text)
     if options.output:
         write_json(options.output, report)
@@ -70,6 +76,15 @@ def _full_size(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     sizes = {"num_blocks": options.blocks, "resolution": options.resolution, "rank": options.rank}
     report = full_size.measure_variants(names, **sizes, steps=options.steps, folder=options.folder)
     return full_size.report_text(report), report
+
+
+def _audit(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from trainer.bench import audit
+
+    if options.pictures < 1 or options.megapixels <= 0:
+        raise UserError("--pictures must be at least 1, --megapixels above 0")
+    report = audit.measure(options.pictures, options.megapixels)
+    return audit.report_text(report), report
 
 
 def _step(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:

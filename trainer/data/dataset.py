@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,11 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from trainer.config import first_few
-from trainer.data.captions import CAPTION_SUFFIXES, CaptionError, Captions, clean
+from trainer.data.audit.verdicts import Verdicts, read_verdicts
+from trainer.data.captions import CAPTION_SUFFIXES, CaptionError, Captions, clean, same_name
 from trainer.data.notes import Notes
-from trainer.data.pictures import SUFFIXES, DataError, decode, read
+from trainer.data.pictures import SUFFIXES, DataError, decode, pixel_hash, read
+from trainer.errors import UserError
 from trainer.files import file_in_the_way
 from trainer.flow import generator
 
@@ -51,6 +53,9 @@ class DataConfig:
     own."""
     caption_dropout: float = 0.0
     """The probability, from 0 to 1, that a picture is trained on without its caption."""
+    audit: str | None = None
+    """The audit.json of `python -m trainer.data audit`: pictures that it says to leave out are neither trained on nor
+    held out."""
     cache: str | None = None
     """The folder for latents and prompt embeddings, which may be shared by runs. By default `cache` in the output
     folder."""
@@ -119,14 +124,19 @@ def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
         raise DataError(problems)
     notes = Notes()
     options = buckets(config.resolution, multiple)
-    found = _scan_folder(_folder(config.images), config, options, problems, notes)
+    verdicts = _verdicts(config, problems)
+    found = _scan_folder(_folder(config.images), config, options, verdicts, problems, notes)
     if isinstance(config.held_out, str):
-        train, held_out = found, _scan_folder(_folder(config.held_out), config, options, problems, notes)
+        train = found
+        known = replace(verdicts, must_know=False) if verdicts else None  # it is another folder than was audited
+        held_out = _scan_folder(_folder(config.held_out), config, options, known, problems, notes)
         problems += _in_both(train, held_out)
     elif problems:  # some pictures are missing from `found`: nothing to choose from
         train, held_out = found, []
     else:
         train, held_out = _split(found, config.held_out, seed, problems)
+    if verdicts is not None and not train and not problems:
+        problems.append(f"audit: {config.audit} leaves out all pictures; change its rules, and audit again")
     if problems:
         raise DataError(problems)
     for same in _same_content(train):
@@ -158,33 +168,61 @@ def _folder(name: str) -> Path:
     return Path(name).expanduser()
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What lies in a folder, hidden files aside, by name."""
+
+    files: list[Path]
+    pictures: list[Path]
+    masks: set[Path]
+    below: list[Path]
+    """Folders with pictures."""
+
+
+def contents(folder: Path, config: DataConfig) -> Contents:
+    """What may be trained on in a folder, and what lies beside it. OSError if it cannot be read."""
+    entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    files = [p for p in entries if not p.is_dir()]
+    named = [p for p in files if p.suffix.lower() in SUFFIXES]
+    masks = _masks(named)
+    below = [p for p in entries if p.is_dir() and _has_pictures(p, config.recursive)]
+    if isinstance(config.held_out, str):
+        below = [p for p in below if p.resolve() != _folder(config.held_out).resolve()]
+    return Contents(files, [p for p in named if p not in masks], masks, below)
+
+
+def _verdicts(config: DataConfig, problems: list[str]) -> Verdicts | None:
+    """What the audit says, if there is one."""
+    if config.audit is None:
+        return None
+    try:
+        return read_verdicts(_folder(config.audit))
+    except UserError as error:
+        problems.append(f"audit: {error}")
+        return None
+
+
 def _scan_folder(
     folder: Path,
     config: DataConfig,
     options: Sequence[_Size],
+    verdicts: Verdicts | None,
     problems: list[str],
     notes: Notes,
-    *,
-    top: bool = True,
 ) -> list[Example]:
-    """The examples of a folder, and of those below it with `recursive`; `top` is the one that was asked for."""
+    """The examples of a folder, and of those below it with `recursive`."""
     try:
-        entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+        here = contents(folder, config)
     except OSError as error:
         problems.append(f"{folder}: cannot be read ({error.strerror})")
         return []
-    files = [p for p in entries if not p.is_dir()]
-    named = [p for p in files if p.suffix.lower() in SUFFIXES]
-    masks = _masks(named)
-    pictures = [p for p in named if p not in masks]
-    below = [p for p in entries if p.is_dir() and _has_pictures(p, config.recursive)]
-    if isinstance(config.held_out, str):
-        below = [p for p in below if p.resolve() != _folder(config.held_out).resolve()]
-    if top and not pictures and not (below and config.recursive):
+    files, pictures, below = here.files, here.pictures, here.below
+    named = [_folder(name) for name in (config.images, config.held_out) if isinstance(name, str)]
+    if folder in named and not pictures and not (below and config.recursive):
         names = first_few((p.name for p in below), count=5)
         more = f"; there are pictures in folders below it ({names}): set recursive = true to use them" if below else ""
         problems.append(f"{folder}: there is no picture in it ({', '.join(SUFFIXES)}){more}")
-    for path in masks:
+    for path in here.masks:
         notes.add("masks beside pictures, which are not used", str(path))
     for path in below:
         if not config.recursive:
@@ -194,13 +232,23 @@ def _scan_folder(
     for path in files:
         if path.suffix.lower() not in (*SUFFIXES, *CAPTION_SUFFIXES) and path.name != "metadata.jsonl":
             notes.add("not read, being neither pictures nor captions", str(path))
+    if verdicts is not None:
+        pictures = verdicts.without_left_out(pictures, problems, notes)
+        files = _without_captions(files, {*here.pictures} - {*pictures}, pictures)
     captions = Captions(folder, problems, notes)
-    captions.read(files, pictures)
+    captions.read(files, here.pictures)
     texts = captions.of(pictures, trigger=config.trigger, default=config.default_caption)
     found = _examples(folder, pictures, texts, options, problems, notes)
     for path in below if config.recursive else ():
-        found += _scan_folder(path, config, options, problems, notes, top=False)
+        found += _scan_folder(path, config, options, verdicts, problems, notes)
     return found
+
+
+def _without_captions(files: Sequence[Path], left_out: Iterable[Path], kept: Iterable[Path]) -> list[Path]:
+    """The files without captions of pictures that are left out: what is wrong with them does not matter."""
+    names = {same_name(name) for path in left_out for name in (path.stem, path.name)}
+    names -= {same_name(name) for path in kept for name in (path.stem, path.name)}
+    return [p for p in files if p.suffix.lower() not in CAPTION_SUFFIXES or same_name(p.stem) not in names]
 
 
 def _masks(pictures: Sequence[Path]) -> set[Path]:
@@ -236,7 +284,7 @@ def _examples(
                 problems += result.problems
                 continue
             digest, pixels, size, done = result
-            bucket = _nearest(size, options)
+            bucket = nearest(size, options)
             for remark in [*done, *_resizing(size, bucket)]:
                 notes.add(remark, path.name)
             found.append(Example(path, captions.get(path, ""), digest, size, bucket, pixels))
@@ -250,8 +298,7 @@ def _inspect(path: Path) -> tuple[str, str, _Size, list[str]] | DataError:
         image, done = decode(path, data)
     except DataError as error:
         return error
-    pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-    return hashlib.sha256(data).hexdigest(), pixels, image.size, done
+    return hashlib.sha256(data).hexdigest(), pixel_hash(image), image.size, done
 
 
 # --- buckets and split ------------------------------------------------------------------------------------
@@ -274,18 +321,23 @@ def buckets(resolution: int, multiple: int) -> list[_Size]:
     return sorted(found, key=lambda size: size[0] / size[1])
 
 
-def _nearest(size: _Size, options: Sequence[_Size]) -> _Size:
+def nearest(size: _Size, options: Sequence[_Size]) -> _Size:
     """The bucket whose ratio of sides is nearest, measured as a factor."""
     return min(options, key=lambda option: abs(math.log(size[0] / size[1]) - math.log(option[0] / option[1])))
 
 
+def fitting(size: _Size, bucket: _Size) -> tuple[float, float]:
+    """The factor by which a picture is scaled to cover its bucket, and the share of it that the crop cuts off."""
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    return scale, 1 - bucket[0] * bucket[1] / (size[0] * size[1] * scale**2)
+
+
 def _resizing(size: _Size, bucket: _Size) -> list[str]:
     """What is worth saying of the way from `size` to `bucket`."""
-    scale = max(bucket[0] / size[0], bucket[1] / size[1])
-    kept = bucket[0] * bucket[1] / (size[0] * size[1] * scale**2)
+    scale, cropped = fitting(size, bucket)
     return [
         *(["smaller than their bucket, so upscaled and soft"] if scale > 1 else []),
-        *([f"more than {CROP_NOTE:.0%} cut off by the crop to their bucket"] if kept < 1 - CROP_NOTE else []),
+        *([f"more than {CROP_NOTE:.0%} cut off by the crop to their bucket"] if cropped > CROP_NOTE else []),
     ]
 
 

@@ -1,5 +1,6 @@
 """One picture, from a file to 8-bit sRGB, upright; or a clear error that says why it cannot be used."""
 
+import hashlib
 import io
 import threading
 import warnings
@@ -191,6 +192,11 @@ def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
         return image, "colour profile not usable: colours taken as sRGB"
     assert made is not None  # it is only None when converting in place
     return made, "colours converted to sRGB from their own profile"
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """sha256 of size and pixels, in hex: the same for copies that differ in their bytes only."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def pictures_in(folder: Path) -> list[Path]:
