@@ -235,6 +235,7 @@ def test_everything_can_be_built_anew(small_world: Path, tmp_path: Path) -> None
     assert files_of_manifest(small_world) == before
 
 
+@pytest.mark.slow
 def test_experts_are_measured_with_right_and_wrong_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two creatures with two pictures each."""
     monkeypatch.setattr(creatures, "NUM_PICTURES", 2)

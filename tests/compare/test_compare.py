@@ -103,7 +103,8 @@ def test_a_run_of_a_comparison_is_the_run_that_train_does(run_toml: Path, tmp_pa
     assert len(found) == 3
 
 
-@pytest.mark.parametrize("number", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [5, 1])
 def test_killed_in_the_middle_it_ends_with_the_same_report(
     number: int, run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def _paragraph(name: str, trainer: Trainer) -> str:
         f"  known      {trainer.read}",
         f"  read in    {rules.source}",
         f"  takes      {_keys(rules.accepts)}",
+        f"  methods    {', '.join(rules.methods)}",
         *_rules(rules),
     ]
     if trainer.older is not None:
