@@ -1,8 +1,8 @@
 """The program on a pretended GPU, at full width: nothing raises, it fits, and the plan has said so.
 
 What is run is in `tests/pretended_gpu/cases.py`, by one process for all tests, since torch must be changed before it is
-imported. By default the configuration for 24 GB runs, with 2 and 3 blocks, which are carried on to 60. `-m slow` runs the
-others so, and `warm_start`; `-m long` everything.
+imported. By default the configuration for 24 GB runs, with 2 and 3 blocks, which are carried on to 60. `-m slow` runs
+the others so, and `warm_start`; `-m long` everything.
 """
 
 import json
