@@ -280,11 +280,12 @@ def run_miniature(
 
 
 def _read(output: Path, seconds: float) -> Outcome:
+    import numpy as np
     from PIL import Image
 
     report = json.loads((output / "run.json").read_text(encoding="utf-8"))
     samples = [Image.open(path) for path in sorted((output / "samples").glob("*.png"))]
-    black = not samples or any(sample.convert("L").getextrema()[1] < 8 for sample in samples)
+    black = not samples or any(np.asarray(sample.convert("L")).max() < 8 for sample in samples)
     losses = tuple(float(values["val_loss"]) for values in report["validations"])
     return Outcome(seconds, losses, float(report["init"]["applied"]["largest_error"]), black)
 
