@@ -127,9 +127,9 @@ def predict_pictures(
     if resolutions := [one.resolution for one in missing if one.resolution is not None]:
         with timed(seconds, "qwen_vl"):  # before the image encoders: it may still be loaded, from encoding the captions
             residuals = _residuals(context, resolutions, paths, digests)
+    if context.text_encoder is not None:
+        context.text_encoder.unload()
     if missing:
-        if context.text_encoder is not None:
-            context.text_encoder.unload()
         with timed(seconds, "encoders"):
             embeddings = _embeddings(context, encoders_from, paths, digests).to(context.device)
     for expert_file in missing:
