@@ -359,7 +359,9 @@ def stored_quantization(base: str) -> str | None:
 
 def set_attention(transformer: QwenImageTransformer2DModel, name: str) -> None:
     """Choose diffusers' attention backend. ModelError if its package is not installed."""
-    if name == "native":
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    if name == _AttentionBackendRegistry.get_active_backend()[0].value:  # diffusers has one for all models of a process
         return
     try:
         transformer.set_attention_backend(name)
