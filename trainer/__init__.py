@@ -2,4 +2,5 @@
 
 import logging
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at every import it warns of a package that nobody needs
+for _name in ("bitsandbytes", "torchao"):  # at every import they warn of what nobody needs
+    logging.getLogger(_name).setLevel(logging.ERROR)

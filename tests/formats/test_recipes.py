@@ -249,7 +249,7 @@ MODULE = "python qwen_image_train_network.py --network_module networks.lora_qwen
         ("a.sh", f"{MODULE} --seed 1 $MORE --network_dim 8\n", "what $MORE is"),
         ("a.sh", f"{MODULE} --network_dim 4\n{MODULE} --network_dim 8\n", "2 commands in it have --network_module"),
         ("a.sh", f"{MODULE} --network_dim '4\n", "line 1: a quote that begins here never ends"),
-        ("a.sh", "python qwen_image_cache_latents.py --vae x\n", "no command in it has --network_module"),
+        ("a.sh", "python qwen_image_cache_latents.py --vae x\n", "there is no command with --network_module in it"),
         ("a.sh", f"{MODULE} --network_dim\n", "--network_dim has no value"),
         (
             "a.sh",
@@ -265,7 +265,8 @@ MODULE = "python qwen_image_train_network.py --network_module networks.lora_qwen
 )
 def test_what_cannot_be_read_is_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
     found = refusal("musubi-tuner", tmp_path, name, text)
-    assert said in found and "the script that calls qwen_image_train_network.py" in found
+    assert said in found
+    assert ("Give the script that calls qwen_image_train_network.py" in found) == ("there is no" in said)
 
 
 def test_musubi_s_defaults_are_named_where_a_script_leaves_them(tmp_path: Path) -> None:
@@ -377,7 +378,7 @@ def test_diffsynth_of_two_generations(tmp_path: Path) -> None:
         ("ai-toolkit", "a.yaml", "config: {process: [{model: {arch: qwen_image}}]}", "there is no network in it"),
         ("simpletuner", "a.json", "[]", "Give the config.json of a training"),
         ("onetrainer", "a.json", '[{"name": "concept"}]', "not the concepts' or samples'"),
-        ("diffsynth", "a.sh", "python train.py --lr 1", "no command in it has --lora_base_model"),
+        ("diffsynth", "a.sh", "python train.py --lr 1", "there is no command with --lora_base_model in it"),
         ("diffusers", "a.sh", "x.py --pretrained_model_name_or_path x --rank $RANK", "--rank has $RANK"),
     ],
 )

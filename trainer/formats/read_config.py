@@ -71,10 +71,10 @@ def read_recipe(path: Path, trainer: str) -> Recipe:
         recipe = reader(text, path)
     except KeyError as error:
         raise RecipeError(f"{path}: there is no {error.args[0]} in it. Give {what}") from error
-    except (ValueError, SyntaxError, TypeError, AttributeError, IndexError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"{path}: no configuration of {TRAINERS[trainer].title} for a LoRA on Qwen-Image: {error}. Give {what}"
-        ) from error
+    except (json.JSONDecodeError, tomli.TOMLDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{path}: no configuration of {TRAINERS[trainer].title} ({error}). Give {what}") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
     if recipe.rank < 1 or not recipe.alpha > 0:
         raise RecipeError(f"{path}: rank {recipe.rank} and alpha {recipe.alpha:g} must be above 0")
     return recipe

@@ -230,12 +230,12 @@ def _without_quotes(word: str) -> str:
 def options(found: Collection[list[Word]], wanted: str, several: Collection[str] = ()) -> Mapping[str, list[Word]]:
     """The values of each `--name value` and `--name=value` of the one command that has `--wanted`.
 
-    several: options that take more than one value. ValueError if no command has it, if more than one does, or if words
-    stand where options may be and the script does not tell them.
+    several: options that take more than one value. KeyError if no command has it; ValueError if more than one does, or
+    if words stand where options may be and the script does not tell them.
     """
     read = [_options(command, several) for command in found if any(_is(word, wanted) for word in command)]
     if not read:
-        raise ValueError(f"no command in it has --{wanted}")
+        raise KeyError(f"command with --{wanted}")
     if len(read) > 1:
         raise ValueError(f"{len(read)} commands in it have --{wanted}: give a file with the one that trains")
     return read[0]
