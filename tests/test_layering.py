@@ -46,7 +46,7 @@ FLOORS = {
     6: ("trainer.cli", "trainer.data.audit.picture", "trainer.hardware.memory"),
     7: ("trainer.data.audit.judge", "trainer.plan"),
     8: ("trainer.data.audit.run", "trainer.hardware.machine"),
-    9: ("trainer.data.__main__", "trainer.hardware.seconds", "trainer.objective"),
+    9: ("trainer.data.__main__", "trainer.formats.__main__", "trainer.hardware.seconds", "trainer.objective"),
     10: ("trainer.run",),
     11: ("trainer.bench", "trainer.compare.plan"),
     12: ("trainer.compare.measures", "trainer.doctor"),

@@ -373,7 +373,7 @@ def test_diffsynth_of_two_generations(tmp_path: Path) -> None:
         ("diffsynth", "a.sh", f"{DIFFSYNTH} --lora_target_modules '('", "--lora_target_modules: '(' is not a regular"),
         ("diffusion-pipe", "a.toml", diffusion_pipe("exclude_modules = '('"), "exclude_modules: '(' is not a regular"),
         ("diffusion-pipe", "a.toml", "resolutions = [1024]\n", "there is no model in it. Give the TOML of train.py"),
-        ("diffusion-pipe", "a.toml", "[model]\ntype = 'qwen_image'\n", "there is no adapter in it"),
+        ("diffusion-pipe", "a.toml", "[model]\ntype = 'qwen_image'\n", "there is no [adapter]: it trains"),
         ("ai-toolkit", "a.yaml", "job: extension\n", "there is no config in it. Give the YAML or JSON of a job"),
         ("ai-toolkit", "a.yaml", "config: {process: [{model: {arch: qwen_image}}]}", "there is no network in it"),
         ("simpletuner", "a.json", "[]", "Give the config.json of a training"),

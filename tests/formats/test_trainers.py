@@ -660,8 +660,8 @@ def test_a_scale_that_only_metadata_tells_is_not_counted_twice(tmp_path: Path) -
     ],
 )
 def test_bad_input_is_told(
-    arguments_: list[str], said: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments_: list[str], said: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     file = written(tmp_path, "kohya")
@@ -682,7 +682,7 @@ def test_bad_input_is_told(
     if "--base" not in given:
         given += ["--base", str(tiny_base)]
     assert main(given) == 2
-    assert said in capsys.readouterr().err
+    assert said in caplog.text
     assert not (tmp_path / "new").exists()
 
 

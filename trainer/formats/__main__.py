@@ -1,14 +1,13 @@
 """`python -m trainer.formats convert | check | trainers`"""
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer import adapter, qwen_image
 from trainer.adapter import AdapterWeights
-from trainer.errors import UserError
+from trainer.cli import guarded
 from trainer.files import DTYPES
 from trainer.flow import generator
 from trainer.formats.check import judge, verdict_text
@@ -64,15 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         command.add_argument("--base", default="Qwen/Qwen-Image", help="the model (default: Qwen/Qwen-Image)")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if options.command == "trainers":
-        print(overview())
-        return 0
-    try:
-        return _check(options) if options.command == "check" else _convert(options)
-    except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    answer = 0
+
+    def program() -> None:
+        nonlocal answer
+        if options.command == "trainers":
+            print(overview())
+        else:
+            answer = _check(options) if options.command == "check" else _convert(options)
+
+    return guarded(program) or answer
 
 
 def _recipe(options: argparse.Namespace) -> Recipe | None:

@@ -87,15 +87,19 @@ def _pattern(text: str, key: str) -> re.Pattern[str]:
         raise ValueError(f"{key}: {text!r} is not a regular expression ({error})") from error
 
 
-def _refuse(values: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Sequence[str] = ()) -> None:
-    """ValueError with each key whose value is not the wanted one; those in `defaults` may be absent."""
-    wrong = [
+def _others(values: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Sequence[str] = ()) -> list[str]:
+    """Each key whose value is not the wanted one; those in `defaults` may be absent."""
+    return [
         f"{name} is {values.get(name)}, not {json.dumps(value) if isinstance(value, bool) else value}"
         for name, value in wanted.items()
         if values.get(name, value if name in defaults else None) != value
     ]
-    if wrong:
-        raise ValueError("; ".join(wrong))
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    """ValueError with all of them, if there are any."""
+    if problems:
+        raise ValueError("\n  ".join(["", *problems]) if len(problems) > 1 else problems[0])
 
 
 _MUSUBI_MODULES = ("networks.lora_qwen_image", "musubi_tuner.networks.lora_qwen_image")
@@ -212,15 +216,16 @@ _NO_SEED = ("bnb",)
 
 def _simpletuner(text: str, path: Path) -> Recipe:
     values = {str(name).lstrip("-"): value for name, value in json.loads(text).items()}
-    wanted = {"model_family": "qwen_image", "model_type": "lora", "lora_type": "standard"}
-    _refuse(values, wanted, defaults=("model_type", "lora_type"))
-    _refuse(values, {"controlnet": False, "slider_lora_target": False}, defaults=("controlnet", "slider_lora_target"))
+    wanted: dict[str, Any] = {"model_type": "lora", "lora_type": "standard", "controlnet": False}
+    wanted["slider_lora_target"] = False
+    problems = [*_others(values, {"model_family": "qwen_image"}), *_others(values, wanted, defaults=[*wanted])]
     precision = str(values.get("base_model_precision", ""))
     if any(part in precision for part in _NO_SEED):
-        raise ValueError(
+        problems.append(
             f"base_model_precision is {precision}: SimpleTuner then ignores every weight of the file, and names no "
             'missing key; set "base_model_precision": "int8-quanto"'
         )
+    _refuse(problems)
     rank = int(values.get("lora_rank") or TRAINERS["simpletuner"].default_rank)
     targets: Any = values.get("peft_lora_target_modules")
     if isinstance(targets, str) and targets not in ("", "None"):
@@ -248,13 +253,16 @@ def _simpletuner(text: str, path: Path) -> Recipe:
 
 def _diffusion_pipe(text: str, path: Path) -> Recipe:
     values = tomli.loads(text)
-    _refuse(values["model"], {"type": "qwen_image"})
-    adapter = values["adapter"]
-    _refuse(adapter, {"type": "lora"})
+    model, adapter = values["model"], values.get("adapter", {})
+    problems = [f"[model] {problem}" for problem in _others(model, {"type": "qwen_image"})]
+    if not adapter:
+        problems.append("there is no [adapter]: it trains the whole model")
+    problems += [f"[adapter] {problem}" for problem in _others(adapter, {"type": "lora"}) if adapter]
     if "alpha" in adapter:
-        raise ValueError("[adapter] alpha: diffusion-pipe raises at this key, it always takes the rank")
+        problems.append("[adapter] alpha: diffusion-pipe raises at this key, it always takes the rank")
+    _refuse(problems)
     rank, notes, left_out = int(adapter["rank"]), [], adapter.get("exclude_modules") or []
-    if adapter.get("dtype", values["model"].get("dtype")) != "float32":
+    if adapter.get("dtype", model.get("dtype")) != "float32":
         notes.append("[adapter] dtype is not 'float32': the seed is rounded")
     if left_out:
         notes.append("[adapter] exclude_modules has no effect in a version before 2026-08-09: all modules are trained")
@@ -270,12 +278,13 @@ def _diffusion_pipe(text: str, path: Path) -> Recipe:
 def _onetrainer(text: str, path: Path) -> Recipe:
     values = json.loads(text)
     wanted = {"training_method": "LORA", "model_type": "QWEN", "peft_type": "LORA", "lora_decompose": False}
-    _refuse(values, wanted, defaults=("peft_type", "lora_decompose"))
+    problems = _others(values, wanted, defaults=("peft_type", "lora_decompose"))
     if (values.get("text_encoder") or {}).get("train", True):
-        raise ValueError(
+        problems.append(
             "text_encoder.train is on, as it is where it is absent: the text encoder gets a LoRA, too, which is not in "
             'the file, and OneTrainer raises; set "text_encoder": {"train": false}'
         )
+    _refuse(problems)
     notes = []
     if "layer_filter" not in values and values.get("layer_filter_preset", "full") != "full":
         notes.append("layer_filter_preset alone selects nothing: without layer_filter all Linear layers are trained")
