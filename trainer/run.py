@@ -223,7 +223,11 @@ def _report(plan: Plan, accelerator: Accelerator) -> dict[str, Any]:
 
 def _data_report(dataset: Dataset) -> dict[str, Any]:
     return {
-        name: [{"picture": e.path.name, "sha256": e.digest, "caption": e.caption} for e in examples]
+        name: [
+            {"picture": e.path.name, "sha256": e.digest, "caption": e.caption}
+            | ({"mask": e.mask.digest} if e.mask else {})
+            for e in examples
+        ]
         for name, examples in (("train", dataset.train), ("held_out", dataset.held_out))
     }
 

@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from trainer.config import first_few
+from trainer.data import masks
 from trainer.data.audit.verdicts import Verdicts, read_verdicts
 from trainer.data.captions import CAPTION_SUFFIXES, CaptionError, Captions, clean, same_name
+from trainer.data.masks import Mask
 from trainer.data.notes import Notes
-from trainer.data.pictures import SUFFIXES, DataError, decode, pixel_hash, read
+from trainer.data.pictures import SUFFIXES, DataError, decode, fitted, pixel_hash, read
 from trainer.errors import UserError
 from trainer.files import file_in_the_way
 from trainer.flow import generator
@@ -30,7 +32,6 @@ from trainer.flow import generator
 MAX_RATIO = 2.25  # of a bucket's sides: 2:1, with room for rounding
 CROP_NOTE = 0.25  # more than this share of a picture outside its crop is worth a word
 _Size = tuple[int, int]  # width, height
-_MASK = re.compile(r"(.+?)(?:-masklabel|-condlabel|[-_]mask)")
 _REPEATS = re.compile(r"\d+_")  # kohya: 10_name means each picture ten times
 
 
@@ -53,6 +54,11 @@ class DataConfig:
     own."""
     caption_dropout: float = 0.0
     """The probability, from 0 to 1, that a picture is trained on without its caption."""
+    masks: str | None = None
+    """A folder of masks: NAME.png or NAME.mask.png for a picture NAME, in the same folders as below `images`. Without it,
+    masks may lie beside pictures, as NAME.mask.png. White counts wholly in the loss, black by `mask_outside`."""
+    mask_outside: float = 0.1
+    """How much the black of a mask counts, from 0, not at all, to 1, as much as white."""
     audit: str | None = None
     """The audit.json of `python -m trainer.data audit`: pictures that it says to leave out are neither trained on nor
     held out."""
@@ -77,6 +83,7 @@ class DataConfig:
             found.append("resolution must be at least 16")
         if not 0 <= self.caption_dropout <= 1:
             found.append("caption_dropout must be from 0 to 1")
+        found += self._problems_of_masks()
         if self.trigger != self.trigger.strip():
             found.append("trigger must not begin or end with a space")
         try:
@@ -87,6 +94,18 @@ class DataConfig:
             found.append("cache must name a folder; leave it out for the one in the output folder")
         elif self.cache and (file := file_in_the_way(Path(self.cache))):
             found.append(f"cache: {file} is a file; name a folder, or leave it out for the one in the output folder")
+        return found
+
+    def _problems_of_masks(self) -> list[str]:
+        found = [] if 0 <= self.mask_outside <= 1 else ["mask_outside must be from 0 to 1"]
+        if self.masks is not None:
+            folder = _folder(self.masks)
+            pictures = [_folder(name).resolve() for name in (self.images, self.held_out) if isinstance(name, str)]
+            if not self.masks or not folder.is_dir():
+                found.append(f"masks: there is no folder {folder.absolute()}")
+            elif folder.resolve() in pictures:
+                advice = "masks beside pictures are found without it, as NAME.mask.png"
+                found.append(f"masks: {folder} is a folder of pictures; {advice}")
         return found
 
 
@@ -103,6 +122,8 @@ class Example:
     """What it is trained at."""
     pixels: str
     """sha256 of size and pixels, in hex: the same for copies that differ in their bytes only."""
+    mask: Mask | None = None
+    """What of it counts; None: all."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +156,8 @@ def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
         train, held_out = found, []
     else:
         train, held_out = _split(found, config.held_out, seed, problems)
+    masked = _with_masks([*train, *held_out], config, problems)
+    train, held_out = masked[: len(train)], masked[len(train) :]
     if verdicts is not None and not train and not problems:
         problems.append(f"audit: {config.audit} leaves out all pictures; change its rules, and audit again")
     if problems:
@@ -158,7 +181,7 @@ def load_picture(example: Example) -> Image.Image:
     data = read(example.path)
     if hashlib.sha256(data).hexdigest() != example.digest:
         raise DataError([f"{example.path}: the file has changed since the run began; start the run again"])
-    return ImageOps.fit(decode(example.path, data)[0], example.bucket, Image.Resampling.LANCZOS)
+    return fitted(decode(example.path, data)[0], example.bucket)
 
 
 # --- folders ----------------------------------------------------------------------------------------------
@@ -175,6 +198,7 @@ class Contents:
     files: list[Path]
     pictures: list[Path]
     masks: set[Path]
+    """By their names, whether or not they are used."""
     below: list[Path]
     """Folders with pictures."""
 
@@ -184,11 +208,11 @@ def contents(folder: Path, config: DataConfig) -> Contents:
     entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
     files = [p for p in entries if not p.is_dir()]
     named = [p for p in files if p.suffix.lower() in SUFFIXES]
-    masks = _masks(named)
+    aside = masks.beside(named)
     below = [p for p in entries if p.is_dir() and _has_pictures(p, config.recursive)]
-    if isinstance(config.held_out, str):
-        below = [p for p in below if p.resolve() != _folder(config.held_out).resolve()]
-    return Contents(files, [p for p in named if p not in masks], masks, below)
+    others = {_folder(name).resolve() for name in (config.held_out, config.masks) if isinstance(name, str)}
+    below = [p for p in below if p.resolve() not in others]
+    return Contents(files, [p for p in named if p not in aside], aside, below)
 
 
 def _verdicts(config: DataConfig, problems: list[str]) -> Verdicts | None:
@@ -222,8 +246,7 @@ def _scan_folder(
         names = first_few((p.name for p in below), count=5)
         more = f"; there are pictures in folders below it ({names}): set recursive = true to use them" if below else ""
         problems.append(f"{folder}: there is no picture in it ({', '.join(SUFFIXES)}){more}")
-    for path in here.masks:
-        notes.add("masks beside pictures, which are not used", str(path))
+    masks.look_at_names(here.masks, pictures, problems, notes)
     for path in below:
         if not config.recursive:
             notes.add("folders with pictures that are not used without recursive = true", str(path))
@@ -249,12 +272,6 @@ def _without_captions(files: Sequence[Path], left_out: Iterable[Path], kept: Ite
     names = {same_name(name) for path in left_out for name in (path.stem, path.name)}
     names -= {same_name(name) for path in kept for name in (path.stem, path.name)}
     return [p for p in files if p.suffix.lower() not in CAPTION_SUFFIXES or same_name(p.stem) not in names]
-
-
-def _masks(pictures: Sequence[Path]) -> set[Path]:
-    """Pictures such as a-masklabel.png or a_mask.png, where there is an a.png (or .jpg, ...)."""
-    stems = {path.stem for path in pictures}
-    return {path for path in pictures if (match := _MASK.fullmatch(path.stem)) and match[1] in stems}
 
 
 def _has_pictures(folder: Path, recursive: bool) -> bool:
@@ -289,6 +306,26 @@ def _examples(
                 notes.add(remark, path.name)
             found.append(Example(path, captions.get(path, ""), digest, size, bucket, pixels))
     return found
+
+
+def _with_masks(examples: Sequence[Example], config: DataConfig, problems: list[str]) -> list[Example]:
+    """The examples with the masks that there are for them."""
+    folder = _folder(config.masks) if config.masks else None
+    files = masks.find([e.path for e in examples], _folder(config.images), folder, problems)
+
+    def inspect(example: Example) -> Mask | DataError | None:
+        file = files.get(example.path)
+        return masks.inspect(file, example.path, example.size, example.bucket) if file else None
+
+    made = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        bar = tqdm(pool.map(inspect, examples), "masks", len(examples), leave=False, disable=None, delay=2)
+        for example, mask in zip(examples, bar, strict=True):
+            if isinstance(mask, DataError):
+                problems += mask.problems
+            else:
+                made.append(replace(example, mask=mask) if mask else example)
+    return made if len(made) == len(examples) else [*examples]
 
 
 def _inspect(path: Path) -> tuple[str, str, _Size, list[str]] | DataError:
