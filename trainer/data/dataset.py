@@ -55,8 +55,9 @@ class DataConfig:
     caption_dropout: float = 0.0
     """The probability, from 0 to 1, that a picture is trained on without its caption."""
     masks: str | None = None
-    """A folder of masks: NAME.png or NAME.mask.png for a picture NAME, in the same folders as below `images`. Without it,
-    masks may lie beside pictures, as NAME.mask.png. White counts wholly in the loss, black by `mask_outside`."""
+    """A folder of masks, NAME.png or NAME.mask.png for a picture NAME, in the same folders as below `images`. Masks
+    beside their pictures, NAME.mask.png, are used without it. In the loss, white counts wholly, black by
+    `mask_outside`."""
     mask_outside: float = 0.1
     """How much the black of a mask counts, from 0, not at all, to 1, as much as white."""
     audit: str | None = None

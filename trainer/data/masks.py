@@ -53,7 +53,7 @@ def look_at_names(masks: Iterable[Path], pictures: Iterable[Path], problems: lis
 
 
 def find(pictures: Sequence[Path], images: Path, folder: Path | None, problems: list[str]) -> dict[Path, Path]:
-    """The masks of pictures that have one: beside them, or at the place under `folder` that they have below `images`."""
+    """The masks of pictures that have one: beside them, or where they are under `images`, but under `folder`."""
     found, listed = dict[Path, Path](), cache(_listed)
     for picture in pictures:
         name, place = same_name(picture.stem), picture.parent.absolute()

@@ -80,7 +80,7 @@ def _check(asked: Audit, folder: Path, output: Path) -> None:
 
 def _problems_of_masks(asked: Audit, folder: Path) -> Iterator[str]:
     if asked.quick:
-        yield "--masks: masks are made of what is found in pictures, which --quick does not look for; leave one of the two out"
+        yield "--masks: --quick looks for nothing that a mask could be made of; leave one of the two out"
     elif FACES_HANDS_PEOPLE in not_looked_for():
         yield f"--masks: {FACES_HANDS_PEOPLE} cannot be looked for here; to look for them: {EXTRA}"
     if folder.exists() and any(folder.iterdir()):
