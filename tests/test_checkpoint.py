@@ -262,7 +262,7 @@ def test_other_masks_are_another_course(tmp_path: Path) -> None:
     for name, changed in {"none": 1, "one": 0, "other": 1, "both": 1}.items():
         save(tmp_path / name, 1, state={"course": courses[name]})
         if changed:
-            with pytest.raises(CheckpointError, match="masks of training pictures have .* those of 1 pictures. Set"):
+            with pytest.raises(CheckpointError, match=r"masks of training pictures have .* those of 1 pictures\. Set"):
                 checkpoint.latest(tmp_path / name, courses["one"])
         else:
             assert checkpoint.latest(tmp_path / name, courses["one"])
