@@ -115,14 +115,14 @@ MUTANTS = (
         "trainer/objective.py",
         (
             "caption dropout does nothing",
-            "qwen_image.EMPTY_PROMPT if drop else e.caption",
-            "e.caption",
+            "qwen_image.EMPTY_PROMPT if drop else text",
+            "text",
             "tests/test_objective.py::test_a_dropped_caption_is_the_empty_one",
         ),
         (
             "all pictures of a batch lose their captions together",
-            "position=i",
-            "position=0",
+            "drops_caption(share, seed=run.seed, index=index, position=i)",
+            "drops_caption(share, seed=run.seed, index=index, position=0)",
             "tests/test_objective.py::test_a_dropped_caption_is_the_empty_one",
         ),
         (
@@ -335,7 +335,7 @@ MUTANTS = (
         ),
         (
             "a run may be resumed with other captions",
-            "(e.digest, e.caption)",
+            "(e.digest, *e.captions)",
             '(e.digest, "")',
             "tests/test_run.py::test_the_course_is_what_decides_training",
         ),
