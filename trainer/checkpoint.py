@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,8 +166,11 @@ def _different_models(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[s
 def _different_pictures(now: Sequence[Sequence[str]], then: Sequence[Sequence[str]]) -> str:
     if sorted(digest for digest, *_ in now) != sorted(digest for digest, *_ in then):
         return f"there are other training pictures ({len(now)}) than those of the checkpoint ({len(then)})"
-    before = {digest: texts for digest, *texts in then}
-    changed = [(texts, before[digest]) for digest, *texts in now if texts != before[digest]]
+    before: dict[str, list[Sequence[str]]] = defaultdict(list)  # copies of a picture in their order
+    for digest, *texts in then:
+        before[digest].append(texts)
+    pairs = [(texts, before[digest].pop(0)) for digest, *texts in now]
+    changed = [(here, there) for here, there in pairs if here != there]
     if not changed:
         return "the training pictures are in another order, by their file names, than those of the checkpoint"
     new, old = ('" or "'.join(texts) for texts in changed[0])
