@@ -139,8 +139,8 @@ MUTANTS = (
         ),
         (
             "further captions are not encoded",
-            "for text in e.captions}",
-            "for text in (e.caption,)}",
+            "for text in e.captions)",
+            "for text in (e.caption,))",
             "tests/data/test_folders.py::test_each_picture_is_encoded_once_at_each_size_and_each_caption_once",
         ),
         (
