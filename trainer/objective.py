@@ -16,7 +16,7 @@ from trainer import adapter, flow, qwen_image, validation
 from trainer.adapter import AdapterWeights
 from trainer.data import masks
 from trainer.data.cache import Cache
-from trainer.data.dataset import Example, batch, drops_caption
+from trainer.data.dataset import Example, batch, drawn_caption, drops_caption
 from trainer.data.encode import encode_pictures, encode_prompts
 from trainer.files import DTYPES
 from trainer.hardware import parallel
@@ -70,14 +70,17 @@ def _mask_name(example: Example) -> str:
 def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet: bool) -> Encoded:
     """Encode what is not in the cache yet: first the pictures, then the captions."""
     run, cache = plan.config, Cache(plan.cache)
-    examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out)}.values())
+    train, held_out = plan.dataset.train, plan.dataset.held_out
+    shown = [example.at(bucket) for example in train for bucket in example.buckets]
+    examples = list({_name(e): e for e in (*shown, *held_out)}.values())
     latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
-    texts = {*(e.caption for e in examples), *run.validation.prompts, *run.validation.unrelated_prompts}
+    texts = {*(text for e in train for text in e.captions), *(e.caption for e in held_out)}
+    texts |= {*run.validation.prompts, *run.validation.unrelated_prompts}
     texts.add(qwen_image.EMPTY_PROMPT)
     prompts = encode_prompts(cache, text_encoder, DTYPES[run.model.dtype], texts, quiet=quiet)
     qwen_image.free_memory()
     encoded = Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
-    for example in (*plan.dataset.train, *plan.dataset.held_out):
+    for example in (*shown, *held_out):
         if example.mask:
             mask, cells = masks.load(example.mask, example.bucket), encoded.latents_of(example).shape[-2:]
             encoded.weights[_mask_name(example)] = masks.weights(mask, (cells[0], cells[1]), run.data.mask_outside)
@@ -131,7 +134,8 @@ class LoraObjective:
         examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
         share = run.data.caption_dropout
         dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
-        texts = [qwen_image.EMPTY_PROMPT if drop else e.caption for e, drop in zip(examples, dropped, strict=True)]
+        drawn = [drawn_caption(e, seed=run.seed, index=index, position=i) for i, e in enumerate(examples)]
+        texts = [qwen_image.EMPTY_PROMPT if drop else text for text, drop in zip(drawn, dropped, strict=True)]
         random = flow.generator(run.seed, "noise", step, part, 0)
         latents = torch.stack([self._encoded.latents_of(e) for e in examples])  # B C 1 h w
         noise = torch.randn(latents.shape, generator=random)

@@ -206,7 +206,7 @@ def test_a_mask_whose_white_is_cut_off_is_told_of(folder: Path) -> None:
         ({"mask_outside": 1.1}, "mask_outside must be from 0 to 1"),
         ({"masks": "nowhere"}, "masks: there is no folder "),
         ({"masks": ""}, "masks: there is no folder "),
-        ({"masks": "images"}, "is a folder of pictures; masks beside pictures are found without it"),
+        ({"masks": "images"}, "is a folder of pictures; masks beside pictures, NAME.mask.png, are found without it"),
     ],
 )
 def test_settings_of_masks_are_checked(settings, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,8 +112,8 @@ def _no_partner(mask: Path, place: Path) -> str:
 # --- read -------------------------------------------------------------------------------------------------
 
 
-def inspect(path: Path, picture: Path, size: tuple[int, int], bucket: tuple[int, int]) -> Mask | DataError:
-    """The mask of an upright picture of `size` that is trained at `bucket`, or all that is wrong with it."""
+def inspect(path: Path, picture: Path, size: tuple[int, int], buckets: Iterable[tuple[int, int]]) -> Mask | DataError:
+    """The mask of an upright picture of `size` that is trained at `buckets`, or what is wrong with it."""
     try:
         mask = _read(path)
     except DataError as error:
@@ -122,10 +122,11 @@ def inspect(path: Path, picture: Path, size: tuple[int, int], bucket: tuple[int,
         here, there = ("{} x {}".format(*pair) for pair in (mask.size, size))
         lies = f"; it must lie as {picture.name} does in a viewer, which turns it" if mask.size == size[::-1] else ""
         return DataError([f"{path}: is {here} pixels, and its picture {picture.name} is {there}{lies}"])
-    if fitted(mask, bucket).getextrema()[1] == 0:
-        where = "" if mask.getextrema()[1] == 0 else f" within the crop of its picture to {bucket[0]} x {bucket[1]}"
-        advice = "make white what is to be learned, or remove it" + (" and its picture" if where else "")
-        return DataError([f"{path}: is all black{where}, so that nothing would be learned; {advice}"])
+    for width, height in buckets:
+        if fitted(mask, (width, height)).getextrema()[1] == 0:
+            cut = f" within the crop of its picture to {width} x {height}" if mask.getextrema()[1] else ""
+            advice = "remove the picture, too" if cut else "make white what is to be learned, or remove the mask"
+            return DataError([f"{path}: is all black{cut}, so that nothing would be learned; {advice}"])
     return Mask(path, pixel_hash(mask))
 
 
