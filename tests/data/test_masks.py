@@ -2,6 +2,7 @@
 
 import itertools
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.data.made import encoded, noise
 from trainer.data import masks
 from trainer.data.dataset import DataConfig, Dataset, load_picture, scan
+from trainer.data.folders import FolderConfig
 from trainer.data.pictures import DataError
 
 TURNED_BACK = {
@@ -224,3 +226,26 @@ def test_a_mask_that_changes_while_a_run_goes_on_is_told_of(folder: Path) -> Non
     blob(64, 64).save(folder / "a.mask.png")
     with pytest.raises(DataError, match=r"a\.mask\.png: the mask has changed since the run began"):
         masks.load(example.mask, example.bucket)
+
+
+def test_each_folder_has_masks_of_its_own(folder: Path, tmp_path: Path) -> None:
+    for name in ("images", "more", "masks", "more masks"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    put(folder, "a.png", (48, 64))
+    put(tmp_path / "more", "a.png")
+    Image.new("L", (48, 64), 90).save(tmp_path / "masks" / "a.png")
+    Image.new("L", (64, 64), 91).save(tmp_path / "more masks" / "a.png")
+    folders = tuple(
+        FolderConfig(images=str(tmp_path / images), masks=str(tmp_path / its), resolution=(64, 128))
+        for images, its in (("images", "masks"), ("more", "more masks"))
+    )
+    config = DataConfig(folders=folders, default_caption="x", resolution=64)
+    found = scan(config, multiple=16, seed=0).train
+    assert [e.mask and e.mask.path.parent.name for e in found] == ["masks", "more masks"]
+    with pytest.raises(DataError, match="the masks of each folder are named in its own table"):
+        scan(replace(config, masks=str(tmp_path / "masks")), multiple=16, seed=0)
+    mask = Image.new("L", (48, 64))
+    mask.putpixel((0, 20), 20)  # what is left of it at 128 pixels is less than a half at 64
+    mask.save(tmp_path / "masks" / "a.png")
+    with pytest.raises(DataError, match="is all black within the crop"):
+        scan(config, multiple=16, seed=0)

@@ -41,7 +41,7 @@ class Audit:
     quick: bool = False
     """Nothing is looked for in the pictures, whether or not the extra is installed."""
     masks: tuple[str, ...] = ()
-    """Of what there shall be masks: some of `masks.BOXES`."""
+    """What there shall be masks of: some of `masks.BOXES`."""
 
     @property
     def resolution(self) -> int:
