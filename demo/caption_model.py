@@ -31,7 +31,8 @@ SIDE = 112
 """Pixels that the model reads of each side of a picture: 16 tokens."""
 WIDTH = 96
 TRAITS_WEIGHT = 0.3
-"""Of the loss of naming traits from the vision tower alone, by heads that are thrown away: it learns sooner."""
+"""The share in the loss of heads that name traits from what the vision tower sees, and are thrown away: without them
+it learns later."""
 TEMPLATE = Path("demo/captioner/template.toml")
 
 

@@ -140,7 +140,7 @@ def _caption(options: argparse.Namespace) -> None:
 
 def _caption_asked(options: argparse.Namespace) -> "Asked":
     """As `_asked`."""
-    from trainer.data.caption.run import Asked
+    from trainer.data.caption.run import Asked, look
     from trainer.data.dataset import DataConfig
     from trainer.qwen_image import ModelConfig
 
@@ -155,10 +155,19 @@ def _caption_asked(options: argparse.Namespace) -> "Asked":
         problems.append(f"--pose: [{options.language}] of {options.template} has no pose to ask for")
     if options.batch_size < 1:
         problems.append("--batch-size must be at least 1")
+    pictures = look(data, model, options.captioner, options.output, problems) if data and model else {}
     if problems or data is None or model is None or template is None:
         raise config.ConfigError(problems)
     return Asked(
-        data, model, template, options.detail, options.pose, options.captioner, options.format, options.batch_size
+        pictures=pictures,
+        trigger=data.trigger,
+        model=model,
+        captioner=options.captioner,
+        template=template,
+        detail=options.detail,
+        pose=options.pose,
+        kind=options.format,
+        batch_size=options.batch_size,
     )
 
 

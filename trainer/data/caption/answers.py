@@ -48,7 +48,7 @@ def caption_of(answer: Answer, template: Template, limit: Limit) -> tuple[str, l
         done.append(WHOLE)
     text, more = clean(text.strip('"\u201c\u201d '))
     if not text:
-        raise CaptionError("the model gave no answer")
+        raise CaptionError("the model gave no answer; write one yourself, or try another --detail")
     shorter = shortened(text, limit)
     return shorter, [*done, *more, *([LONG] if shorter != text else [])]
 

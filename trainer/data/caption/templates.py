@@ -63,17 +63,15 @@ class Template:
         return self.join.join(text.strip(f" {self.join}") for text in filled), True
 
     def _parts(self, answer: str) -> dict[str, str]:
-        """The text behind each label; fields without one, or with nothing to say, are left out."""
+        """The text behind each label that the answer has; "" if it says that there is nothing."""
         labels = {label.casefold(): name for name, label in self.fields.items()}
         either = "|".join(map(re.escape, labels))
-        places = [*re.finditer(rf"(?<![{_LETTER}])({either})[\s*]*[:\uff1a]", answer, re.IGNORECASE)]
-        ends = [place.start() for place in places[1:]] + [len(answer)]
-        texts = {
-            labels[place[1].casefold()]: _one_line(answer[place.end() : end])
-            for place, end in zip(places, ends, strict=True)
+        _, *pieces = re.split(rf"(?<![{_LETTER}])({either})[\s*]*[:\uff1a]", answer, flags=re.IGNORECASE)
+        found = {
+            labels[label.casefold()]: _one_line(text) for label, text in zip(pieces[::2], pieces[1::2], strict=True)
         }
-        empty = {"", *(word.casefold() for word in self.nothing)}
-        return {name: text for name, text in texts.items() if text.rstrip("\u3002.").casefold() not in empty}
+        empty = [word.casefold() for word in self.nothing]
+        return {name: "" if text.rstrip("\u3002.").casefold() in empty else text for name, text in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

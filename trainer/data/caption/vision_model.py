@@ -17,7 +17,7 @@ from trainer.qwen_image import ModelConfig, TextEncoder
 MAX_PIXELS = 1024 * 1024
 """Larger pictures are scaled down before the model reads them: 1369 tokens."""
 MAX_RATIO = 200
-"""Of a picture's sides; the model's own preprocessing refuses more."""
+"""The longest side by the shortest; the model's own preprocessing refuses more."""
 IMAGE, END = "<|image_pad|>", "<|im_end|>"
 _CONVERSATION = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

@@ -22,8 +22,7 @@ Kind = Literal["txt", "jsonl"]
 
 @dataclass(frozen=True)
 class Entry:
-    sha256: str
-    """Of the picture's file."""
+    sha256: str  # of the picture's file
     caption: str
 
 
