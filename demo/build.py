@@ -264,7 +264,10 @@ def build_measurements(work: Path) -> None:
 def build_manifest(work: Path) -> None:
     """Write `demo/manifest.json`: size and hash of every shipped file, and the figures that were measured."""
     files = sorted(
-        path for folder in ("model", "encoders", "i2l") for path in (DEMO / folder).rglob("*") if path.is_file()
+        path
+        for folder in ("model", "encoders", "i2l", "captioner")
+        for path in (DEMO / folder).rglob("*")
+        if path.is_file()
     )
     listed = {
         path.relative_to(DEMO).as_posix(): {

@@ -1,7 +1,7 @@
 """Pretrain a miniature Qwen2.5-VL that captions creatures: the base's own has random weights.
 
 It is of the same class, with the base's tokenizer, and is asked as `python -m trainer.data caption` asks, with the
-instruction of `demo/captioner/template.toml`. Held-out creatures are never in its training.
+instruction of `demo/captioner.toml`. Held-out creatures are never in its training.
 """
 
 import shutil
@@ -33,7 +33,7 @@ WIDTH = 96
 TRAITS_WEIGHT = 0.3
 """The share in the loss of heads that name traits from what the vision tower sees, and are thrown away: without them
 it learns later."""
-TEMPLATE = Path("demo/captioner/template.toml")
+TEMPLATE = Path("demo/captioner.toml")
 
 
 def new_model(config: dict[str, Any]) -> Qwen2_5_VLForConditionalGeneration:

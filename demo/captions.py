@@ -44,7 +44,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
         Image.fromarray(painter.paint(who, where)).save(pictures / f"{number:03d}.png")
     write_text(config, f"[model]\nbase = '{MODEL.as_posix()}'\ndtype = 'fp32'\n")
     arguments = ["caption", pictures, "--config", config, "--output", captions, "--batch-size", 10]
-    arguments += ["--captioner", CAPTIONER, "--template", CAPTIONER / "template.toml"]
+    arguments += ["--captioner", CAPTIONER, "--template", "demo/captioner.toml"]
     if commands.main([str(argument) for argument in arguments]) != 0:
         raise SystemExit("the captions could not be written")
     texts = [(captions / f"{number:03d}.txt").read_text(encoding="utf-8") for number in range(count)]

@@ -444,7 +444,7 @@ def test_a_run_is_trained_on_the_captions(
     """From pictures without captions to an adapter, by the miniature captioner."""
     for path in pictures.glob("*.txt"):
         path.unlink()
-    arguments = ("--captioner", str(CAPTIONER), "--template", str(CAPTIONER / "template.toml"))
+    arguments = ("--captioner", str(CAPTIONER), "--template", "demo/captioner.toml")
     assert command(pictures, run_toml, *arguments, "--trigger", "zorp") == FINISHED
     made = texts(tmp_path / "captions")
     assert len(made) == 6 and all(" creature with " in text for text in made.values())
