@@ -96,7 +96,7 @@ class CaptionObjective:
         self._train, self._held_out = Pictures(0, "pretrain", NUM_PICTURES), Pictures(1, "new", NUM_HELD_OUT)
 
     def _loss(self, pictures: Pictures, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the captions' tokens, of the traits; and the share of captions whose every token is the likeliest."""
+        """The loss of tokens, that of traits, and the share of captions whose every token is the likeliest."""
         cut = patches(pictures.pixels[rows])
         grid = torch.tensor([[1, 8, 8]]).expand(len(rows), 3)
         seen = torch.stack([*self.captioner.model.get_image_features(cut.flatten(0, 1), grid).pooler_output])
