@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from trainer import adapter, flow, qwen_image, validation
 from trainer.adapter import AdapterWeights
+from trainer.data import masks
 from trainer.data.cache import Cache
-from trainer.data.dataset import Example, batch, drops_caption
+from trainer.data.dataset import Example, batch, drawn_caption, drops_caption
 from trainer.data.encode import encode_pictures, encode_prompts
 from trainer.files import DTYPES
 from trainer.hardware import parallel
@@ -31,6 +32,7 @@ class Encoded:
 
     latents: dict[str, Tensor]  # picture digest and bucket -> C 1 h w
     prompts: dict[str, Tensor]  # text -> L D
+    weights: dict[str, Tensor] = field(default_factory=dict)  # mask digest and bucket -> 1 1 h w, of mean 1
 
     def latents_of(self, example: Example) -> Tensor:
         """C 1 h w"""
@@ -41,21 +43,48 @@ class Encoded:
             example.path.name, example.digest, self.latents_of(example), self.prompts[example.caption]
         )
 
+    def weighted(self, examples: Sequence[Example]) -> list[validation.Item]:
+        """With the weights of training, if one of the pictures has a mask."""
+        weights = self.weights_of(examples)
+        items = [self.item(example) for example in examples]
+        return [replace(item, weights=(one,)) for item, one in zip(items, weights, strict=True)] if weights else items
+
+    def weights_of(self, examples: Sequence[Example]) -> list[Tensor]:
+        """1 1 h w for each, which is 1 everywhere without a mask; none at all if no picture has one."""
+        if not any(example.mask for example in examples):
+            return []
+        return [
+            self.weights[_mask_name(e)] if e.mask else torch.ones(1, *self.latents_of(e).shape[1:]) for e in examples
+        ]
+
 
 def _name(example: Example) -> str:
     return f"{example.digest} {example.bucket}"
 
 
+def _mask_name(example: Example) -> str:
+    assert example.mask is not None
+    return f"{example.mask.digest} {example.bucket}"
+
+
 def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet: bool) -> Encoded:
     """Encode what is not in the cache yet: first the pictures, then the captions."""
     run, cache = plan.config, Cache(plan.cache)
-    examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out)}.values())
+    train, held_out = plan.dataset.train, plan.dataset.held_out
+    shown = [example.at(bucket) for example in train for bucket in example.buckets]
+    examples = list({_name(e): e for e in (*shown, *held_out)}.values())
     latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
-    texts = {*(e.caption for e in examples), *run.validation.prompts, *run.validation.unrelated_prompts}
+    texts = {*(text for e in train for text in e.captions), *(e.caption for e in held_out)}
+    texts |= {*run.validation.prompts, *run.validation.unrelated_prompts}
     texts.add(qwen_image.EMPTY_PROMPT)
     prompts = encode_prompts(cache, text_encoder, DTYPES[run.model.dtype], texts, quiet=quiet)
     qwen_image.free_memory()
-    return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
+    encoded = Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
+    for example in (*shown, *held_out):
+        if example.mask:
+            mask, cells = masks.load(example.mask, example.bucket), encoded.latents_of(example).shape[-2:]
+            encoded.weights[_mask_name(example)] = masks.weights(mask, (cells[0], cells[1]), run.data.mask_outside)
+    return encoded
 
 
 @dataclass(frozen=True)
@@ -71,6 +100,7 @@ class Inputs:
     """For the adapter's dropout."""
     names: list[str]
     """Paths of the pictures, for messages."""
+    weights: Tensor | None = None  # B 1 1 h w
 
 
 class LoraObjective:
@@ -104,7 +134,8 @@ class LoraObjective:
         examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
         share = run.data.caption_dropout
         dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
-        texts = [qwen_image.EMPTY_PROMPT if drop else e.caption for e, drop in zip(examples, dropped, strict=True)]
+        drawn = [drawn_caption(e, seed=run.seed, index=index, position=i) for i, e in enumerate(examples)]
+        texts = [qwen_image.EMPTY_PROMPT if drop else text for text, drop in zip(drawn, dropped, strict=True)]
         random = flow.generator(run.seed, "noise", step, part, 0)
         latents = torch.stack([self._encoded.latents_of(e) for e in examples])  # B C 1 h w
         noise = torch.randn(latents.shape, generator=random)
@@ -113,7 +144,9 @@ class LoraObjective:
         embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
         mask = None if mask is None else mask.to(self._device)
         latents, noise, embeds = latents.to(self._device), noise.to(self._device), embeds.to(self._device)
-        return Inputs(latents, noise, sigmas, embeds, mask, random, [str(e.path) for e in examples])
+        found = self._encoded.weights_of(examples)
+        weights = torch.stack(found).to(self._device) if found else None
+        return Inputs(latents, noise, sigmas, embeds, mask, random, [str(e.path) for e in examples], weights)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """The loss: scalar, attached to the graph."""
@@ -122,7 +155,7 @@ class LoraObjective:
             predicted = qwen_image.predict_velocity(
                 self.module, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask
             )
-        return flow.losses(predicted, inputs.latents, inputs.noise).mean()
+        return flow.losses(predicted, inputs.latents, inputs.noise, inputs.weights).mean()
 
     def tensors(self) -> dict[str, Tensor]:
         return adapter.tensors(self.transformer)
@@ -200,20 +233,23 @@ def stable_losses(
     accelerator: Accelerator,
     tracker: Tracker | None = None,
 ) -> dict[str, float]:
-    """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`. Divided among the processes."""
+    """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`; where pictures have masks also
+    `val_loss_masked` and `train_stable_loss_masked`, weighted as in training. Divided among the processes."""
     run, values = plan.config, dict[str, float]()
     device, dtype = accelerator.device, DTYPES[run.model.dtype]
     for name, examples in (("val_loss", plan.dataset.held_out), ("train_stable_loss", plan.dataset.train)):
-        items = [encoded.item(example) for example in examples[: run.validation.num_pictures]]
-        if items:
+        shown = examples[: run.validation.num_pictures]
+        if items := encoded.weighted(shown):
             size = 2 * run.train.batch_size  # without gradients there is room for it
             rows = parallel.rows_of_process(accelerator, len(items))
             own = [items[row] for row in rows]
             errors = [
-                validation.stable_errors(transformer, [item], device, dtype, batch_size=size)
+                validation.weighted_errors(transformer, [item], device, dtype, batch_size=size)
                 for item in (tracker.each(own, name) if tracker else own)
             ]
-            values[name] = float(parallel.collect_rows(accelerator, len(items), rows, torch.cat(errors)).mean())
+            found = parallel.collect_rows(accelerator, len(items), rows, torch.cat(errors))
+            for way in range(found.shape[-1]):
+                values[f"{name}_masked" if way else name] = float(found[..., way].mean())
     return values
 
 

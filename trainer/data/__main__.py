@@ -50,6 +50,13 @@ def _add_audit(commands: Commands) -> None:
     parser.add_argument("--base", metavar="MODEL", help="count the tokens of captions by this model's tokenizer")
     parser.add_argument("--rules", type=Path, metavar="FILE", help="limits, in TOML")
     parser.add_argument("--quick", action="store_true", help="without faces, hands, people and text, which take longer")
+    parser.add_argument(
+        "--masks",
+        nargs="+",
+        choices=["faces", "hands", "subject"],
+        default=[],
+        help="write masks of these into masks/ in DIR, for [data] masks; subject: the square around each person",
+    )
     parser.set_defaults(run=_audit)
 
 
@@ -60,6 +67,8 @@ def _audit(options: argparse.Namespace) -> None:
     print(run.summary(report))
     print(f"to look at: {options.output / run.PAGE_FILE}")
     print(f'to train without what is left out: [data] audit = "{(options.output / run.DATA_FILE).as_posix()}"')
+    if options.masks:
+        print(f'to train with the masks: [data] masks = "{(options.output / run.masks.FOLDER).as_posix()}"')
 
 
 def _asked(options: argparse.Namespace) -> "Audit":
@@ -72,7 +81,7 @@ def _asked(options: argparse.Namespace) -> "Audit":
     problems: list[str] = []
     table = config.load_table(options.config, [], problems) if options.config else {}
     table = config.apply_overrides(table, options.set, problems)
-    about = {**_table(table, "data"), "images": options.folder}
+    about = {**_settings_of(options.folder, _table(table, "data")), "images": options.folder}
     about.pop("audit", None)  # that of an earlier audit, which may be old
     data = config.parse(DataConfig, about, "data", problems)
     rules = _rules(options.rules, problems)
@@ -82,7 +91,19 @@ def _asked(options: argparse.Namespace) -> "Audit":
         raise config.ConfigError(problems)
     here = isinstance(base, str) and sources.is_here(qwen_image.need(base, ("tokenizer",)))
     multiple = qwen_image.picture_multiple(str(base)) if here else qwen_image.PICTURE_MULTIPLE
-    return Audit(data, rules, multiple, qwen_image.PROMPT_LIMIT, base if here else None, options.quick)
+    limit, masks = qwen_image.PROMPT_LIMIT, tuple(dict.fromkeys(options.masks))
+    return Audit(data, rules, multiple, limit, base if here else None, options.quick, masks)
+
+
+def _settings_of(folder: str, data: dict[str, Any]) -> dict[str, Any]:
+    """`[data]` for one folder, with what its table in `[[data.folders]]` says, if it has one."""
+    from trainer.data.folders import folder_path
+
+    folders = data.get("folders", [])
+    for one in folders if isinstance(folders, list) else []:
+        if isinstance(one, dict) and folder_path(str(one.get("images"))).resolve() == folder_path(folder).resolve():
+            data = {**data, **one}
+    return {key: value for key, value in data.items() if key not in ("folders", "repeats")}
 
 
 def _rules(path: Path | None, problems: list[str]) -> Rules | None:

@@ -11,18 +11,28 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from trainer.config import first_few
+from trainer.data import masks
 from trainer.data.audit.verdicts import Verdicts, read_verdicts
 from trainer.data.captions import CAPTION_SUFFIXES, CaptionError, Captions, clean, same_name
+from trainer.data.folders import (
+    FolderConfig,
+    as_list,
+    folder_path,
+    folders_problems,
+    masks_problems,
+    resolution_problems,
+)
+from trainer.data.masks import Mask
 from trainer.data.notes import Notes
-from trainer.data.pictures import SUFFIXES, DataError, decode, pixel_hash, read
+from trainer.data.pictures import SUFFIXES, DataError, decode, fitted, pixel_hash, read
 from trainer.errors import UserError
 from trainer.files import file_in_the_way
 from trainer.flow import generator
@@ -30,7 +40,6 @@ from trainer.flow import generator
 MAX_RATIO = 2.25  # of a bucket's sides: 2:1, with room for rounding
 CROP_NOTE = 0.25  # more than this share of a picture outside its crop is worth a word
 _Size = tuple[int, int]  # width, height
-_MASK = re.compile(r"(.+?)(?:-masklabel|-condlabel|[-_]mask)")
 _REPEATS = re.compile(r"\d+_")  # kohya: 10_name means each picture ten times
 
 
@@ -38,12 +47,14 @@ _REPEATS = re.compile(r"\d+_")  # kohya: 10_name means each picture ten times
 class DataConfig:
     """`[data]`"""
 
-    images: str
-    """The folder of the training pictures. Captions are in text files of the same name, or in metadata.jsonl."""
+    images: str = ""
+    """The folder of the training pictures. Captions are in text files of the same name, or in metadata.jsonl. Several
+    folders are named by `[[data.folders]]` instead."""
     recursive: bool = False
     """Use the pictures in folders below `images`, too."""
-    resolution: int = 1024
-    """Pictures are scaled and cropped to about resolution x resolution pixels, in a shape near their own."""
+    resolution: int | tuple[int, ...] = 1024
+    """Pictures are scaled and cropped to about resolution x resolution pixels, in a shape near their own. With a list,
+    such as [768, 1024], each picture is trained on at each."""
     trigger: str = ""
     """A word for the subject. It is put in front of each caption that does not contain it."""
     default_caption: str = ""
@@ -53,6 +64,12 @@ class DataConfig:
     own."""
     caption_dropout: float = 0.0
     """The probability, from 0 to 1, that a picture is trained on without its caption."""
+    masks: str | None = None
+    """A folder of masks, NAME.png or NAME.mask.png for a picture NAME, in the same folders as below `images`. Masks
+    beside their pictures, NAME.mask.png, are used without it. In the loss, white counts wholly, black by
+    `mask_outside`."""
+    mask_outside: float = 0.1
+    """How much the black of a mask counts, from 0, not at all, to 1, as much as white."""
     audit: str | None = None
     """The audit.json of `python -m trainer.data audit`: pictures that it says to leave out are neither trained on nor
     held out."""
@@ -62,52 +79,104 @@ class DataConfig:
     cache: str | None = None
     """The folder for latents and prompt embeddings, which may be shared by runs. By default `cache` in the output
     folder."""
+    folders: tuple[FolderConfig, ...] = ()
+    """A table for each of several folders, in place of `images`. What a folder does not set is as in `[data]`."""
 
     def problems(self) -> list[str]:
-        found = []
-        if not self.images:
-            found.append("images must name a folder")
-        elif not _folder(self.images).is_dir():
-            found.append(f"images: there is no folder {_folder(self.images).absolute()}")
+        found = folders_problems(self.folders)
+        if self.images and self.folders:
+            found.append(f"images: there are [[data.folders]], too; make {self.images} one of them, or remove them")
+        elif not self.images and not self.folders:
+            found.append("images must name a folder, or [[data.folders]] several")
+        elif self.images and not folder_path(self.images).is_dir():
+            found.append(f"images: there is no folder {folder_path(self.images).absolute()}")
         if isinstance(self.held_out, int):
             if self.held_out < 0:
                 found.append("held_out must not be negative")
-        elif not self.held_out or not _folder(self.held_out).is_dir():
-            found.append(f"held_out: there is no folder {_folder(self.held_out).absolute()}; or give a number")
-        elif _folder(self.held_out).resolve() == _folder(self.images).resolve():
-            found.append("held_out is the same folder as images: it must hold other pictures, or be a number")
-        if self.resolution < 16:
-            found.append("resolution must be at least 16")
+        elif not self.held_out or not folder_path(self.held_out).is_dir():
+            found.append(f"held_out: there is no folder {folder_path(self.held_out).absolute()}; or give a number")
+        else:
+            named = {"images": self.images, **{f"folders.{i}": one.images for i, one in enumerate(self.folders)}}
+            found += [
+                f"held_out is the same folder as {key}: it must hold other pictures, or be a number"
+                for key, name in named.items()
+                if name and folder_path(self.held_out).resolve() == folder_path(name).resolve()
+            ]
+        found += resolution_problems(self.resolution)
         if not 0 <= self.caption_dropout <= 1:
             found.append("caption_dropout must be from 0 to 1")
+        found += self._problems_of_masks()
         if self.trigger != self.trigger.strip():
             found.append("trigger must not begin or end with a space")
         try:
             clean(self.trigger)
         except CaptionError as error:
             found.append(f"trigger: {error}")
-        if self.captions is not None and not _folder(self.captions).is_dir():
-            found.append(f"captions: there is no folder {_folder(self.captions).absolute()}")
+        if self.captions is not None and not folder_path(self.captions).is_dir():
+            found.append(f"captions: there is no folder {folder_path(self.captions).absolute()}")
         if self.cache == "":
             found.append("cache must name a folder; leave it out for the one in the output folder")
         elif self.cache and (file := file_in_the_way(Path(self.cache))):
             found.append(f"cache: {file} is a file; name a folder, or leave it out for the one in the output folder")
         return found
 
+    def _problems_of_masks(self) -> list[str]:
+        found = [] if 0 <= self.mask_outside <= 1 else ["mask_outside must be from 0 to 1"]
+        if self.masks is not None and self.folders:
+            found.append("masks: with [[data.folders]], the masks of each folder are named in its own table")
+        for own in self.each_folder():
+            found += masks_problems(own.masks, [self.images, str(self.held_out), *(one.images for one in self.folders)])
+        return found
+
+    def each_folder(self) -> "list[DataConfig]":
+        """The settings of each folder, as if it were the only one."""
+        names = {field.name for field in fields(DataConfig)}
+        own = [{k: v for k, v in vars(one).items() if k in names and v is not None} for one in self.folders]
+        return [replace(self, **settings) for settings in own] or [self]
+
 
 @dataclass(frozen=True)
 class Example:
     path: Path
     caption: str
-    """With the trigger."""
+    """With the trigger. If there are several, the first one, which it is validated with."""
     digest: str
     """sha256 of the file, in hex."""
     size: _Size
     """Width and height after EXIF orientation."""
     bucket: _Size
-    """What it is trained at."""
+    """What it is trained at. If there are several, that of the first resolution, which it is validated at."""
     pixels: str
     """sha256 of size and pixels, in hex: the same for copies that differ in their bytes only."""
+    more_captions: tuple[str, ...] = ()
+    more_buckets: tuple[_Size, ...] = ()
+    """Those of further resolutions."""
+    folder: int = 0
+    """The number of its folder in `[[data.folders]]`."""
+    repeats: int = 1
+
+    mask: Mask | None = None
+    """What of it counts; None: all."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return self.caption, *self.more_captions
+
+    @property
+    def buckets(self) -> tuple[_Size, ...]:
+        return self.bucket, *self.more_buckets
+
+    def at(self, bucket: _Size) -> "Example":
+        return self if bucket == self.bucket else replace(self, bucket=bucket)
+
+
+def items(examples: Iterable[Example]) -> dict[_Size, list[Example]]:
+    """What an epoch consists of, by bucket: each picture at each resolution, as often as its folder repeats it."""
+    found: dict[_Size, list[Example]] = defaultdict(list)
+    for example in examples:
+        for bucket in example.buckets:
+            found[bucket] += [example] * example.repeats
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,33 +189,38 @@ class Dataset:
 
 def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
     """Read every picture and caption; sides of buckets are multiples of `multiple`. DataError lists all problems."""
-    problems = config.problems()
-    if config.resolution % multiple:
-        low = max(config.resolution // multiple, 1) * multiple
-        advice = f"such as {low}" + (f" or {low + multiple}" if low < config.resolution else "")
-        problems.append(f"resolution = {config.resolution} must be a multiple of {multiple}, {advice}")
+    problems, folders = config.problems(), config.each_folder()
+    for side in dict.fromkeys(side for own in (config, *folders) for side in as_list(own.resolution)):
+        if side % multiple:
+            low = max(side // multiple, 1) * multiple
+            advice = f"such as {low}" + (f" or {low + multiple}" if low < side else "")
+            problems.append(f"resolution = {side} must be a multiple of {multiple}, {advice}")
     if problems:
         raise DataError(problems)
-    notes = Notes()
-    options = buckets(config.resolution, multiple)
-    verdicts = _verdicts(config, problems)
-    found = _scan_folder(_folder(config.images), config, options, verdicts, problems, notes)
+    notes, found = Notes(), list[Example]()
+    for number, own in enumerate(folders):
+        examples = _scan_folder(folder_path(own.images), own, multiple, _verdicts(own, problems), problems, notes)
+        examples = _with_masks(examples, own, problems)
+        if own.audit and not examples and not problems:
+            left = f" of {own.images}" if config.folders else ""
+            problems.append(f"audit: {own.audit} leaves out all pictures{left}; change its rules, and audit again")
+        repeats = config.folders[number].repeats if config.folders else 1
+        found += [replace(example, folder=number, repeats=repeats) for example in examples]
     if isinstance(config.held_out, str):
-        train = found
+        train, verdicts = found, _verdicts(config, problems)
         known = replace(verdicts, must_know=False) if verdicts else None  # it is another folder than was audited
-        held_out = _scan_folder(_folder(config.held_out), config, options, known, problems, notes)
+        held_out = _scan_folder(folder_path(config.held_out), config, multiple, known, problems, notes)
+        held_out = _with_masks(held_out, config, problems)
         problems += _in_both(train, held_out)
     elif problems:  # some pictures are missing from `found`: nothing to choose from
         train, held_out = found, []
     else:
         train, held_out = _split(found, config.held_out, seed, problems)
-    if verdicts is not None and not train and not problems:
-        problems.append(f"audit: {config.audit} leaves out all pictures; change its rules, and audit again")
     if problems:
-        raise DataError(problems)
+        raise DataError([*dict.fromkeys(problems)])  # what folders share is told once
     for same in _same_content(train):
-        names = " = ".join(e.path.name for e in same)
-        if len({e.caption for e in same}) > 1:
+        names = " = ".join(e.path.name if len({e.folder for e in same}) == 1 else str(e.path) for e in same)
+        if len({e.captions for e in same}) > 1:
             notes.add("the same picture with different captions: each counts as a picture", names)
         elif len({e.digest for e in same}) > 1:
             notes.add("copies of a picture in other files, so it counts more", names)
@@ -163,14 +237,10 @@ def load_picture(example: Example) -> Image.Image:
     data = read(example.path)
     if hashlib.sha256(data).hexdigest() != example.digest:
         raise DataError([f"{example.path}: the file has changed since the run began; start the run again"])
-    return ImageOps.fit(decode(example.path, data)[0], example.bucket, Image.Resampling.LANCZOS)
+    return fitted(decode(example.path, data)[0], example.bucket)
 
 
 # --- folders ----------------------------------------------------------------------------------------------
-
-
-def _folder(name: str) -> Path:
-    return Path(name).expanduser()
 
 
 @dataclass(frozen=True)
@@ -180,6 +250,7 @@ class Contents:
     files: list[Path]
     pictures: list[Path]
     masks: set[Path]
+    """By their names, whether or not they are used."""
     below: list[Path]
     """Folders with pictures."""
 
@@ -189,19 +260,20 @@ def contents(folder: Path, config: DataConfig) -> Contents:
     entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
     files = [p for p in entries if not p.is_dir()]
     named = [p for p in files if p.suffix.lower() in SUFFIXES]
-    masks = _masks(named)
+    aside = masks.beside(named)
     below = [p for p in entries if p.is_dir() and _has_pictures(p, config.recursive)]
-    if isinstance(config.held_out, str):
-        below = [p for p in below if p.resolve() != _folder(config.held_out).resolve()]
-    return Contents(files, [p for p in named if p not in masks], masks, below)
+    others = [str(config.held_out), config.masks or "", *(one.images for one in config.folders)]
+    apart = {folder_path(name).resolve() for name in others if name}
+    below = [p for p in below if p.resolve() not in apart]
+    return Contents(files, [p for p in named if p not in aside], aside, below)
 
 
 def captions_folder(config: DataConfig, folder: Path) -> Path | None:
     """Where `[data] captions` has those of a folder's pictures: it is built like `images`."""
-    top = _folder(config.images).resolve()
+    top = folder_path(config.images).resolve()
     if config.captions is None or not folder.resolve().is_relative_to(top):
         return None
-    return _folder(config.captions) / folder.resolve().relative_to(top)
+    return folder_path(config.captions) / folder.resolve().relative_to(top)
 
 
 def _verdicts(config: DataConfig, problems: list[str]) -> Verdicts | None:
@@ -209,7 +281,7 @@ def _verdicts(config: DataConfig, problems: list[str]) -> Verdicts | None:
     if config.audit is None:
         return None
     try:
-        return read_verdicts(_folder(config.audit))
+        return read_verdicts(folder_path(config.audit))
     except UserError as error:
         problems.append(f"audit: {error}")
         return None
@@ -218,7 +290,7 @@ def _verdicts(config: DataConfig, problems: list[str]) -> Verdicts | None:
 def _scan_folder(
     folder: Path,
     config: DataConfig,
-    options: Sequence[_Size],
+    multiple: int,
     verdicts: Verdicts | None,
     problems: list[str],
     notes: Notes,
@@ -230,13 +302,12 @@ def _scan_folder(
         problems.append(f"{folder}: cannot be read ({error.strerror})")
         return []
     files, pictures, below = here.files, here.pictures, here.below
-    named = [_folder(name) for name in (config.images, config.held_out) if isinstance(name, str)]
+    named = [folder_path(name) for name in (config.images, config.held_out) if isinstance(name, str)]
     if folder in named and not pictures and not (below and config.recursive):
         names = first_few((p.name for p in below), count=5)
         more = f"; there are pictures in folders below it ({names}): set recursive = true to use them" if below else ""
         problems.append(f"{folder}: there is no picture in it ({', '.join(SUFFIXES)}){more}")
-    for path in here.masks:
-        notes.add("masks beside pictures, which are not used", str(path))
+    masks.look_at_names(here.masks, pictures, problems, notes)
     for path in below:
         if not config.recursive:
             notes.add("folders with pictures that are not used without recursive = true", str(path))
@@ -251,9 +322,10 @@ def _scan_folder(
     captions = Captions(folder, problems, notes)
     captions.read(files, here.pictures, captions_folder(config, folder))
     texts = captions.of(pictures, trigger=config.trigger, default=config.default_caption)
+    options = [buckets(side, multiple) for side in as_list(config.resolution)]
     found = _examples(folder, pictures, texts, options, problems, notes)
     for path in below if config.recursive else ():
-        found += _scan_folder(path, config, options, verdicts, problems, notes)
+        found += _scan_folder(path, config, multiple, verdicts, problems, notes)
     return found
 
 
@@ -262,12 +334,6 @@ def _without_captions(files: Sequence[Path], left_out: Iterable[Path], kept: Ite
     names = {same_name(name) for path in left_out for name in (path.stem, path.name)}
     names -= {same_name(name) for path in kept for name in (path.stem, path.name)}
     return [p for p in files if p.suffix.lower() not in CAPTION_SUFFIXES or same_name(p.stem) not in names]
-
-
-def _masks(pictures: Sequence[Path]) -> set[Path]:
-    """Pictures such as a-masklabel.png or a_mask.png, where there is an a.png (or .jpg, ...)."""
-    stems = {path.stem for path in pictures}
-    return {path for path in pictures if (match := _MASK.fullmatch(path.stem)) and match[1] in stems}
 
 
 def _has_pictures(folder: Path, recursive: bool) -> bool:
@@ -283,12 +349,12 @@ def _has_pictures(folder: Path, recursive: bool) -> bool:
 def _examples(
     folder: Path,
     pictures: Sequence[Path],
-    captions: Mapping[Path, str],
-    options: Sequence[_Size],
+    captions: Mapping[Path, Sequence[str]],
+    options: Sequence[Sequence[_Size]],
     problems: list[str],
     notes: Notes,
 ) -> list[Example]:
-    """Read each picture; what is wrong with one is a problem."""
+    """Read each picture; what is wrong with one is a problem. options: the buckets of each resolution."""
     found = []
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         bar = tqdm(pool.map(_inspect, pictures), str(folder), len(pictures), leave=False, disable=None, delay=2)
@@ -297,11 +363,32 @@ def _examples(
                 problems += result.problems
                 continue
             digest, pixels, size, done = result
-            bucket = nearest(size, options)
-            for remark in [*done, *_resizing(size, bucket)]:
+            bucket, *more = [nearest(size, some) for some in options]
+            for remark in dict.fromkeys([*done, *(word for one in (bucket, *more) for word in _resizing(size, one))]):
                 notes.add(remark, path.name)
-            found.append(Example(path, captions.get(path, ""), digest, size, bucket, pixels))
+            text, *others = captions.get(path, ("",))
+            found.append(Example(path, text, digest, size, bucket, pixels, tuple(others), tuple(more)))
     return found
+
+
+def _with_masks(examples: Sequence[Example], config: DataConfig, problems: list[str]) -> list[Example]:
+    """The examples with the masks that there are for them."""
+    folder = folder_path(config.masks) if config.masks else None
+    files = masks.find([e.path for e in examples], folder_path(config.images), folder, problems)
+
+    def inspect(example: Example) -> Mask | DataError | None:
+        file = files.get(example.path)
+        return masks.inspect(file, example.path, example.size, example.buckets) if file else None
+
+    made = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        bar = tqdm(pool.map(inspect, examples), "masks", len(examples), leave=False, disable=None, delay=2)
+        for example, mask in zip(examples, bar, strict=True):
+            if isinstance(mask, DataError):
+                problems += mask.problems
+            else:
+                made.append(replace(example, mask=mask) if mask else example)
+    return made if len(made) == len(examples) else [*examples]
 
 
 def _inspect(path: Path) -> tuple[str, str, _Size, list[str]] | DataError:
@@ -395,21 +482,19 @@ def _in_both(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]
 def batch(examples: tuple[Example, ...], batch_size: int, *, seed: int, index: int) -> list[Example]:
     """Batch number `index` of an endless sequence, a function of its arguments alone. All of one bucket.
 
-    Each epoch deals every example; the last batch of a bucket is filled up from the start of its shuffle. With
-    several processes and accumulation, index = (step * accumulation + micro_step) * num_processes + process.
+    Each epoch deals every item of every example; the last batch of a bucket is filled up from the start of its shuffle.
+    With several processes and accumulation, index = (step * accumulation + micro_step) * num_processes + process.
     """
     if not examples or batch_size < 1 or index < 0:
         raise ValueError(f"no batch {index} of {batch_size} from {len(examples)} examples")
-    members: dict[_Size, list[Example]] = defaultdict(list)
-    for example in examples:
-        members[example.bucket].append(example)
+    members = items(examples)
     starts = [(size, i) for size in sorted(members) for i in range(0, len(members[size]), batch_size)]
     epoch, position = divmod(index, len(starts))
     order = torch.randperm(len(starts), generator=generator(seed, "order", epoch))
     size, start = starts[int(order[position])]
     group = members[size]
     shuffle = torch.randperm(len(group), generator=generator(seed, "shuffle", epoch, *size))
-    return [group[int(shuffle[i % len(group)])] for i in range(start, start + batch_size)]
+    return [group[int(shuffle[i % len(group)])].at(size) for i in range(start, start + batch_size)]
 
 
 def drops_caption(probability: float, *, seed: int, index: int, position: int) -> bool:
@@ -417,3 +502,11 @@ def drops_caption(probability: float, *, seed: int, index: int, position: int) -
     if probability == 0:
         return False
     return bool(torch.rand((), generator=generator(seed, "caption_dropout", index, position)) < probability)
+
+
+def drawn_caption(example: Example, *, seed: int, index: int, position: int) -> str:
+    """That of the picture at `position` of batch `index`: of several, each is as likely."""
+    if not example.more_captions:
+        return example.caption
+    random = generator(seed, "caption", index, position)
+    return example.captions[int(torch.randint(len(example.captions), (), generator=random))]

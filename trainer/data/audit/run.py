@@ -8,7 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.config import first_few, to_dict
-from trainer.data.audit.find import EXTRA, Finder, not_looked_for
+from trainer.data.audit import masks
+from trainer.data.audit.find import EXTRA, FACES_HANDS_PEOPLE, Finder, not_looked_for
 from trainer.data.audit.judge import Judgement, counts, judge
 from trainer.data.audit.page import write_page
 from trainer.data.audit.picture import Find, Picture, Seen, see
@@ -16,6 +17,7 @@ from trainer.data.audit.rules import Rules
 from trainer.data.audit.verdicts import FORMAT
 from trainer.data.audit.words import Caption, captions_of
 from trainer.data.dataset import DataConfig, buckets, contents, fitting, nearest
+from trainer.data.folders import as_list
 from trainer.data.pictures import DataError
 from trainer.errors import UserError
 from trainer.files import file_in_the_way, write_json
@@ -38,6 +40,13 @@ class Audit:
     """Whose tokenizer counts tokens."""
     quick: bool = False
     """Nothing is looked for in the pictures, whether or not the extra is installed."""
+    masks: tuple[str, ...] = ()
+    """What there shall be masks of: some of `masks.BOXES`."""
+
+    @property
+    def resolution(self) -> int:
+        """The largest, if there are several: it asks most of a picture."""
+        return max(as_list(self.data.resolution))
 
 
 def audit(asked: Audit, output: Path) -> dict[str, Any]:
@@ -49,9 +58,12 @@ def audit(asked: Audit, output: Path) -> dict[str, Any]:
     if not captions:
         raise DataError([f"{folder}: there is no picture in it that could be audited", *problems])
     pictures = [*_pictures(asked, folder, captions)]
-    judgements, alike = judge(pictures, asked.rules, resolution=asked.data.resolution, token_limit=asked.token_limit)
+    judgements, alike = judge(pictures, asked.rules, resolution=asked.resolution, token_limit=asked.token_limit)
     report = _report(asked, folder, pictures, judgements)
-    report |= {"groups": alike, "notes": [*problems, *_notes(asked, pictures)]}
+    notes = [*problems, *_notes(asked, pictures)]
+    if asked.masks:
+        notes += masks.write_masks(output / masks.FOLDER, pictures, asked.masks)
+    report |= {"groups": alike, "notes": notes}
     write_page(output / PAGE_FILE, report, {picture.file: picture.seen.thumbnail for picture in pictures})
     write_json(output / DATA_FILE, report)
     return report
@@ -60,14 +72,25 @@ def audit(asked: Audit, output: Path) -> dict[str, Any]:
 def _check(asked: Audit, folder: Path, output: Path) -> None:
     """Before minutes are spent."""
     found = []
-    if asked.data.resolution % asked.multiple:
-        found.append(f"[data] resolution = {asked.data.resolution} must be a multiple of {asked.multiple}")
+    if wrong := [side for side in as_list(asked.data.resolution) if side % asked.multiple]:
+        found.append(f"[data] resolution = {wrong[0]} must be a multiple of {asked.multiple}")
     if file := file_in_the_way(output):
         found.append(f"--output: {file} is a file; name a folder")
     elif output.resolve().is_relative_to(folder.resolve()):
         found.append(f"--output: {output} lies in the folder of the pictures, which is only read; name another one")
+    if asked.masks:
+        found += _problems_of_masks(asked, output / masks.FOLDER)
     if found:
         raise UserError("\n".join(found))
+
+
+def _problems_of_masks(asked: Audit, folder: Path) -> Iterator[str]:
+    if asked.quick:
+        yield "--masks: --quick looks for nothing that a mask could be made of; leave one of the two out"
+    elif FACES_HANDS_PEOPLE in not_looked_for():
+        yield f"--masks: {FACES_HANDS_PEOPLE} cannot be looked for here; to look for them: {EXTRA}"
+    if folder.exists() and any(folder.iterdir()):
+        yield f"--masks: there are files in {folder} already, which may be yours; remove them, or name another --output"
 
 
 def _captions(folder: Path, config: DataConfig, problems: list[str]) -> Iterator[tuple[Path, Caption]]:
@@ -90,8 +113,8 @@ def _pictures(asked: Audit, folder: Path, captions: dict[Path, Caption]) -> Iter
     if asked.base:
         from trainer.qwen_image import prompt_tokens  # takes seconds to import
 
-        tokens = prompt_tokens(asked.base, {caption.text for caption in captions.values() if caption.text})
-    options = buckets(asked.data.resolution, asked.multiple)
+        tokens = prompt_tokens(asked.base, {text for caption in captions.values() for text in caption.texts})
+    options = buckets(asked.resolution, asked.multiple)
     find: Find = (lambda image: {}) if asked.quick else Finder()
     seen = parallel_map(lambda path: see(path, find), captions)
     bar = tqdm(seen, f"audit {folder}", len(captions), leave=False, disable=None)
@@ -101,7 +124,8 @@ def _pictures(asked: Audit, folder: Path, captions: dict[Path, Caption]) -> Iter
             bucket = nearest(found.measures.size, options)
             enlargement, cropped = fitting(found.measures.size, bucket)
         name = path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode()  # what is not UTF-8
-        yield Picture(name, found, bucket, enlargement, cropped, caption, tokens.get(caption.text))
+        most = max((tokens[text] for text in caption.texts if text in tokens), default=None)
+        yield Picture(name, found, bucket, enlargement, cropped, caption, most)
 
 
 # --- what is written --------------------------------------------------------------------------------------
