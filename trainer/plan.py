@@ -159,7 +159,7 @@ FREE = (
     "output", "validation", "checkpoint", "export",
     "model.base", "model.attention", "model.compile", "model.keep_quantized", "model.offload_blocks",
     "data.images", "data.recursive", "data.held_out", "data.trigger", "data.default_caption", "data.audit",
-    "data.masks", "data.cache",
+    "data.captions", "data.masks", "data.cache",
     "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.offload_activations",
 )  # fmt: skip
 """Keys that do not change what a run computes, or do so only by the pictures, captions and models of its course."""
