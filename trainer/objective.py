@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from trainer.adapter import AdapterWeights
 from trainer.data.cache import Cache
 from trainer.data.dataset import Example, batch, drops_caption
 from trainer.data.encode import encode_pictures, encode_prompts
+from trainer.data.prior import drawing_keys
 from trainer.files import DTYPES
 from trainer.hardware import parallel
 from trainer.loop import Loss
@@ -49,13 +50,53 @@ def _name(example: Example) -> str:
 def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet: bool) -> Encoded:
     """Encode what is not in the cache yet: first the pictures, then the captions."""
     run, cache = plan.config, Cache(plan.cache)
-    examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out)}.values())
+    others = plan.prior.pictures if plan.prior else ()
+    examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out, *others)}.values())
     latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
     texts = {*(e.caption for e in examples), *run.validation.prompts, *run.validation.unrelated_prompts}
     texts.add(qwen_image.EMPTY_PROMPT)
+    if plan.prior:
+        texts |= plan.prior.texts(e.caption for e in plan.dataset.train)
     prompts = encode_prompts(cache, text_encoder, DTYPES[run.model.dtype], texts, quiet=quiet)
     qwen_image.free_memory()
     return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
+
+
+def draw_prior(
+    plan: Plan, transformer: QwenImageTransformer2DModel, encoded: Encoded, accelerator: Accelerator, *, quiet: bool
+) -> None:
+    """Add to `encoded` the prior's pictures that the base draws, in the cache or now, divided among the processes. The
+    adapter must not be on the transformer yet."""
+    if plan.prior is None or not plan.prior.drawn:
+        return
+    drawn, settings, cache = plan.prior.drawn, plan.prior.config, Cache(plan.cache)
+    keys, sampler = drawing_keys(plan.prior, plan.config.model), qwen_image.Sampler(plan.config.model.base)
+    transformer.eval()
+
+    def draw(numbers: Sequence[int]) -> list[Tensor]:
+        return [
+            sampler.latents(
+                transformer,
+                [encoded.prompts[drawn[number].caption]],
+                size=drawn[number].bucket,
+                seeds=[settings.seed + number],
+                num_inference_steps=settings.num_inference_steps,
+                true_cfg_scale=settings.true_cfg_scale,
+                negative_prompt=encoded.prompts[qwen_image.EMPTY_PROMPT],
+                device=accelerator.device,
+            )[0]
+            .float()
+            .cpu()
+            for number in numbers
+        ]
+
+    own = range(accelerator.process_index, len(drawn), accelerator.num_processes)
+    what, names = "draw the prior's pictures", [str(example.path) for example in drawn]
+    cache.get([keys[i] for i in own], lambda rows: draw([own[row] for row in rows]), what=what, quiet=quiet)
+    accelerator.wait_for_everyone()
+    latents = cache.get(keys, draw, what=what, names=names, quiet=quiet)
+    encoded.latents.update(zip(map(_name, drawn), latents, strict=True))
+    qwen_image.free_memory()
 
 
 @dataclass(frozen=True)
@@ -71,6 +112,8 @@ class Inputs:
     """For the adapter's dropout."""
     names: list[str]
     """Paths of the pictures, for messages."""
+    prior: "Inputs | None" = None
+    """What is trained on beside them, if the run has a prior: as many."""
 
 
 class LoraObjective:
@@ -94,7 +137,8 @@ class LoraObjective:
 
     def loss(self, step: int, micro_step: int) -> Loss:
         inputs = self.inputs(step, micro_step)
-        return Loss(self.forward(inputs), ", ".join(inputs.names))
+        total, parts = self._losses(inputs)
+        return Loss(total, ", ".join(inputs.names), parts)
 
     def inputs(self, step: int, micro_step: int) -> Inputs:
         """Pictures, captions, sigmas and noise: functions of the seed and the step."""
@@ -105,24 +149,61 @@ class LoraObjective:
         share = run.data.caption_dropout
         dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
         texts = [qwen_image.EMPTY_PROMPT if drop else e.caption for e, drop in zip(examples, dropped, strict=True)]
-        random = flow.generator(run.seed, "noise", step, part, 0)
+        inputs = self._noised(examples, texts, flow.generator(run.seed, "noise", step, part, 0))
+        if (prior := self._plan.prior) is None:
+            return inputs
+        random = flow.generator(run.seed, "prior", step, part)
+        if prior.config.method == "pictures":
+            others = batch(prior.examples, run.train.batch_size, seed=run.seed, index=index)
+            return replace(inputs, prior=self._noised(others, [e.caption for e in others], random))
+        captions = enumerate(e.caption for e in examples)
+        embeds, mask = self._stacked([prior.prompt(c, seed=run.seed, index=index, position=i) for i, c in captions])
+        return replace(inputs, prior=replace(inputs, prompt_embeds=embeds, mask=mask, random=random))
+
+    def _noised(self, examples: Sequence[Example], texts: Sequence[str], random: torch.Generator) -> Inputs:
+        """Pictures with prompts, and noise and sigmas from `random`."""
         latents = torch.stack([self._encoded.latents_of(e) for e in examples])  # B C 1 h w
         noise = torch.randn(latents.shape, generator=random)
         num_tokens = latents.shape[-1] * latents.shape[-2] // 4
-        sigmas = flow.sample_sigmas(run.flow, len(latents), num_tokens, random).to(self._device)
-        embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
-        mask = None if mask is None else mask.to(self._device)
-        latents, noise, embeds = latents.to(self._device), noise.to(self._device), embeds.to(self._device)
+        sigmas = flow.sample_sigmas(self._run.flow, len(latents), num_tokens, random).to(self._device)
+        embeds, mask = self._stacked(texts)
+        latents, noise = latents.to(self._device), noise.to(self._device)
         return Inputs(latents, noise, sigmas, embeds, mask, random, [str(e.path) for e in examples])
+
+    def _stacked(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
+        return embeds.to(self._device), None if mask is None else mask.to(self._device)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """The loss: scalar, attached to the graph."""
+        return self._losses(inputs)[0]
+
+    def _losses(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts if there is a prior: see `trainer.data.prior`."""
+        if inputs.prior is None:
+            return flow.losses(self._velocity(inputs), inputs.latents, inputs.noise).mean(), {}
+        assert self._plan.prior is not None
+        kept = inputs.prior
+        target = self._base_velocity(kept) if self._plan.prior.config.method == "prediction" else None
+        subject = flow.losses(self._velocity(inputs), inputs.latents, inputs.noise).mean()
+        target = flow.velocity(kept.latents, kept.noise) if target is None else target
+        prior = (self._velocity(kept).float() - target.float()).square().mean()
+        parts = {"subject_loss": subject.detach(), "prior_loss": prior.detach()}
+        return subject + self._plan.prior.config.weight * prior, parts
+
+    def _velocity(self, inputs: Inputs) -> Tensor:
         noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas).to(self._dtype)
         with flow.seeded(inputs.random, self._device):  # the adapter's dropout
-            predicted = qwen_image.predict_velocity(
-                self.module, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask
+            return qwen_image.predict_velocity(self.module, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask)
+
+    @torch.no_grad()
+    def _base_velocity(self, inputs: Inputs) -> Tensor:
+        """The frozen base's, which draws no random numbers."""
+        noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas).to(self._dtype)
+        with adapter.switched_off(self.transformer):
+            return qwen_image.predict_velocity(
+                self.transformer, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask
             )
-        return flow.losses(predicted, inputs.latents, inputs.noise).mean()
 
     def tensors(self) -> dict[str, Tensor]:
         return adapter.tensors(self.transformer)

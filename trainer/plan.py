@@ -15,8 +15,11 @@ from torch import Tensor
 from trainer import adapter, config, folder, qwen_image
 from trainer.adapter import AdapterConfig, Initializer, RunFacts, Work
 from trainer.checkpoint import CheckpointConfig, course
+from trainer.data.cache import Cache
 from trainer.data.dataset import DataConfig, Dataset, scan
 from trainer.data.pictures import DataError
+from trainer.data.prior import Prior, PriorConfig, drawing_keys
+from trainer.data.prior import prepare as prepare_prior
 from trainer.export import ExportConfig
 from trainer.files import size
 from trainer.flow import FlowConfig
@@ -48,6 +51,7 @@ class RunConfig:
     same run."""
     model: ModelConfig
     data: DataConfig
+    prior: PriorConfig | None = None
     adapter: AdapterConfig = AdapterConfig()
     init: InitConfig = InitConfig()
     train: TrainConfig = TrainConfig()
@@ -119,6 +123,7 @@ class Plan:
     transformer: QwenImageTransformer2DModel
     """On the meta device: shapes only."""
     modules: dict[str, tuple[int, int]]
+    prior: Prior | None = None
 
     @property
     def output(self) -> Path:
@@ -139,6 +144,8 @@ class Plan:
         not what only saves memory or time; not its length, unless the learning rate depends on it."""
         method = self.start.method
         values = config.to_dict(self.config)
+        if self.prior:
+            values["prior"] = self.prior.course(e.caption for e in self.dataset.train)
         values["init"] = {"method": method, method: config.to_dict(self.start.options)}
         free = {*FREE, *(f"init.{method}.{name}" for name in self.start.file_keys)}
         if self.config.train.lr_schedule == "constant":
@@ -231,7 +238,7 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         for name in ("layouts", "rank"):
             if getattr(run.export, name):
                 problems.append(f"[export] {name}: with [adapter] use_dora the effect is no low-rank change")
-    transformer, dataset, modules, multiple = None, None, {}, 16
+    transformer, dataset, prior, modules, multiple = None, None, None, {}, 16
     try:
         wrong = sources.check(qwen_image.need(run.model.base))
         problems += [f"[model] base: {problem}" for problem in wrong]
@@ -248,6 +255,11 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         dataset = scan(run.data, multiple=multiple, seed=run.seed)
     except DataError as error:
         problems += [f"[data] {problem}" for problem in error.problems]
+    try:
+        if run.prior:
+            prior = prepare_prior(run.prior, run.data, dataset, multiple=multiple, seed=run.seed)
+    except DataError as error:
+        problems += [f"[prior] {problem}" for problem in error.problems]
     if dataset is not None:
         images = tuple(example.path for example in dataset.train)
         facts = RunFacts(images, run.adapter, can_try=not parallel.uses_fsdp())
@@ -255,7 +267,7 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
     if problems:
         raise config.ConfigError(problems)
     assert dataset is not None and transformer is not None
-    return Plan(run, start, dataset, transformer, modules)
+    return Plan(run, start, dataset, transformer, modules, prior)
 
 
 def _quantization_problems(model: ModelConfig, transformer: QwenImageTransformer2DModel) -> list[str]:
@@ -288,6 +300,7 @@ def plan_text(plan: Plan) -> str:
         f"start        {plan.start.method}",
         f"training     {run.train.steps} steps of {images_per_step} pictures: "
         f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
+        *(f"prior        {line}" for line in _prior_lines(plan)),
         *(f"memory       {line}" for line in memory_lines(plan)),
         *(f"download     {line}" for line in sources.download_lines(plan.needs)),
         *(f"note         {note}" for note in notes(plan)),
@@ -295,10 +308,26 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _prior_lines(plan: Plan) -> list[str]:
+    if (prior := plan.prior) is None:
+        return []
+    weight, captions = f"weight {prior.config.weight:g}", [example.caption for example in plan.dataset.train]
+    if prior.config.method == "prediction":
+        texts = sorted(prior.texts(captions))
+        return [f'{weight}: the base\'s own velocity for {len(texts)} prompts, such as "{texts[0]}"']
+    if not prior.drawn:
+        return [f"{weight}: {len(prior.pictures)} pictures in {prior.config.images}"]
+    missing = len(prior.drawn)
+    if sources.is_here(qwen_image.need(plan.config.model.base)):
+        missing = Cache(plan.cache).count_missing(drawing_keys(prior, plan.config.model))
+    return [f"{weight}: {len(prior.drawn)} pictures, of which {missing} must be drawn before the training"]
+
+
 def notes(plan: Plan) -> list[str]:
     """What is worth a word in pictures, captions, the start and the model; how captions are cut, if the tokenizer is on
     this machine."""
     found, base = [*plan.dataset.notes, *plan.start.notes], plan.config.model.base
+    found += [f"[prior] {note}" for note in (plan.prior.notes if plan.prior else ())]
     if plan.start.method == "i2l" and qwen_image.is_2512(base):
         found.append(
             "i2L was made for the first Qwen-Image, Qwen/Qwen-Image: on Qwen-Image-2512 its LoRA has the right shape, "
@@ -327,6 +356,13 @@ def pixels(plan: Plan) -> int:
     return max(example.bucket[0] * example.bucket[1] for example in plan.dataset.train)
 
 
+def prior_pixels(plan: Plan) -> int:
+    """The number of pixels of the largest picture that is trained on for the prior; 0 without one."""
+    if plan.prior is None:
+        return 0
+    return max((example.bucket[0] * example.bucket[1] for example in plan.prior.examples), default=pixels(plan))
+
+
 def memory_request(plan: Plan) -> memory.Request:
     run = plan.config
     facts = RunFacts(tuple(e.path for e in plan.dataset.train), run.adapter, can_try=not parallel.uses_fsdp())
@@ -338,6 +374,8 @@ def memory_request(plan: Plan) -> memory.Request:
         pixels=pixels(plan),
         start=plan.start.work(facts),
         draws=bool(run.validation.prompts),
+        prior_pixels=prior_pixels(plan),
+        draws_prior=bool(plan.prior and plan.prior.drawn),
     )
 
 
