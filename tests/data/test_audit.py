@@ -203,6 +203,16 @@ def test_empty_pictures_are_no_copies(folder: Path) -> None:
     assert rules_of(report) == {f"{number}.png": ["max_flat"] for number in range(3)} and report["groups"] == []
 
 
+def test_the_better_one_of_two_has_fewer_faults(folder: Path) -> None:
+    """Also if the other one is larger."""
+    large = painted(1).resize((480, 480))
+    put(folder, "a.png", encoded(between(large, 0, 50), "PNG"), b"zorp at home")
+    put(folder, "b.png", encoded(painted(1), "PNG"), b"zorp on a roof")
+    report = audited(folder)
+    assert report["groups"] == [["b.png", "a.png"]]
+    assert rules_of(report) == {"a.png": ["min_lights", "near_duplicates"]}
+
+
 def test_metadata_jsonl(folder: Path) -> None:
     for number in range(4):
         put(folder, f"{number}.png", encoded(painted(number), "PNG"), None)

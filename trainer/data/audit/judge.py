@@ -36,10 +36,8 @@ def judge(
     pictures: Sequence[Picture], rules: Rules, *, resolution: int, token_limit: int
 ) -> tuple[list[Judgement], list[list[str]]]:
     """That of each picture, and the groups of pictures that show the same, the one to keep first."""
-    alike = duplicates(pictures, rules)
-    reasons: dict[str, list[Reason]] = {picture.file: [] for picture in pictures}
-    for picture in pictures:
-        reasons[picture.file] += _of_itself(picture, rules, resolution, token_limit)
+    reasons = {p.file: [*_of_itself(p, rules, resolution, token_limit)] for p in pictures}
+    alike = duplicates(pictures, rules, {name: len(found) for name, found in reasons.items()})
     for found in (_of_groups(pictures, alike, rules), _of_captions(pictures, alike, rules)):
         for name, reason in found:
             reasons[name].append(reason)
@@ -112,17 +110,18 @@ def _written(boxes: Sequence[Box]) -> str:
 # --- several pictures -------------------------------------------------------------------------------------
 
 
-def duplicates(pictures: Sequence[Picture], rules: Rules) -> list[list[str]]:
-    """Groups of pictures that show the same, the best first: the largest, then the sharpest."""
+def duplicates(pictures: Sequence[Picture], rules: Rules, faults: Mapping[str, int]) -> list[list[str]]:
+    """Groups of pictures that show the same, the best first: that with the fewest faults of its own, then the largest,
+    then the sharpest."""
     seen = [(picture, picture.seen.measures) for picture in pictures]
     usable = [(p, m) for p, m in seen if m is not None and m.flat <= rules.max_flat]  # empty ones all look alike
     found = groups([measures.perceptual_hash for _, measures in usable], rules.near_duplicates)
-    best = [sorted((usable[i] for i in group), key=lambda item: _rank(item[0].file, item[1])) for group in found]
+    best = [sorted((usable[i] for i in group), key=lambda x: (faults[x[0].file], *_rank(*x))) for group in found]
     return [[picture.file for picture, _ in group] for group in best]
 
 
-def _rank(file: str, measures: Measures) -> tuple[int, float, str]:
-    return -measures.size[0] * measures.size[1], -measures.sharpness, file
+def _rank(picture: Picture, measures: Measures) -> tuple[int, float, str]:
+    return -measures.size[0] * measures.size[1], -measures.sharpness, picture.file
 
 
 def _of_groups(pictures: Sequence[Picture], alike: Groups, rules: Rules) -> Iterator[tuple[str, Reason]]:
@@ -140,7 +139,7 @@ def _of_groups(pictures: Sequence[Picture], alike: Groups, rules: Rules) -> Iter
     for best, *others in alike:
         for name in others:
             if name not in copies:
-                yield name, ("near_duplicates", f"nearly the same as {best}, which is larger or sharper")
+                yield name, ("near_duplicates", f"nearly the same as {best}, which is the better one")
 
 
 def _of_captions(pictures: Sequence[Picture], alike: Groups, rules: Rules) -> Iterator[tuple[str, Reason]]:
