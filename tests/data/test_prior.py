@@ -230,7 +230,9 @@ def test_switched_off_is_the_base_and_leaves_the_rest_as_it_was(run_toml: Path) 
 # --- whole runs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [(*PREDICTION, "prior.class_word=a creature"), DRAWN])
+@pytest.mark.parametrize(
+    "settings", [(*PREDICTION, "prior.class_word=a creature"), pytest.param(DRAWN, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_gives_the_same_adapter(
     settings: tuple[str, ...], run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -270,7 +272,7 @@ def test_drawing_goes_on_where_it_was_stopped_and_the_plan_says_what_is_left(
         drawn.append(options["seeds"][0])
         return real(self, *arguments, **options)
 
-    assert "4 pictures, of which 4 must be drawn" in plan.plan_text(prepared)
+    assert plan._prior_lines(prepared) == ["weight 1: 4 pictures, of which 4 must be drawn before the training"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(qwen_image.Sampler, "latents", latents)
         objective.draw_prior(prepared, transformer, encoded, Accelerator(), quiet=True)
@@ -319,16 +321,16 @@ def test_memory_and_seconds_count_the_prior(run_toml: Path) -> None:
     plain, prediction, drawn = (memory.estimate(plan.memory_request(one)) for one in plans)
     activations = [needs.parts["activations and gradients"] for needs in (plain, prediction, drawn)]
     assert activations[1] == activations[2] > 1.4 * activations[0]
-    assert [stage.name for stage in drawn.stages if stage not in plain.stages][0] == "drawing the prior"
+    assert next(stage.name for stage in drawn.stages if stage not in plain.stages) == "drawing the prior"
     assert not any(stage.name == "drawing the prior" for stage in prediction.stages)
     work = [seconds.count(one) for one in plans]
     assert work[1].step == pytest.approx(2 * work[0].step + 2 * work[0].forward, rel=0.01)  # a batch of two
     assert work[2].step == pytest.approx(2 * work[0].step)
     assert [one.drawing_passes for one in work] == [0, 0, 4 * 2 * 2]
-    assert [one.captions.flop / work[0].captions.flop for one in work] == pytest.approx([1, 13 / 7, 10 / 7])
+    assert [one.captions.flop / work[0].captions.flop for one in work] == pytest.approx([1, 11 / 7, 10 / 7])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_with_a_prior_keeps_what_is_kept_on_the_cpu(checkpointing: bool) -> None:
     from tests.hardware.test_memory import FP32, SMALL, LiveBytes, fused_attention, on_meta
     from trainer.loop import TrainConfig
@@ -343,7 +345,7 @@ def test_a_step_with_a_prior_keeps_what_is_kept_on_the_cpu(checkpointing: bool) 
         torch.stack([velocity.square().mean() for velocity in passes]).sum().backward()
     estimated = memory.step_bytes(on_meta(**SMALL), FP32, config, settings, 128**2, 64**2)
     assert estimated == pytest.approx(counted.peak, rel=0.06)
-    assert estimated > 1.1 * memory.step_bytes(on_meta(**SMALL), FP32, config, settings, 128**2)
+    assert estimated > memory.step_bytes(on_meta(**SMALL), FP32, config, settings, 128**2)
 
 
 # --- bad input --------------------------------------------------------------------------------------------
