@@ -115,15 +115,33 @@ MUTANTS = (
         "trainer/objective.py",
         (
             "caption dropout does nothing",
-            "qwen_image.EMPTY_PROMPT if drop else e.caption",
-            "e.caption",
+            "qwen_image.EMPTY_PROMPT if drop else text",
+            "text",
             "tests/test_objective.py::test_a_dropped_caption_is_the_empty_one",
         ),
         (
             "all pictures of a batch lose their captions together",
-            "position=i",
-            "position=0",
+            "drops_caption(share, seed=run.seed, index=index, position=i)",
+            "drops_caption(share, seed=run.seed, index=index, position=0)",
             "tests/test_objective.py::test_a_dropped_caption_is_the_empty_one",
+        ),
+        (
+            "all pictures of a batch draw the same of their captions",
+            "drawn_caption(e, seed=run.seed, index=index, position=i)",
+            "drawn_caption(e, seed=run.seed, index=index, position=0)",
+            "tests/data/test_folders.py::test_batches_are_those_of_the_reference",
+        ),
+        (
+            "only the first resolution is encoded",
+            "for bucket in example.buckets]",
+            "for bucket in (example.bucket,)]",
+            "tests/data/test_folders.py::test_each_picture_is_encoded_once_at_each_size_and_each_caption_once",
+        ),
+        (
+            "further captions are not encoded",
+            "for text in e.captions)",
+            "for text in (e.caption,))",
+            "tests/data/test_folders.py::test_each_picture_is_encoded_once_at_each_size_and_each_caption_once",
         ),
         (
             "another seed has the same noise",
@@ -334,8 +352,14 @@ MUTANTS = (
             "tests/test_resume.py::test_the_start_s_file_may_be_gone_but_not_another",
         ),
         (
+            "a run may be resumed with other repeats",
+            'values["data"] |= course_of_folders(self.config.data, self.dataset)',
+            'values["data"]["folders"] = {}',
+            "tests/data/test_folders.py::test_a_run_goes_on_exactly_but_not_with_other_folders",
+        ),
+        (
             "a run may be resumed with other captions",
-            "(e.digest, e.caption)",
+            "(e.digest, *e.captions)",
             '(e.digest, "")',
             "tests/test_run.py::test_the_course_is_what_decides_training",
         ),
@@ -391,6 +415,36 @@ MUTANTS = (
             "tests/data/test_dataset.py::test_each_epoch_shows_every_picture_in_batches_of_one_bucket",
         ),
         (
+            "folders are not repeated",
+            "[example] * example.repeats",
+            "[example]",
+            "tests/data/test_folders.py::test_batches_are_those_of_the_reference",
+        ),
+        (
+            "a picture has its first size in every batch",
+            ".at(size)",
+            "",
+            "tests/data/test_folders.py::test_batches_are_those_of_the_reference",
+        ),
+        (
+            "the last caption is never drawn",
+            "torch.randint(len(example.captions)",
+            "torch.randint(len(example.captions) - 1",
+            "tests/data/test_folders.py::test_captions_are_drawn_evenly_and_by_seed_index_and_position",
+        ),
+        (
+            "a folder's own settings are not used",
+            "return [replace(self, **settings) for settings in own] or [self]",
+            'return [replace(self, images=settings["images"]) for settings in own] or [self]',
+            "tests/data/test_folders.py::test_the_plan_names_folders_and_counts_items",
+        ),
+        (
+            "a folder inside of another is read twice",
+            "below = [p for p in below if p.resolve() not in apart]",
+            "",
+            "tests/data/test_folders.py::test_a_folder_inside_of_another_is_read_once",
+        ),
+        (
             "captions are kept at the rate at which they should be dropped",
             "position)) < probability",
             "position)) > probability",
@@ -413,6 +467,24 @@ MUTANTS = (
             "abs(math.log(size[0] / size[1]) - math.log(option[0] / option[1]))",
             "abs(size[0] / size[1] - option[0] / option[1])",
             "tests/data/test_dataset.py::test_a_picture_and_the_same_one_turned_have_the_same_bucket_turned",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/folders.py",
+        (
+            "a folder may be named twice",
+            "same != number",
+            "False",
+            "tests/data/test_folders.py::test_all_that_is_wrong_with_folders_is_told_at_once",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/epoch.py",
+        (
+            "a picture may move to a folder of other repeats",
+            '"resolution": own.resolution, "pictures": pictures}',
+            '"resolution": own.resolution}',
+            "tests/data/test_folders.py::test_a_picture_that_moves_to_a_folder_of_other_repeats_is_another_course",
         ),
     ),
     *_mutants(

@@ -53,6 +53,7 @@ class Run:
     train: Train = Train()
     maybe: Inner | None = None
     many: tuple[Inner, ...] = ()
+    """Any number of them."""
 
     def problems(self) -> list[str]:
         return ["seed must not be negative"] if self.seed < 0 else []
@@ -213,7 +214,7 @@ def test_problems_in_optional_tables_and_in_lists_of_tables_say_where():
     table = {"inner": {"name": "a"}, "maybe": {"name": 1}, "many": [{"name": "b"}, {}]}
     assert problems_of(table, Run, "") == [
         '[maybe] name: must be text, not 1; write "1", in quotes',
-        "[many[1]] name: is missing; it must be text",
+        "[many.1] name: is missing; it must be text",
     ]
 
 
@@ -356,7 +357,8 @@ def test_describe_names_every_key_with_type_default_and_meaning():
     assert 'optimizer = "adamw"  # one of "adamw", "adamw8bit"' in text
     assert "betas = [0.9, 0.999]" in text and "compile = false" in text
     assert text.index("seed = 0") < text.index("[inner]") < text.index("[train]")
-    assert len(re.findall(r"^\w+ = ", text, re.MULTILINE)) == 2 + 2 + 11 + 2 + 1  # `many` is a list of tables, one key
+    assert "[[many]]\n    Any number of them.\nname = (required)  # text\n    Who it is.\n" in text
+    assert len(re.findall(r"^\w+ = ", text, re.MULTILINE)) == 2 + 2 + 11 + 2 + 2
 
 
 def test_docstrings_of_a_section_it_extends_are_found():

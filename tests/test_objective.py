@@ -41,8 +41,8 @@ def make_plan(run_toml: Path, *overrides: str) -> Plan:
 def made_up(plan: Plan) -> Encoded:
     """Random latents and prompt_embeds instead of encoded ones. The captions have different lengths."""
     examples = (*plan.dataset.train, *plan.dataset.held_out)
-    names = {objective._name(example): example.bucket for example in examples}
-    texts = {e.caption for e in examples} | {*PROMPTS, qwen_image.EMPTY_PROMPT}
+    names = {objective._name(e.at(bucket)): bucket for e in examples for bucket in e.buckets}
+    texts = {text for e in examples for text in e.captions} | {*PROMPTS, qwen_image.EMPTY_PROMPT}
     return Encoded(
         {
             name: torch.randn(16, 1, height // 8, width // 8, generator=generator("latents", name))

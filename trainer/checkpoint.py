@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,14 +86,14 @@ def add_to_state(path: Path, values: Mapping[str, Any]) -> None:
 
 def course(
     settings: Mapping[str, Any],
-    pictures: Iterable[tuple[str, str]],
+    pictures: Iterable[Sequence[str]],
     models: Mapping[str, Sequence[str] | None],
     free: Collection[str] = (),
 ) -> dict[str, Any]:
     """All that decides the course of a training: a checkpoint belongs to one, and `latest` compares it key by key.
 
     settings: a configuration as nested tables, without the keys and tables that `free` names by their dotted names,
-    which may change when a run is resumed. pictures: hash and caption of each training picture, in their order.
+    which may change when a run is resumed. pictures: hash and captions of each training picture, in their order.
     models: hashes of the files of each, by the key that names it; None if the files are not on this machine: then they
     are not compared.
     """
@@ -163,13 +164,17 @@ def _different_models(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[s
 
 
 def _different_pictures(now: Sequence[Sequence[str]], then: Sequence[Sequence[str]]) -> str:
-    if sorted(digest for digest, _ in now) != sorted(digest for digest, _ in then):
+    if sorted(digest for digest, *_ in now) != sorted(digest for digest, *_ in then):
         return f"there are other training pictures ({len(now)}) than those of the checkpoint ({len(then)})"
-    before = {digest: text for digest, text in then}
-    changed = [(text, before[digest]) for digest, text in now if text != before[digest]]
+    before: dict[str, list[Sequence[str]]] = defaultdict(list)  # copies of a picture in their order
+    for digest, *texts in then:
+        before[digest].append(texts)
+    pairs = [(texts, before[digest].pop(0)) for digest, *texts in now]
+    changed = [(here, there) for here, there in pairs if here != there]
     if not changed:
         return "the training pictures are in another order, by their file names, than those of the checkpoint"
-    return f'{len(changed)} captions have changed, such as "{changed[0][0]}", which was "{changed[0][1]}"'
+    new, old = ('" or "'.join(texts) for texts in changed[0])
+    return f'{len(changed)} captions have changed, such as "{new}", which was "{old}"'
 
 
 def load(path: Path) -> Checkpoint:

@@ -96,7 +96,8 @@ def load(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
 
 def apply_overrides(table: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """A copy of `table` with each "section.key=value" set; the value is TOML or else plain text."""
+    """A copy of `table` with each "section.key=value" set; the value is TOML or else plain text. In a list of tables
+    the section is a number from 0: data.folders.0.repeats=3."""
     table = copy.deepcopy(table)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -107,16 +108,33 @@ def apply_overrides(table: dict[str, Any], overrides: Sequence[str], problems: l
         *sections, name = key.split(".")
         target: Any = table
         for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                problems.append(f"--set {override}: {section} is not a table, it is {_show(target)}")
+            target, outer = _inside(target, section), target
+            if not isinstance(target, dict | list):
+                what = f"not a table, it is {_show(target)}" if target is not None else f"not one of {_numbers(outer)}"
+                problems.append(f"--set {override}: {section} is {what}")
                 break
         else:
-            if isinstance(target.get(name), dict):
+            if isinstance(target, list):
+                problems.append(
+                    f"--set {override}: {sections[-1]} is a list; set a key of one of its tables, "
+                    f"{'.'.join(sections)}.0.NAME=value, or the whole list"
+                )
+            elif isinstance(target.get(name), dict):
                 problems.append(f"--set {override}: {key} is a table; set one of its keys, {key}.NAME=value")
             else:
                 target[name] = _toml_value(text.strip())
     return table
+
+
+def _inside(table: dict[str, Any] | list[Any], section: str) -> Any:
+    """What a table or a list of tables has there; None if the list is too short."""
+    if isinstance(table, dict):
+        return table.setdefault(section, {})
+    return table[int(section)] if section.isdigit() and int(section) < len(table) else None
+
+
+def _numbers(tables: Sequence[Any]) -> str:
+    return f"0 to {len(tables) - 1}, the numbers of its tables" if tables else "its tables: there are none"
 
 
 def _toml_value(text: str) -> Any:
@@ -155,8 +173,12 @@ def explain(cls: type, where: str = "", defaults: Any = None) -> str:
     lines = [f"[{where}]"] if where else []
     sections = []
     for field in fields(cls):
-        nested = _section(hints[field.name])
+        nested, listed = _section(hints[field.name]), _listed(hints[field.name])
         default = _default(field) if defaults is None else getattr(defaults, field.name)
+        if listed is not None:
+            header, *keys = explain(listed, f"[{_join(where, field.name)}]").split("\n")
+            sections.append("\n".join([header, *_wrapped(docs.get(field.name, "")), *keys]))
+            continue
         if nested is not None:
             own_defaults = default if isinstance(default, nested) else None
             sections.append(explain(nested, _join(where, field.name), own_defaults))
@@ -231,6 +253,10 @@ class _Place:
     def inside(self, index: object) -> "_Place":
         return replace(self, key=f"{self.key}[{index}]")
 
+    def table(self, index: int) -> "_Place":
+        """That of a list of tables, named as `--set` names it."""
+        return replace(self, key=f"{self.key}.{index}")
+
 
 def _convert(hint: Any, value: Any, place: _Place, problems: list[str]) -> Any:
     """`value` as the type `hint` wants it, or _BAD."""
@@ -284,7 +310,8 @@ def _convert_union(hint: Any, value: Any, place: _Place, problems: list[str]) ->
         made = _convert(member, value, place, [])
         if made is not _BAD:
             return made
-    problems.append(place.message(f"must be {_type_name(hint)}, not {_show(value)}"))
+    advice = next((found for member in members if member is not str and (found := _advice(member, value))), "")
+    problems.append(place.message(f"must be {_type_name(hint)}, not {_show(value)}{advice}"))
     return _BAD
 
 
@@ -295,7 +322,8 @@ def _convert_array(hint: Any, value: list[Any], place: _Place, problems: list[st
     if len(inner) != len(value):
         problems.append(place.message(f"must be {_type_name(hint)}, not {len(value)} values"))
         return _BAD
-    made = [_convert(h, v, place.inside(i), problems) for i, (h, v) in enumerate(zip(inner, value, strict=True))]
+    places = [place.inside(i) if _section(h) is None else place.table(i) for i, h in enumerate(inner)]
+    made = [_convert(h, v, p, problems) for h, v, p in zip(inner, value, places, strict=True)]
     if any(item is _BAD for item in made):
         return _BAD
     return made if get_origin(hint) is list else tuple(made)
@@ -352,8 +380,9 @@ def _elsewhere(key: str, known: dict[str, Any], root: type, root_name: str) -> s
 def _all_keys(cls: type, where: str) -> list[tuple[str, str]]:
     hints, found = get_type_hints(cls), []
     for field in fields(cls):
-        nested = _section(hints[field.name])
+        nested, listed = _section(hints[field.name]), _listed(hints[field.name])
         found += [(field.name, where)] if nested is None else _all_keys(nested, _join(where, field.name))
+        found += [] if listed is None else _all_keys(listed, f"[{_join(where, field.name)}]")
     return found
 
 
@@ -363,6 +392,12 @@ def _section(hint: Any) -> type | None:
     if get_origin(hint) in (Union, types.UnionType) and len(members) == 1:
         hint = members[0]
     return hint if isinstance(hint, type) and is_dataclass(hint) else None
+
+
+def _listed(hint: Any) -> type | None:
+    """The dataclass of which `hint` is a list: a list of tables."""
+    inner = get_args(hint) if get_origin(hint) in (list, tuple) else ()
+    return _section(inner[0]) if inner else None
 
 
 def _default(field: Field[Any]) -> Any:
@@ -408,6 +443,8 @@ def _advice(hint: Any, value: Any) -> str:
         return f'; write "{value}", in quotes'
     if hint in (int, float) and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?", value):
         return f"; write {value}, without quotes"
+    if _listed(hint) is not None and isinstance(value, dict):
+        return "; write its name in double brackets, [[...]], above each"
     if get_origin(hint) in (tuple, list) and isinstance(value, str):
         return f"; write [{_show(value)}]"
     return ""

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer import adapter, flow, qwen_image, validation
 from trainer.adapter import AdapterWeights
 from trainer.data.cache import Cache
-from trainer.data.dataset import Example, batch, drops_caption
+from trainer.data.dataset import Example, batch, drawn_caption, drops_caption
 from trainer.data.encode import encode_pictures, encode_prompts
 from trainer.data.prior import drawing_keys
 from trainer.files import DTYPES
@@ -50,13 +50,15 @@ def _name(example: Example) -> str:
 def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet: bool) -> Encoded:
     """Encode what is not in the cache yet: first the pictures, then the captions."""
     run, cache = plan.config, Cache(plan.cache)
-    others = plan.prior.pictures if plan.prior else ()
-    examples = list({_name(e): e for e in (*plan.dataset.train, *plan.dataset.held_out, *others)}.values())
+    train, held_out = plan.dataset.train, plan.dataset.held_out
+    pictures = (*train, *(plan.prior.pictures if plan.prior else ()))
+    shown = [example.at(bucket) for example in pictures for bucket in example.buckets]
+    examples = list({_name(e): e for e in (*shown, *held_out)}.values())
     latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
-    texts = {*(e.caption for e in examples), *run.validation.prompts, *run.validation.unrelated_prompts}
+    texts = {*(text for e in train for text in e.captions), *(e.caption for e in held_out)}
+    texts |= {*run.validation.prompts, *run.validation.unrelated_prompts}
     texts.add(qwen_image.EMPTY_PROMPT)
-    if plan.prior:
-        texts |= plan.prior.texts(e.caption for e in plan.dataset.train)
+    texts |= plan.prior.texts if plan.prior else set()
     prompts = encode_prompts(cache, text_encoder, DTYPES[run.model.dtype], texts, quiet=quiet)
     qwen_image.free_memory()
     return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
@@ -148,16 +150,18 @@ class LoraObjective:
         examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
         share = run.data.caption_dropout
         dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
-        texts = [qwen_image.EMPTY_PROMPT if drop else e.caption for e, drop in zip(examples, dropped, strict=True)]
+        drawn = [drawn_caption(e, seed=run.seed, index=index, position=i) for i, e in enumerate(examples)]
+        texts = [qwen_image.EMPTY_PROMPT if drop else text for text, drop in zip(drawn, dropped, strict=True)]
         inputs = self._noised(examples, texts, flow.generator(run.seed, "noise", step, part, 0))
         if (prior := self._plan.prior) is None:
             return inputs
         random = flow.generator(run.seed, "prior", step, part)
         if prior.config.method == "pictures":
             others = batch(prior.examples, run.train.batch_size, seed=run.seed, index=index)
-            return replace(inputs, prior=self._noised(others, [e.caption for e in others], random))
-        captions = enumerate(e.caption for e in examples)
-        embeds, mask = self._stacked([prior.prompt(c, seed=run.seed, index=index, position=i) for i, c in captions])
+            texts = [drawn_caption(e, seed=run.seed, index=index, position=i) for i, e in enumerate(others)]
+            return replace(inputs, prior=self._noised(others, texts, random))
+        texts = [prior.prompt(text, seed=run.seed, index=index, position=i) for i, text in enumerate(drawn)]
+        embeds, mask = self._stacked(texts)
         return replace(inputs, prior=replace(inputs, prompt_embeds=embeds, mask=mask, random=random))
 
     def _noised(self, examples: Sequence[Example], texts: Sequence[str], random: torch.Generator) -> Inputs:

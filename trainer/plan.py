@@ -16,7 +16,8 @@ from trainer import adapter, config, folder, qwen_image
 from trainer.adapter import AdapterConfig, Initializer, RunFacts, Work
 from trainer.checkpoint import CheckpointConfig, course
 from trainer.data.cache import Cache
-from trainer.data.dataset import DataConfig, Dataset, scan
+from trainer.data.dataset import DataConfig, Dataset, items, scan
+from trainer.data.epoch import course_of_folders, folder_lines
 from trainer.data.pictures import DataError
 from trainer.data.prior import Prior, PriorConfig, drawing_keys
 from trainer.data.prior import prepare as prepare_prior
@@ -144,8 +145,9 @@ class Plan:
         not what only saves memory or time; not its length, unless the learning rate depends on it."""
         method = self.start.method
         values = config.to_dict(self.config)
+        values["data"] |= course_of_folders(self.config.data, self.dataset)
         if self.prior:
-            values["prior"] = self.prior.course(e.caption for e in self.dataset.train)
+            values["prior"] = self.prior.course()
         values["init"] = {"method": method, method: config.to_dict(self.start.options)}
         free = {*FREE, *(f"init.{method}.{name}" for name in self.start.file_keys)}
         if self.config.train.lr_schedule == "constant":
@@ -154,7 +156,7 @@ class Plan:
             "model.base": qwen_image.identity(self.config.model.base, qwen_image.PARTS),
             f"init.{method}": self.start.identity(),
         }
-        return course(values, [(e.digest, e.caption) for e in self.dataset.train], models, free)
+        return course(values, [(e.digest, *e.captions) for e in self.dataset.train], models, free)
 
 
 FREE = (
@@ -287,19 +289,18 @@ def plan_text(plan: Plan) -> str:
     """The plan in words: data, modules, parameters, steps, memory, downloads."""
     run, data = plan.config, plan.dataset
     images_per_step = run.train.batch_size * run.train.gradient_accumulation_steps
-    sizes: dict[tuple[int, int], int] = {}
-    for example in data.train:
-        sizes[example.bucket] = sizes.get(example.bucket, 0) + 1
+    sizes = {bucket: len(members) for bucket, members in items(data.train).items()}
     trainable = _trainable(plan)
     base_parameters = sum(p.numel() for p in plan.transformer.parameters())
     lines = [
         f"pictures     {len(data.train)} for training, {len(data.held_out)} held out",
+        *(f"folder       {line}" for line in folder_lines(run.data, data)),
         f"buckets      {', '.join(f'{w}x{h}: {n}' for (w, h), n in sorted(sizes.items()))}",
         f"base         {run.model.base}: {base_parameters / 1e6:,.1f} M parameters in {run.model.dtype}",
         f"adapter      rank {run.adapter.rank} on {len(plan.modules)} modules, {trainable:,} trainable parameters",
         f"start        {plan.start.method}",
         f"training     {run.train.steps} steps of {images_per_step} pictures: "
-        f"{run.train.steps * images_per_step / len(data.train):.1f} times through the data",
+        f"{run.train.steps * images_per_step / sum(sizes.values()):.1f} times through the data",
         *(f"prior        {line}" for line in _prior_lines(plan)),
         *(f"memory       {line}" for line in memory_lines(plan)),
         *(f"download     {line}" for line in sources.download_lines(plan.needs)),
@@ -311,9 +312,9 @@ def plan_text(plan: Plan) -> str:
 def _prior_lines(plan: Plan) -> list[str]:
     if (prior := plan.prior) is None:
         return []
-    weight, captions = f"weight {prior.config.weight:g}", [example.caption for example in plan.dataset.train]
+    weight = f"weight {prior.config.weight:g}"
     if prior.config.method == "prediction":
-        texts = sorted(prior.texts(captions))
+        texts = sorted(prior.texts)
         return [f'{weight}: the base\'s own velocity for {len(texts)} prompts, such as "{texts[0]}"']
     if not prior.drawn:
         return [f"{weight}: {len(prior.pictures)} pictures in {prior.config.images}"]
@@ -340,9 +341,10 @@ def notes(plan: Plan) -> list[str]:
         )
     if sources.is_here(qwen_image.need(base, ("tokenizer",))):
         examples = (*plan.dataset.train, *plan.dataset.held_out)
-        cut = qwen_image.cut_prompts(base, [*(e.caption for e in examples), *plan.config.validation.prompts])
+        texts = [text for e in examples for text in e.captions]
+        cut = qwen_image.cut_prompts(base, [*texts, *plan.config.validation.prompts])
         for text, end in cut.items():
-            names = [e.path.name for e in examples if e.caption == text] or ["[validation] prompts"]
+            names = [e.path.name for e in examples if text in e.captions] or ["[validation] prompts"]
             found.append(f'too long for the text encoder, which reads only up to "{end}": {config.first_few(names)}')
     return found
 
@@ -353,14 +355,14 @@ def _trainable(plan: Plan) -> int:
 
 def pixels(plan: Plan) -> int:
     """The number of pixels of the largest training picture."""
-    return max(example.bucket[0] * example.bucket[1] for example in plan.dataset.train)
+    return max(width * height for example in plan.dataset.train for width, height in example.buckets)
 
 
 def prior_pixels(plan: Plan) -> int:
     """The number of pixels of the largest picture that is trained on for the prior; 0 without one."""
     if plan.prior is None:
         return 0
-    return max((example.bucket[0] * example.bucket[1] for example in plan.prior.examples), default=pixels(plan))
+    return max((width * height for e in plan.prior.examples for width, height in e.buckets), default=pixels(plan))
 
 
 def memory_request(plan: Plan) -> memory.Request:
@@ -408,7 +410,8 @@ def fit_text(plan: Plan, vram: float) -> str:
         return num_bytes <= usable
 
     for keys, needs in ways:
-        if tell(needs.peak, needs.highest.name, " ".join(f"--set {shlex.quote(key)}" for key in keys) or "as it is"):
+        change = " ".join(f"--set {shlex.quote(key)}" for key in _for_each_folder(plan, keys)) or "as it is"
+        if tell(needs.peak, needs.highest.name, change):
             moved = [stage for stage in needs.stages if stage.num_bytes > usable]
             lines += [f"  {stage.name}: {stage.how}, since it would need {size(stage.num_bytes)}" for stage in moved]
             break
@@ -419,3 +422,10 @@ def fit_text(plan: Plan, vram: float) -> str:
         where = "as it is, the weights in the CPU's memory, slower: accelerate launch --config_file "
         tell(offloaded, "training", f"{where}configs/accelerate/fsdp2_offload.yaml train.py ...")
     return "\n".join(lines)
+
+
+def _for_each_folder(plan: Plan, keys: Sequence[str]) -> list[str]:
+    """The keys, with the resolutions that folders have of their own."""
+    own = [number for number, folder in enumerate(plan.config.data.folders) if folder.resolution is not None]
+    lower = [key.split("=")[1] for key in keys if key.startswith("data.resolution=")]
+    return [*keys, *(f"data.folders.{number}.resolution={side}" for side in lower for number in own)]

@@ -18,7 +18,7 @@ from diffusers import QwenImageTransformer2DModel
 from trainer import adapter, config, export, folder, loop, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointError
-from trainer.data.dataset import Dataset
+from trainer.data.dataset import Dataset, Example
 from trainer.files import content_hash, remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.hardware import machine, parallel
@@ -229,9 +229,15 @@ def _report(plan: Plan, accelerator: Accelerator) -> dict[str, Any]:
 
 def _data_report(dataset: Dataset) -> dict[str, Any]:
     return {
-        name: [{"picture": e.path.name, "sha256": e.digest, "caption": e.caption} for e in examples]
+        name: [_picture_report(example) for example in examples]
         for name, examples in (("train", dataset.train), ("held_out", dataset.held_out))
     }
+
+
+def _picture_report(example: Example) -> dict[str, Any]:
+    """Captions in a list if there are several."""
+    found = {"picture": example.path.name, "sha256": example.digest, "caption": example.caption}
+    return found if not example.more_captions else {**found, "caption": list(example.captions)}
 
 
 def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, Any], began: float) -> None:

@@ -66,7 +66,7 @@ def made_up(prepared: Plan) -> Encoded:
     assert prepared.prior is not None
     examples = (*prepared.dataset.train, *prepared.dataset.held_out, *prepared.prior.examples)
     texts = {e.caption for e in examples} | {qwen_image.EMPTY_PROMPT}
-    texts |= prepared.prior.texts(e.caption for e in prepared.dataset.train)
+    texts |= prepared.prior.texts
     latents = {objective._name(e): torch.randn(16, 1, 8, 8, generator=plain_generator(e.digest)) for e in examples}
     return Encoded(latents, {t: torch.randn(4 + len(t) % 5, 64, generator=plain_generator(t)) for t in sorted(texts)})
 
@@ -392,7 +392,7 @@ def test_a_caption_that_is_nothing_but_the_trigger_needs_a_class_word(run_toml: 
     with pytest.raises(ConfigError, match="nothing but the trigger: set class_word"):
         make_plan(run_toml, *PREDICTION)
     prior: Prior | None = make_plan(run_toml, *PREDICTION, "prior.class_word=a creature").prior
-    assert prior is not None and prior.texts(["zorp"]) == {"a creature"}
+    assert prior is not None and prior.texts == {"a creature"}
 
 
 @pytest.mark.parametrize(

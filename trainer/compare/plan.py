@@ -135,7 +135,7 @@ class Comparison:
         """A hash of all that decides a run's result, the content of models and experts included."""
         prepared = self.plan_of(cell)
         other = self.other(cell.subject) if cell.arm.control == "wrong-pictures" else None
-        shown = [(example.digest, example.caption) for example in other.plan.dataset.train] if other else []
+        shown = [(example.digest, *example.captions) for example in other.plan.dataset.train] if other else []
         held_out = [example.digest for example in prepared.dataset.held_out]
         settings = config.to_dict(self.config.validation)
         run, train = prepared.course(), self.config.train
@@ -338,7 +338,11 @@ def _subjects(settings: RunConfig, start: Start, request: Request, problems: lis
     """Every subject, checked as the data of a run is; what is wrong is added to `problems`."""
     cache = settings.data.cache or str(Path(settings.output) / "cache")
     if request.subjects is None:
-        found = {Path(settings.data.images).resolve().name: settings.data}
+        folders = [Path(data.images).resolve().name for data in settings.data.each_folder()]
+        found = {"+".join(dict.fromkeys(folders)): settings.data}
+    elif settings.data.folders:
+        problems.append("--subjects: each subject is one folder; take [[data.folders]] out, and set [data] images")
+        found = {}
     elif request.subjects.is_dir():
         found = {}
         for folder in _subject_folders(request.subjects, problems):

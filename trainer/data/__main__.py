@@ -69,7 +69,7 @@ def _asked(options: argparse.Namespace) -> "Audit":
     problems: list[str] = []
     table = config.load_table(options.config, [], problems) if options.config else {}
     table = config.apply_overrides(table, options.set, problems)
-    about = {**_table(table, "data"), "images": options.folder}
+    about = {**_settings_of(options.folder, _table(table, "data")), "images": options.folder}
     about.pop("audit", None)  # that of an earlier audit, which may be old
     data = config.parse(DataConfig, about, "data", problems)
     rules = _rules(options.rules, problems)
@@ -80,6 +80,17 @@ def _asked(options: argparse.Namespace) -> "Audit":
     here = isinstance(base, str) and sources.is_here(qwen_image.need(base, ("tokenizer",)))
     multiple = qwen_image.picture_multiple(str(base)) if here else qwen_image.PICTURE_MULTIPLE
     return Audit(data, rules, multiple, qwen_image.PROMPT_LIMIT, base if here else None, options.quick)
+
+
+def _settings_of(folder: str, data: dict[str, Any]) -> dict[str, Any]:
+    """`[data]` for one folder, with what its table in `[[data.folders]]` says, if it has one."""
+    from trainer.data.folders import folder_path
+
+    folders = data.get("folders", [])
+    for one in folders if isinstance(folders, list) else []:
+        if isinstance(one, dict) and folder_path(str(one.get("images"))).resolve() == folder_path(folder).resolve():
+            data = {**data, **one}
+    return {key: value for key, value in data.items() if key not in ("folders", "repeats")}
 
 
 def _rules(path: Path | None, problems: list[str]) -> Rules | None:

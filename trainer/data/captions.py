@@ -170,8 +170,8 @@ class Captions:
 
     def __init__(self, folder: Path, problems: list[str], notes: Notes):
         self._folder, self._problems, self._notes = folder, problems, notes
-        self._given: dict[Path, list[tuple[str, str | None]]] = defaultdict(list)
-        """picture -> (place, text or None if something is wrong with it, which is a problem already)"""
+        self._given: dict[Path, list[tuple[str, tuple[str, ...] | None]]] = defaultdict(list)
+        """picture -> (place, texts or None if something is wrong with them, which is a problem already)"""
 
     def read(self, files: Sequence[Path], pictures: Sequence[Path]) -> None:
         """Read the text files and metadata.jsonl of the folder."""
@@ -183,8 +183,8 @@ class Captions:
             if path.suffix.lower() in CAPTION_SUFFIXES:
                 self._read_file(path, owners.get(same_name(path.stem), []))
         by_name = {same_name(path.name): path for path in pictures}
-        for owner, place, text in self._metadata(self._folder / "metadata.jsonl", by_name):
-            self._given[owner].append((place, text))
+        for owner, place, texts in self._metadata(self._folder / "metadata.jsonl", by_name):
+            self._given[owner].append((place, texts))
 
     def _read_file(self, path: Path, owners: Sequence[Path]) -> None:
         if not owners:
@@ -198,9 +198,9 @@ class Captions:
                 raise CaptionError("is empty; write a caption, or remove the file to use default_caption")
         except CaptionError as error:
             self._problems.append(f"{path}: {error}")
-            text = None
+            text = ""
         for owner in owners:
-            self._given[owner].append((path.name, text))
+            self._given[owner].append((path.name, (text,) if text else None))
 
     def _cleaned(self, text: str, name: str) -> str:
         text, done = clean(text)
@@ -208,8 +208,8 @@ class Captions:
             self._notes.add(remark, name)
         return text
 
-    def of(self, pictures: Sequence[Path], *, trigger: str, default: str) -> dict[Path, str]:
-        """The caption of each picture, with the trigger; those of which something is wrong are left out."""
+    def of(self, pictures: Sequence[Path], *, trigger: str, default: str) -> dict[Path, tuple[str, ...]]:
+        """The captions of each picture, with the trigger; those of which something is wrong are left out."""
         try:
             default = self._cleaned(default, "default_caption")
         except CaptionError as error:
@@ -217,27 +217,31 @@ class Captions:
             return {}
         found = {}
         for path in pictures:
-            texts = self._given.get(path) or [("default_caption", default)]
-            if any(text is None for _, text in texts):
+            given = self._given.get(path) or [("default_caption", (default,))]
+            texts = given[0][1]
+            if texts is None or any(other is None for _, other in given):
                 continue  # already a problem
-            if len({text for _, text in texts}) > 1:
-                places = " and ".join(place for place, _ in texts)
-                self._problems.append(f"{path}: {places} give it different captions; keep one")
-            elif not texts[0][1]:
+            if len({others for _, others in given}) > 1:
+                places = " and ".join(place for place, _ in given)
+                self._problems.append(
+                    f"{path}: {places} give it different captions; keep one, or list all in metadata.jsonl"
+                )
+            elif not texts[0]:
                 self._problems.append(
                     f"{path}: has no caption; write {path.stem}.txt beside it, name it in metadata.jsonl, or set a "
                     f'default_caption, such as "{trigger or "a photo"}"'
                 )
             else:
-                found[path], done = with_trigger(trigger, texts[0][1])
-                for remark in done:
+                whole = [with_trigger(trigger, text) for text in texts]
+                found[path] = tuple(text for text, _ in whole)
+                for remark in dict.fromkeys(remark for _, done in whole for remark in done):
                     self._notes.add(remark, path.name)
         if default and pictures and all(path in self._given for path in pictures):
             self._notes.add("default_caption not needed: each picture has a caption of its own", str(self._folder))
         return found
 
-    def _metadata(self, path: Path, pictures: dict[str, Path]) -> Iterator[tuple[Path, str, str | None]]:
-        """(picture, where its caption stands, the caption or None if it is bad) for each row that names a picture."""
+    def _metadata(self, path: Path, pictures: dict[str, Path]) -> Iterator[tuple[Path, str, tuple[str, ...] | None]]:
+        """(picture, where its captions stand, the captions or None if one is bad) for each row that names a picture."""
         for where, row in self._rows(path):
             name = row.get("file_name") if isinstance(row, dict) else None
             if not isinstance(name, str) or not name:
@@ -250,21 +254,24 @@ class Captions:
             if owner is None:
                 self._problems.append(f"{where}: {_why_not(self._folder, name)}")
                 continue
-            text = self._text(row, where, name)
-            if text is None:
+            texts = self._texts(row, where, name)
+            if texts is None:
                 yield owner, where, None
                 continue
-            yield owner, f"{path.name} {where.rpartition(', ')[2]}", text
+            yield owner, f"{path.name} {where.rpartition(', ')[2]}", texts
 
-    def _text(self, row: dict[str, Any], where: str, name: str) -> str | None:
-        """The row's caption; None, and a problem, if it has none."""
-        given = {key: row[key] for key in TEXT_KEYS if isinstance(row.get(key), str) and row[key].strip()}
+    def _texts(self, row: dict[str, Any], where: str, name: str) -> tuple[str, ...] | None:
+        """The row's captions; None, and a problem, if it has none."""
+        given = {key: texts for key in TEXT_KEYS if (texts := _listed(row.get(key)))}
         if len(set(given.values())) > 1:
             self._problems.append(f"{where}: {name} has different texts in {' and '.join(given)}; keep one")
             return None
         try:
-            if given and (text := self._cleaned(next(iter(given.values())), where)):
-                return text
+            texts = tuple(self._cleaned(text, where) for text in next(iter(given.values()), ()))
+            if texts and all(texts):
+                return texts
+            if len(texts) > 1:
+                raise CaptionError(f"{name} has an empty text among others; write a caption, or remove it")
             raise CaptionError(f'{name} has no "text"; write a caption, or remove the line')
         except CaptionError as error:
             self._problems.append(f"{where}: {error}")
@@ -300,6 +307,12 @@ class Captions:
                 self._problems.append(f"{where}: is not UTF-8")
             except json.JSONDecodeError as error:
                 self._problems.append(f"{where}: is not JSON ({error.msg}, column {error.colno})")
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    """A text, or those of a list, as metadata.jsonl has them; () if it is neither, or empty."""
+    texts = value if isinstance(value, list) else [value]
+    return tuple(texts) if all(isinstance(text, str) for text in texts) and any(text.strip() for text in texts) else ()
 
 
 def _why_not(folder: Path, name: str) -> str:

@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from trainer.config import first_few
 from trainer.data.audit.verdicts import Verdicts, read_verdicts
 from trainer.data.captions import CAPTION_SUFFIXES, CaptionError, Captions, clean, same_name
+from trainer.data.folders import FolderConfig, as_list, folder_path, folders_problems, resolution_problems
 from trainer.data.notes import Notes
 from trainer.data.pictures import SUFFIXES, DataError, decode, pixel_hash, read
 from trainer.errors import UserError
@@ -38,12 +39,14 @@ _REPEATS = re.compile(r"\d+_")  # kohya: 10_name means each picture ten times
 class DataConfig:
     """`[data]`"""
 
-    images: str
-    """The folder of the training pictures. Captions are in text files of the same name, or in metadata.jsonl."""
+    images: str = ""
+    """The folder of the training pictures. Captions are in text files of the same name, or in metadata.jsonl. Several
+    folders are named by `[[data.folders]]` instead."""
     recursive: bool = False
     """Use the pictures in folders below `images`, too."""
-    resolution: int = 1024
-    """Pictures are scaled and cropped to about resolution x resolution pixels, in a shape near their own."""
+    resolution: int | tuple[int, ...] = 1024
+    """Pictures are scaled and cropped to about resolution x resolution pixels, in a shape near their own. With a list,
+    such as [768, 1024], each picture is trained on at each."""
     trigger: str = ""
     """A word for the subject. It is put in front of each caption that does not contain it."""
     default_caption: str = ""
@@ -59,22 +62,30 @@ class DataConfig:
     cache: str | None = None
     """The folder for latents and prompt embeddings, which may be shared by runs. By default `cache` in the output
     folder."""
+    folders: tuple[FolderConfig, ...] = ()
+    """A table for each of several folders, in place of `images`. What a folder does not set is as in `[data]`."""
 
     def problems(self) -> list[str]:
-        found = []
-        if not self.images:
-            found.append("images must name a folder")
-        elif not _folder(self.images).is_dir():
-            found.append(f"images: there is no folder {_folder(self.images).absolute()}")
+        found = folders_problems(self.folders)
+        if self.images and self.folders:
+            found.append(f"images: there are [[data.folders]], too; make {self.images} one of them, or remove them")
+        elif not self.images and not self.folders:
+            found.append("images must name a folder, or [[data.folders]] several")
+        elif self.images and not folder_path(self.images).is_dir():
+            found.append(f"images: there is no folder {folder_path(self.images).absolute()}")
         if isinstance(self.held_out, int):
             if self.held_out < 0:
                 found.append("held_out must not be negative")
-        elif not self.held_out or not _folder(self.held_out).is_dir():
-            found.append(f"held_out: there is no folder {_folder(self.held_out).absolute()}; or give a number")
-        elif _folder(self.held_out).resolve() == _folder(self.images).resolve():
-            found.append("held_out is the same folder as images: it must hold other pictures, or be a number")
-        if self.resolution < 16:
-            found.append("resolution must be at least 16")
+        elif not self.held_out or not folder_path(self.held_out).is_dir():
+            found.append(f"held_out: there is no folder {folder_path(self.held_out).absolute()}; or give a number")
+        else:
+            named = {"images": self.images, **{f"folders.{i}": one.images for i, one in enumerate(self.folders)}}
+            found += [
+                f"held_out is the same folder as {key}: it must hold other pictures, or be a number"
+                for key, name in named.items()
+                if name and folder_path(self.held_out).resolve() == folder_path(name).resolve()
+            ]
+        found += resolution_problems(self.resolution)
         if not 0 <= self.caption_dropout <= 1:
             found.append("caption_dropout must be from 0 to 1")
         if self.trigger != self.trigger.strip():
@@ -89,20 +100,52 @@ class DataConfig:
             found.append(f"cache: {file} is a file; name a folder, or leave it out for the one in the output folder")
         return found
 
+    def each_folder(self) -> "list[DataConfig]":
+        """The settings of each folder, as if it were the only one."""
+        names = {field.name for field in fields(DataConfig)}
+        own = [{k: v for k, v in vars(one).items() if k in names and v is not None} for one in self.folders]
+        return [replace(self, **settings) for settings in own] or [self]
+
 
 @dataclass(frozen=True)
 class Example:
     path: Path
     caption: str
-    """With the trigger."""
+    """With the trigger. If there are several, the first one, which it is validated with."""
     digest: str
     """sha256 of the file, in hex."""
     size: _Size
     """Width and height after EXIF orientation."""
     bucket: _Size
-    """What it is trained at."""
+    """What it is trained at. If there are several, that of the first resolution, which it is validated at."""
     pixels: str
     """sha256 of size and pixels, in hex: the same for copies that differ in their bytes only."""
+    more_captions: tuple[str, ...] = ()
+    more_buckets: tuple[_Size, ...] = ()
+    """Those of further resolutions."""
+    folder: int = 0
+    """The number of its folder in `[[data.folders]]`."""
+    repeats: int = 1
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return self.caption, *self.more_captions
+
+    @property
+    def buckets(self) -> tuple[_Size, ...]:
+        return self.bucket, *self.more_buckets
+
+    def at(self, bucket: _Size) -> "Example":
+        return self if bucket == self.bucket else replace(self, bucket=bucket)
+
+
+def items(examples: Iterable[Example]) -> dict[_Size, list[Example]]:
+    """What an epoch consists of, by bucket: each picture at each resolution, as often as its folder repeats it."""
+    found: dict[_Size, list[Example]] = defaultdict(list)
+    for example in examples:
+        for bucket in example.buckets:
+            found[bucket] += [example] * example.repeats
+    return found
 
 
 @dataclass(frozen=True)
@@ -115,33 +158,36 @@ class Dataset:
 
 def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
     """Read every picture and caption; sides of buckets are multiples of `multiple`. DataError lists all problems."""
-    problems = config.problems()
-    if config.resolution % multiple:
-        low = max(config.resolution // multiple, 1) * multiple
-        advice = f"such as {low}" + (f" or {low + multiple}" if low < config.resolution else "")
-        problems.append(f"resolution = {config.resolution} must be a multiple of {multiple}, {advice}")
+    problems, folders = config.problems(), config.each_folder()
+    for side in dict.fromkeys(side for own in (config, *folders) for side in as_list(own.resolution)):
+        if side % multiple:
+            low = max(side // multiple, 1) * multiple
+            advice = f"such as {low}" + (f" or {low + multiple}" if low < side else "")
+            problems.append(f"resolution = {side} must be a multiple of {multiple}, {advice}")
     if problems:
         raise DataError(problems)
-    notes = Notes()
-    options = buckets(config.resolution, multiple)
-    verdicts = _verdicts(config, problems)
-    found = _scan_folder(_folder(config.images), config, options, verdicts, problems, notes)
+    notes, found = Notes(), list[Example]()
+    for number, own in enumerate(folders):
+        examples = _scan_folder(folder_path(own.images), own, multiple, _verdicts(own, problems), problems, notes)
+        if own.audit and not examples and not problems:
+            left = f" of {own.images}" if config.folders else ""
+            problems.append(f"audit: {own.audit} leaves out all pictures{left}; change its rules, and audit again")
+        repeats = config.folders[number].repeats if config.folders else 1
+        found += [replace(example, folder=number, repeats=repeats) for example in examples]
     if isinstance(config.held_out, str):
-        train = found
+        train, verdicts = found, _verdicts(config, problems)
         known = replace(verdicts, must_know=False) if verdicts else None  # it is another folder than was audited
-        held_out = _scan_folder(_folder(config.held_out), config, options, known, problems, notes)
+        held_out = _scan_folder(folder_path(config.held_out), config, multiple, known, problems, notes)
         problems += _in_both(train, held_out)
     elif problems:  # some pictures are missing from `found`: nothing to choose from
         train, held_out = found, []
     else:
         train, held_out = _split(found, config.held_out, seed, problems)
-    if verdicts is not None and not train and not problems:
-        problems.append(f"audit: {config.audit} leaves out all pictures; change its rules, and audit again")
     if problems:
-        raise DataError(problems)
+        raise DataError([*dict.fromkeys(problems)])  # what folders share is told once
     for same in _same_content(train):
-        names = " = ".join(e.path.name for e in same)
-        if len({e.caption for e in same}) > 1:
+        names = " = ".join(e.path.name if len({e.folder for e in same}) == 1 else str(e.path) for e in same)
+        if len({e.captions for e in same}) > 1:
             notes.add("the same picture with different captions: each counts as a picture", names)
         elif len({e.digest for e in same}) > 1:
             notes.add("copies of a picture in other files, so it counts more", names)
@@ -164,10 +210,6 @@ def load_picture(example: Example) -> Image.Image:
 # --- folders ----------------------------------------------------------------------------------------------
 
 
-def _folder(name: str) -> Path:
-    return Path(name).expanduser()
-
-
 @dataclass(frozen=True)
 class Contents:
     """What lies in a folder, hidden files aside, by name."""
@@ -186,8 +228,9 @@ def contents(folder: Path, config: DataConfig) -> Contents:
     named = [p for p in files if p.suffix.lower() in SUFFIXES]
     masks = _masks(named)
     below = [p for p in entries if p.is_dir() and _has_pictures(p, config.recursive)]
-    if isinstance(config.held_out, str):
-        below = [p for p in below if p.resolve() != _folder(config.held_out).resolve()]
+    others = [config.held_out if isinstance(config.held_out, str) else "", *(one.images for one in config.folders)]
+    apart = {folder_path(name).resolve() for name in others if name}
+    below = [p for p in below if p.resolve() not in apart]
     return Contents(files, [p for p in named if p not in masks], masks, below)
 
 
@@ -196,7 +239,7 @@ def _verdicts(config: DataConfig, problems: list[str]) -> Verdicts | None:
     if config.audit is None:
         return None
     try:
-        return read_verdicts(_folder(config.audit))
+        return read_verdicts(folder_path(config.audit))
     except UserError as error:
         problems.append(f"audit: {error}")
         return None
@@ -205,7 +248,7 @@ def _verdicts(config: DataConfig, problems: list[str]) -> Verdicts | None:
 def _scan_folder(
     folder: Path,
     config: DataConfig,
-    options: Sequence[_Size],
+    multiple: int,
     verdicts: Verdicts | None,
     problems: list[str],
     notes: Notes,
@@ -217,7 +260,7 @@ def _scan_folder(
         problems.append(f"{folder}: cannot be read ({error.strerror})")
         return []
     files, pictures, below = here.files, here.pictures, here.below
-    named = [_folder(name) for name in (config.images, config.held_out) if isinstance(name, str)]
+    named = [folder_path(name) for name in (config.images, config.held_out) if isinstance(name, str)]
     if folder in named and not pictures and not (below and config.recursive):
         names = first_few((p.name for p in below), count=5)
         more = f"; there are pictures in folders below it ({names}): set recursive = true to use them" if below else ""
@@ -238,9 +281,10 @@ def _scan_folder(
     captions = Captions(folder, problems, notes)
     captions.read(files, here.pictures)
     texts = captions.of(pictures, trigger=config.trigger, default=config.default_caption)
+    options = [buckets(side, multiple) for side in as_list(config.resolution)]
     found = _examples(folder, pictures, texts, options, problems, notes)
     for path in below if config.recursive else ():
-        found += _scan_folder(path, config, options, verdicts, problems, notes)
+        found += _scan_folder(path, config, multiple, verdicts, problems, notes)
     return found
 
 
@@ -270,12 +314,12 @@ def _has_pictures(folder: Path, recursive: bool) -> bool:
 def _examples(
     folder: Path,
     pictures: Sequence[Path],
-    captions: Mapping[Path, str],
-    options: Sequence[_Size],
+    captions: Mapping[Path, Sequence[str]],
+    options: Sequence[Sequence[_Size]],
     problems: list[str],
     notes: Notes,
 ) -> list[Example]:
-    """Read each picture; what is wrong with one is a problem."""
+    """Read each picture; what is wrong with one is a problem. options: the buckets of each resolution."""
     found = []
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         bar = tqdm(pool.map(_inspect, pictures), str(folder), len(pictures), leave=False, disable=None, delay=2)
@@ -284,10 +328,11 @@ def _examples(
                 problems += result.problems
                 continue
             digest, pixels, size, done = result
-            bucket = nearest(size, options)
-            for remark in [*done, *_resizing(size, bucket)]:
+            bucket, *more = [nearest(size, some) for some in options]
+            for remark in dict.fromkeys([*done, *(word for one in (bucket, *more) for word in _resizing(size, one))]):
                 notes.add(remark, path.name)
-            found.append(Example(path, captions.get(path, ""), digest, size, bucket, pixels))
+            text, *others = captions.get(path, ("",))
+            found.append(Example(path, text, digest, size, bucket, pixels, tuple(others), tuple(more)))
     return found
 
 
@@ -382,21 +427,19 @@ def _in_both(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]
 def batch(examples: tuple[Example, ...], batch_size: int, *, seed: int, index: int) -> list[Example]:
     """Batch number `index` of an endless sequence, a function of its arguments alone. All of one bucket.
 
-    Each epoch deals every example; the last batch of a bucket is filled up from the start of its shuffle. With
-    several processes and accumulation, index = (step * accumulation + micro_step) * num_processes + process.
+    Each epoch deals every item of every example; the last batch of a bucket is filled up from the start of its shuffle.
+    With several processes and accumulation, index = (step * accumulation + micro_step) * num_processes + process.
     """
     if not examples or batch_size < 1 or index < 0:
         raise ValueError(f"no batch {index} of {batch_size} from {len(examples)} examples")
-    members: dict[_Size, list[Example]] = defaultdict(list)
-    for example in examples:
-        members[example.bucket].append(example)
+    members = items(examples)
     starts = [(size, i) for size in sorted(members) for i in range(0, len(members[size]), batch_size)]
     epoch, position = divmod(index, len(starts))
     order = torch.randperm(len(starts), generator=generator(seed, "order", epoch))
     size, start = starts[int(order[position])]
     group = members[size]
     shuffle = torch.randperm(len(group), generator=generator(seed, "shuffle", epoch, *size))
-    return [group[int(shuffle[i % len(group)])] for i in range(start, start + batch_size)]
+    return [group[int(shuffle[i % len(group)])].at(size) for i in range(start, start + batch_size)]
 
 
 def drops_caption(probability: float, *, seed: int, index: int, position: int) -> bool:
@@ -404,3 +447,11 @@ def drops_caption(probability: float, *, seed: int, index: int, position: int) -
     if probability == 0:
         return False
     return bool(torch.rand((), generator=generator(seed, "caption_dropout", index, position)) < probability)
+
+
+def drawn_caption(example: Example, *, seed: int, index: int, position: int) -> str:
+    """That of the picture at `position` of batch `index`: of several, each is as likely."""
+    if not example.more_captions:
+        return example.caption
+    random = generator(seed, "caption", index, position)
+    return example.captions[int(torch.randint(len(example.captions), (), generator=random))]

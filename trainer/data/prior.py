@@ -12,7 +12,7 @@ base's own velocity is the target:
     loss = mean |v(x, c) - (noise - x_0)|^2 + weight * mean |v(x, c') - v_base(x, c')|^2
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +107,8 @@ class Prior:
 
     config: PriorConfig
     trigger: str
+    captions: tuple[str, ...] = ()
+    """Those of the training pictures."""
     examples: tuple[Example, ...] = ()
     """For "pictures": those of the folder, or those that the base draws, in their order; their digests are made up."""
     notes: tuple[str, ...] = ()
@@ -121,11 +123,12 @@ class Prior:
         """Those that the base draws."""
         return self.examples if self.config.draws else ()
 
-    def texts(self, captions: Iterable[str]) -> set[str]:
-        """All prompts that may be asked for. captions: those of the training pictures."""
+    @property
+    def texts(self) -> set[str]:
+        """All prompts that may be asked for."""
         if self.config.method == "pictures":
-            return {example.caption for example in self.examples}
-        return {*self.config.prompts} or {self._without_trigger(caption) for caption in captions}
+            return {text for example in self.examples for text in example.captions}
+        return {*self.config.prompts} or {self._without_trigger(caption) for caption in self.captions}
 
     def prompt(self, caption: str, *, seed: int, index: int, position: int) -> str:
         """For "prediction": the prompt beside the picture at `position` of batch `index`, which has this caption."""
@@ -137,11 +140,11 @@ class Prior:
     def _without_trigger(self, caption: str) -> str:
         return without_trigger(self.trigger, caption, self.config.class_word)
 
-    def course(self, captions: Iterable[str]) -> dict[str, Any]:
+    def course(self) -> dict[str, Any]:
         """What must be the same when the run is resumed: the settings, with a hash of the folder's contents or of the
         captions without the trigger in place of what they are made from."""
         values = to_dict(replace(self.config, images=None, default_caption="", class_word=""))
-        content = key([(e.digest, e.caption) for e in self.pictures], sorted(self.texts(captions)))
+        content = key([(e.digest, *e.captions) for e in self.pictures], sorted(self.texts))
         return {**values, "content": content[:16]}
 
 
@@ -154,9 +157,9 @@ def prepare(config: PriorConfig, data: DataConfig, dataset: Dataset | None, *, m
         )
     if config.draws and parallel.uses_fsdp():
         problems.append("prompts: a base that FSDP shards cannot draw; draw them before, and set images")
-    prior = Prior(config, data.trigger)
+    prior = Prior(config, data.trigger, tuple(text for example in dataset.train for text in example.captions))
     if config.method == "prediction":
-        problems += _prediction_problems(prior, [example.caption for example in dataset.train])
+        problems += _prediction_problems(prior)
     elif config.images is None:
         prior = replace(prior, examples=_to_be_drawn(config, dataset))
     else:
@@ -173,12 +176,12 @@ def prepare(config: PriorConfig, data: DataConfig, dataset: Dataset | None, *, m
     return prior
 
 
-def _prediction_problems(prior: Prior, captions: Sequence[str]) -> list[str]:
+def _prediction_problems(prior: Prior) -> list[str]:
     if prior.config.prompts:
         return []
     if not prior.trigger:
         return ["prompts are needed, or [data] trigger, so that it can be left out of the captions"]
-    if any(not text for text in prior.texts(captions)):
+    if "" in prior.texts:
         return ["a caption is nothing but the trigger: set class_word to what takes its place, or prompts"]
     return []
 
@@ -186,7 +189,7 @@ def _prediction_problems(prior: Prior, captions: Sequence[str]) -> list[str]:
 def _picture_problems(found: Dataset, data: DataConfig, dataset: Dataset) -> list[str]:
     """Pictures that are the subject's, by their captions or their pixels."""
     problems = []
-    if named := [e.path.name for e in found.train if has_trigger(data.trigger, e.caption)]:
+    if named := [e.path.name for e in found.train if any(has_trigger(data.trigger, c) for c in e.captions)]:
         problems.append(f'images: the trigger "{data.trigger}" is in the captions of {first_few(named)}; remove it')
     known = {e.pixels: e.path for e in (*dataset.train, *dataset.held_out)}
     if same := [f"{e.path} = {known[e.pixels]}" for e in found.train if e.pixels in known]:

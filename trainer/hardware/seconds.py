@@ -178,15 +178,17 @@ def estimate(work: Workload, speed: Speed) -> Seconds:
 def count(plan: Plan) -> Workload:
     """What a run does that finds nothing in the cache."""
     run, data, base = plan.config, plan.dataset, plan.config.model.base
-    prior, side, number = plan.prior, pixels(plan), len(data.train) + len(data.held_out)
-    number += len(prior.pictures) if prior else 0
+    prior, side, number = plan.prior, pixels(plan), sum(len(e.buckets) for e in data.train) + len(data.held_out)
+    captions = sum(len(e.captions) for e in data.train) + len(data.held_out)
+    if prior:
+        number += sum(len(e.buckets) for e in prior.pictures)
+        captions += len(prior.texts)
     settings, like, blocks = run.adapter, plan.transformer, plan.transformer.transformer_blocks
     encoding, decoding = vae_flop(base, side)
     text = qwen_image.text_encoder_bytes(base)
     text_loaded = memory.with_activations(qwen_image.text_encoder_bytes(base, run.model.text_encoder_quantization))
     checks, shown = run.validation, len(run.validation.prompts)
-    texts = number + shown + (len(prior.texts(e.caption for e in data.train)) if prior else 0)
-    tokens = texts * (TEMPLATE_TOKENS + memory.PROMPT_TOKENS)
+    tokens = (captions + shown) * (TEMPLATE_TOKENS + memory.PROMPT_TOKENS)
     pictures = sum(min(checks.num_pictures, len(part)) for part in (data.train, data.held_out))
     drawing = shown * checks.num_inference_steps * (2 if checks.true_cfg_scale > 1 else 1)
     one = TrainConfig(gradient_checkpointing=run.train.gradient_checkpointing)

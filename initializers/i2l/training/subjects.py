@@ -72,6 +72,8 @@ def read_subjects(config: SubjectsConfig, *, square: bool, problems: list[str]) 
         file = example.path.relative_to(folder).as_posix()
         if names and file not in names:
             problems.append(f"[data] images: {example.path} has no subject in {folder / 'metadata.jsonl'}")
+        if example.more_captions:
+            problems.append(f"[data] images: {example.path} has several captions, and here one is read; keep one")
         groups.setdefault(names.get(file, file), []).append(example)
     least = config.max_references + 1 if names else 1
     problems += [

@@ -16,6 +16,7 @@ from trainer.data.audit.rules import Rules
 from trainer.data.audit.verdicts import FORMAT
 from trainer.data.audit.words import Caption, captions_of
 from trainer.data.dataset import DataConfig, buckets, contents, fitting, nearest
+from trainer.data.folders import as_list
 from trainer.data.pictures import DataError
 from trainer.errors import UserError
 from trainer.files import file_in_the_way, write_json
@@ -39,6 +40,11 @@ class Audit:
     quick: bool = False
     """Nothing is looked for in the pictures, whether or not the extra is installed."""
 
+    @property
+    def resolution(self) -> int:
+        """The largest, if there are several: it asks most of a picture."""
+        return max(as_list(self.data.resolution))
+
 
 def audit(asked: Audit, output: Path) -> dict[str, Any]:
     """Write audit.json and audit.html into `output`; returns what the former holds."""
@@ -49,7 +55,7 @@ def audit(asked: Audit, output: Path) -> dict[str, Any]:
     if not captions:
         raise DataError([f"{folder}: there is no picture in it that could be audited", *problems])
     pictures = [*_pictures(asked, folder, captions)]
-    judgements, alike = judge(pictures, asked.rules, resolution=asked.data.resolution, token_limit=asked.token_limit)
+    judgements, alike = judge(pictures, asked.rules, resolution=asked.resolution, token_limit=asked.token_limit)
     report = _report(asked, folder, pictures, judgements)
     report |= {"groups": alike, "notes": [*problems, *_notes(asked, pictures)]}
     write_page(output / PAGE_FILE, report, {picture.file: picture.seen.thumbnail for picture in pictures})
@@ -60,8 +66,8 @@ def audit(asked: Audit, output: Path) -> dict[str, Any]:
 def _check(asked: Audit, folder: Path, output: Path) -> None:
     """Before minutes are spent."""
     found = []
-    if asked.data.resolution % asked.multiple:
-        found.append(f"[data] resolution = {asked.data.resolution} must be a multiple of {asked.multiple}")
+    if wrong := [side for side in as_list(asked.data.resolution) if side % asked.multiple]:
+        found.append(f"[data] resolution = {wrong[0]} must be a multiple of {asked.multiple}")
     if file := file_in_the_way(output):
         found.append(f"--output: {file} is a file; name a folder")
     elif output.resolve().is_relative_to(folder.resolve()):
@@ -90,8 +96,8 @@ def _pictures(asked: Audit, folder: Path, captions: dict[Path, Caption]) -> Iter
     if asked.base:
         from trainer.qwen_image import prompt_tokens  # takes seconds to import
 
-        tokens = prompt_tokens(asked.base, {caption.text for caption in captions.values() if caption.text})
-    options = buckets(asked.data.resolution, asked.multiple)
+        tokens = prompt_tokens(asked.base, {text for caption in captions.values() for text in caption.texts})
+    options = buckets(asked.resolution, asked.multiple)
     find: Find = (lambda image: {}) if asked.quick else Finder()
     seen = parallel_map(lambda path: see(path, find), captions)
     bar = tqdm(seen, f"audit {folder}", len(captions), leave=False, disable=None)
@@ -101,7 +107,8 @@ def _pictures(asked: Audit, folder: Path, captions: dict[Path, Caption]) -> Iter
             bucket = nearest(found.measures.size, options)
             enlargement, cropped = fitting(found.measures.size, bucket)
         name = path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode()  # what is not UTF-8
-        yield Picture(name, found, bucket, enlargement, cropped, caption, tokens.get(caption.text))
+        most = max((tokens[text] for text in caption.texts if text in tokens), default=None)
+        yield Picture(name, found, bucket, enlargement, cropped, caption, most)
 
 
 # --- what is written --------------------------------------------------------------------------------------

@@ -30,6 +30,12 @@ class Caption:
     """That of its letters, the trigger aside: "Latin", "Chinese", "Chinese and Latin"; "" if it has none."""
     problem: str = ""
     """That there is none, or why it cannot be used."""
+    others: tuple[str, ...] = ()
+    """Further ones of the picture. What is said of its caption is said of all of them."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.text, *self.others) if self.text else ()
 
 
 def captions_of(folder: Path, here: Contents, config: DataConfig, problems: list[str]) -> dict[Path, Caption]:
@@ -40,29 +46,30 @@ def captions_of(folder: Path, here: Contents, config: DataConfig, problems: list
     captions.read(here.files, here.pictures)
     made = {}
     for path in here.pictures:
-        text = captions.of([path], trigger="", default=_NONE).get(path)
-        if text is None:
+        texts = captions.of([path], trigger="", default=_NONE).get(path)
+        if texts is None:
             problem = _problem_of(path, wrong)
             said.add(problem)
             short = problem.replace(f"{folder}{os.sep}", "") or "its row in metadata.jsonl is damaged"
             made[path] = Caption(problem=f"no usable caption: {short}")
         else:
-            made[path] = _caption(text, config)
+            made[path] = _caption(texts, config)
     problems += [problem for problem in wrong if problem not in said]
     return made
 
 
-def _caption(text: str, config: DataConfig) -> Caption:
-    own = text != _NONE
+def _caption(texts: tuple[str, ...], config: DataConfig) -> Caption:
+    own = texts != (_NONE,)
     try:
-        text = text if own else clean(config.default_caption)[0]
+        texts = texts if own else (clean(config.default_caption)[0],)
     except CaptionError as error:
         return Caption(problem=f"no usable caption: default_caption {error}")
-    if not text:
+    if not texts[0]:
         return Caption(problem="no caption")
-    whole, _ = with_trigger(config.trigger, text)
-    has_trigger = not config.trigger or whole != f"{config.trigger}, {text}"
-    return Caption(whole, own, has_trigger, script(text, config.trigger))
+    first, *others = [with_trigger(config.trigger, text)[0] for text in texts]
+    put_in_front = [f"{config.trigger}, {text}" for text in texts]
+    has_trigger = not config.trigger or not {first, *others} & {*put_in_front}
+    return Caption(first, own, has_trigger, script(" ".join(texts), config.trigger), others=tuple(others))
 
 
 def _problem_of(path: Path, problems: Sequence[str]) -> str:
@@ -95,7 +102,7 @@ def same_captions(captions: Mapping[str, Caption], groups: Sequence[Sequence[str
     by_text: dict[str, list[str]] = {}
     for name, caption in captions.items():
         if caption.own and caption.text:
-            by_text.setdefault(" ".join(caption.text.casefold().split()), []).append(name)
+            by_text.setdefault(" ".join(" ".join(caption.texts).casefold().split()), []).append(name)
     others = {
         name: [other for other in names if other != name and group.get(other, other) != group.get(name, name)]
         for names in by_text.values()
