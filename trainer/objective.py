@@ -150,7 +150,11 @@ class LoraObjective:
         examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
         share = run.data.caption_dropout
         dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
-        drawn = [drawn_caption(e, seed=run.seed, index=index, position=i) for i, e in enumerate(examples)]
+
+        def captions(pictures: Sequence[Example]) -> list[str]:
+            return [drawn_caption(e, seed=run.seed, index=index, position=i) for i, e in enumerate(pictures)]
+
+        drawn = captions(examples)
         texts = [qwen_image.EMPTY_PROMPT if drop else text for text, drop in zip(drawn, dropped, strict=True)]
         inputs = self._noised(examples, texts, flow.generator(run.seed, "noise", step, part, 0))
         if (prior := self._plan.prior) is None:
@@ -158,8 +162,7 @@ class LoraObjective:
         random = flow.generator(run.seed, "prior", step, part)
         if prior.config.method == "pictures":
             others = batch(prior.examples, run.train.batch_size, seed=run.seed, index=index)
-            texts = [drawn_caption(e, seed=run.seed, index=index, position=i) for i, e in enumerate(others)]
-            return replace(inputs, prior=self._noised(others, texts, random))
+            return replace(inputs, prior=self._noised(others, captions(others), random))
         texts = [prior.prompt(text, seed=run.seed, index=index, position=i) for i, text in enumerate(drawn)]
         embeds, mask = self._stacked(texts)
         return replace(inputs, prior=replace(inputs, prompt_embeds=embeds, mask=mask, random=random))

@@ -330,7 +330,8 @@ def test_memory_and_seconds_count_the_prior(run_toml: Path) -> None:
     assert [one.captions.flop / work[0].captions.flop for one in work] == pytest.approx([1, 11 / 7, 10 / 7])
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_with_a_prior_keeps_what_is_kept_on_the_cpu(checkpointing: bool) -> None:
     from tests.hardware.test_memory import FP32, SMALL, LiveBytes, fused_attention, on_meta
     from trainer.loop import TrainConfig
