@@ -71,7 +71,7 @@ def draw_prior(
     adapter must not be on the transformer yet."""
     if plan.prior is None or not plan.prior.drawn:
         return
-    drawn, settings, cache = plan.prior.drawn, plan.prior.config, Cache(plan.cache)
+    drawn, wanted, cache = plan.prior.drawn, plan.prior.config, Cache(plan.cache)
     keys, sampler = drawing_keys(plan.prior, plan.config.model), qwen_image.Sampler(plan.config.model.base)
     transformer.eval()
 
@@ -81,9 +81,9 @@ def draw_prior(
                 transformer,
                 [encoded.prompts[drawn[number].caption]],
                 size=drawn[number].bucket,
-                seeds=[settings.seed + number],
-                num_inference_steps=settings.num_inference_steps,
-                true_cfg_scale=settings.true_cfg_scale,
+                seeds=[wanted.seed + number],
+                num_inference_steps=wanted.num_inference_steps,
+                true_cfg_scale=wanted.true_cfg_scale,
                 negative_prompt=encoded.prompts[qwen_image.EMPTY_PROMPT],
                 device=accelerator.device,
             )[0]
@@ -161,7 +161,7 @@ class LoraObjective:
             return inputs
         random = flow.generator(run.seed, "prior", step, part)
         if prior.config.method == "pictures":
-            others = batch(prior.examples, run.train.batch_size, seed=run.seed, index=index)
+            others = batch(prior.examples, len(examples), seed=run.seed, index=index)
             return replace(inputs, prior=self._noised(others, captions(others), random))
         texts = [prior.prompt(text, seed=run.seed, index=index, position=i) for i, text in enumerate(drawn)]
         embeds, mask = self._stacked(texts)
@@ -199,18 +199,18 @@ class LoraObjective:
         return subject + self._plan.prior.config.weight * prior, parts
 
     def _velocity(self, inputs: Inputs) -> Tensor:
-        noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas).to(self._dtype)
         with flow.seeded(inputs.random, self._device):  # the adapter's dropout
-            return qwen_image.predict_velocity(self.module, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask)
+            return self._predicted(self.module, inputs)
 
     @torch.no_grad()
     def _base_velocity(self, inputs: Inputs) -> Tensor:
         """The frozen base's, which draws no random numbers."""
-        noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas).to(self._dtype)
         with adapter.switched_off(self.transformer):
-            return qwen_image.predict_velocity(
-                self.transformer, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask
-            )
+            return self._predicted(self.transformer, inputs)
+
+    def _predicted(self, module: torch.nn.Module, inputs: Inputs) -> Tensor:
+        noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas).to(self._dtype)
+        return qwen_image.predict_velocity(module, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask)
 
     def tensors(self) -> dict[str, Tensor]:
         return adapter.tensors(self.transformer)

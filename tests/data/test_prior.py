@@ -277,10 +277,8 @@ def test_drawing_goes_on_where_it_was_stopped_and_the_plan_says_what_is_left(
         patch.setattr(qwen_image.Sampler, "latents", latents)
         objective.draw_prior(prepared, transformer, encoded, Accelerator(), quiet=True)
     assert drawn == [7, 8]
-    assert "4 pictures, of which 2 must be drawn" in plan.plan_text(prepared)
-    assert "of which 4 must be drawn" in plan.plan_text(
-        make_plan(run_toml, *DRAWN, "prior.seed=8", "prior.num_inference_steps=3")
-    )
+    assert "4 pictures, of which 2 must be drawn" in plan._prior_lines(prepared)[0]
+    assert "of which 4 must be drawn" in plan._prior_lines(make_plan(run_toml, *DRAWN, "prior.seed=11"))[0]
     drawn.insert(0, -1)  # no more interruptions
     monkeypatch.setattr(qwen_image.Sampler, "latents", latents)
     objective.draw_prior(prepared, transformer, encoded, Accelerator(), quiet=True)
@@ -307,7 +305,7 @@ def test_other_pictures_in_the_folder_are_another_course(run_toml: Path, others:
     moved = tmp_path / "moved"
     shutil.copytree(others, moved)
     assert course(moved) == course(others)
-    (moved / "o1.txt").write_text("changed")
+    Image.new("RGB", (64, 64), "red").save(moved / "o2.png")
     assert course(moved) != course(others) != course(others, "prior.weight=3")
     without = make_plan(run_toml).course()
     assert without["prior"] is None and not any(name.startswith("prior.") for name in without)
