@@ -169,6 +169,54 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "trainer/data/prior.py",
+        (
+            "a run may be resumed with other pictures for its prior",
+            "(e.digest, *e.captions) for e in self.pictures",
+            "0 for e in self.pictures",
+            "tests/data/test_prior.py::test_other_pictures_in_the_folder_are_another_course",
+        ),
+        (
+            "pictures drawn from other noise are taken from the cache",
+            "config.seed + number, example",
+            "number, example",
+            "tests/data/test_prior.py::test_drawing_goes_on_where_it_was_stopped_and_the_plan_says_what_is_left",
+        ),
+        (
+            "a prior with the trigger is trained against the subject",
+            "has_trigger(data.trigger, text)]",
+            "False]",
+            "tests/data/test_prior.py::test_bad_input_is_told_at_once_before_a_model_loads",
+        ),
+    ),
+    *_mutants(
+        "trainer/hardware/memory.py",
+        (
+            "a prior needs no memory",
+            "if self.prior_pixels else",
+            "if False else",
+            "tests/data/test_prior.py::test_memory_and_seconds_count_the_prior",
+        ),
+    ),
+    *_mutants(
+        "trainer/loop.py",
+        (
+            "the log has the loss of the last micro step alone",
+            "means[name] +=",
+            "means[name] =",
+            "tests/data/test_prior.py::test_the_log_tells_the_parts_of_all_micro_steps",
+        ),
+    ),
+    *_mutants(
+        "trainer/hardware/seconds.py",
+        (
+            "drawing for the prior takes no time",
+            "drawing_passes=_drawing_passes(prior)",
+            "drawing_passes=0",
+            "tests/data/test_prior.py::test_memory_and_seconds_count_the_prior",
+        ),
+    ),
+    *_mutants(
         "trainer/data/audit/verdicts.py",
         (
             "what is to be looked at is left out, too",
@@ -268,6 +316,24 @@ MUTANTS = (
             'f"{name}_masked" if way else name',
             'name if way else f"{name}_masked"',
             "tests/test_objective.py::test_beside_the_stable_losses_there_are_masked_ones",
+        ),
+        (
+            "the weight of the prior does nothing",
+            "self._plan.prior.config.weight * prior",
+            "prior",
+            "tests/data/test_prior.py::test_the_gradient_of_all_parts_is_that_of_a_plain_reference[prediction-False]",
+        ),
+        (
+            "the base that is the prior has the adapter on",
+            "with adapter.switched_off(self.transformer):",
+            "if True:",
+            "tests/data/test_prior.py::test_the_gradient_of_all_parts_is_that_of_a_plain_reference[prediction-False]",
+        ),
+        (
+            "pictures of the prior have the noise of the training pictures",
+            '"prior", step, part)',
+            '"noise", step, part, 0)',
+            "tests/data/test_prior.py::test_pictures_are_dealt_as_the_training_pictures_are",
         ),
         (
             "caption dropout does nothing",
@@ -733,6 +799,12 @@ MUTANTS = (
     ),
     *_mutants(
         "trainer/adapter.py",
+        (
+            "a frozen LoRA stays on the base that is the prior",
+            "hook.on = on",
+            "hook.on = True",
+            "tests/data/test_prior.py::test_switched_off_is_the_base_and_leaves_the_rest_as_it_was",
+        ),
         (
             "what a seed lost when it was read counts as kept",
             "left + cut, share * left / (left + cut)",

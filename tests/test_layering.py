@@ -63,6 +63,7 @@ FLOORS = {
         "trainer.data.audit.words",
         "trainer.data.encode",
         "trainer.data.epoch",
+        "trainer.data.prior",
         "trainer.hardware.memory",
     ),
     7: ("trainer.data.audit.picture", "trainer.plan"),

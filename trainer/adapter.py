@@ -8,6 +8,7 @@ import difflib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -417,10 +418,36 @@ class _Constant:
 
     def __init__(self, factors: LowRank):
         self._a, self._b = factors.a, factors.b
+        self.on = True
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not self.on:
+            return output
         self._a, self._b = self._a.to(output), self._b.to(output)
         return output + inputs[0].to(output.dtype) @ self._a.T @ self._b.T
+
+
+@contextmanager
+def switched_off(transformer: nn.Module) -> Iterator[None]:
+    """Inside, the transformer is the frozen base: without the adapter, and without what `attach_frozen` has added.
+
+    PEFT's own switch would also tell the factors that they need no gradient.
+    """
+    layers = [layer for _, layer in _layers(transformer)]
+    hooks = [hook for module in transformer.modules() for hook in module._forward_hooks.values()]
+    added = [hook for hook in hooks if isinstance(hook, _Constant)]
+
+    def switch(on: bool) -> None:
+        for layer in layers:
+            layer._disable_adapters = not on
+        for hook in added:
+            hook.on = on
+
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
 
 
 def remove(transformer: Any) -> None:

@@ -9,6 +9,7 @@ import math
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -78,6 +79,8 @@ class Loss:
     """Scalar, attached to the graph."""
     batch: str
     """What was in the batch, for a message."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the value is made of, for the log: scalars, not attached."""
 
 
 class Objective(Protocol):
@@ -263,12 +266,13 @@ def _update(
     accelerator: Accelerator,
     step: int,
 ) -> dict[str, float]:
-    """One optimizer update. Returns `loss`, `lr`, `grad_norm`."""
+    """One optimizer update. Returns `loss`, `lr`, `grad_norm`, and what the loss is made of, if it has parts."""
     lr = learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     while True:
-        loss, batches = _backward(objective, config, accelerator, step)
+        losses, batches = _backward(objective, config, accelerator, step)
+        loss = losses["loss"]
         if accelerator.scaler is not None:
             accelerator.unscale_gradients(optimizer)
         grad_norm = float(parallel.unsharded(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)))
@@ -283,22 +287,23 @@ def _update(
         optimizer.zero_grad(set_to_none=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+    return {"loss": loss, "lr": lr, "grad_norm": grad_norm, **losses}
 
 
 def _backward(
     objective: Objective, config: TrainConfig, accelerator: Accelerator, step: int
-) -> tuple[float, list[str]]:
-    """Add up the gradients of all micro steps. Returns the mean loss, and what was in the batches."""
-    total, batches = 0.0, []
+) -> tuple[dict[str, float], list[str]]:
+    """Add up the gradients of all micro steps. Returns the mean `loss` with its parts, and what was in the batches."""
+    means, batches = defaultdict[str, float](float), []
     for micro_step in range(config.gradient_accumulation_steps):
         last = micro_step == config.gradient_accumulation_steps - 1
         with nullcontext() if last else parallel.no_sync(accelerator, objective.module):
             loss = objective.loss(step, micro_step)
             accelerator.backward(loss.value / config.gradient_accumulation_steps)
-        total += float(accelerator.reduce(loss.value.detach(), "mean")) / config.gradient_accumulation_steps
+        for name, value in {"loss": loss.value.detach(), **loss.parts}.items():
+            means[name] += float(accelerator.reduce(value, "mean")) / config.gradient_accumulation_steps
         batches.append(loss.batch)
-    return total, batches
+    return means, batches
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

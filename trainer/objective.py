@@ -18,6 +18,7 @@ from trainer.data import masks
 from trainer.data.cache import Cache
 from trainer.data.dataset import Example, batch, drawn_caption, drops_caption
 from trainer.data.encode import encode_pictures, encode_prompts
+from trainer.data.prior import drawing_keys
 from trainer.files import DTYPES
 from trainer.hardware import parallel
 from trainer.loop import Loss
@@ -71,12 +72,14 @@ def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet
     """Encode what is not in the cache yet: first the pictures, then the captions."""
     run, cache = plan.config, Cache(plan.cache)
     train, held_out = plan.dataset.train, plan.dataset.held_out
-    shown = [example.at(bucket) for example in train for bucket in example.buckets]
+    pictures = (*train, *(plan.prior.pictures if plan.prior else ()))
+    shown = [example.at(bucket) for example in pictures for bucket in example.buckets]
     examples = list({_name(e): e for e in (*shown, *held_out)}.values())
     latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
     texts = {*(text for e in train for text in e.captions), *(e.caption for e in held_out)}
     texts |= {*run.validation.prompts, *run.validation.unrelated_prompts}
     texts.add(qwen_image.EMPTY_PROMPT)
+    texts |= plan.prior.texts if plan.prior else set()
     prompts = encode_prompts(cache, text_encoder, DTYPES[run.model.dtype], texts, quiet=quiet)
     qwen_image.free_memory()
     encoded = Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
@@ -85,6 +88,43 @@ def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet
             mask, cells = masks.load(example.mask, example.bucket), encoded.latents_of(example).shape[-2:]
             encoded.weights[_mask_name(example)] = masks.weights(mask, (cells[0], cells[1]), run.data.mask_outside)
     return encoded
+
+
+def draw_prior(
+    plan: Plan, transformer: QwenImageTransformer2DModel, encoded: Encoded, accelerator: Accelerator, *, quiet: bool
+) -> None:
+    """Add to `encoded` the prior's pictures that the base draws, in the cache or now, divided among the processes. The
+    adapter must not be on the transformer yet."""
+    if plan.prior is None or not plan.prior.drawn:
+        return
+    drawn, wanted, cache = plan.prior.drawn, plan.prior.config, Cache(plan.cache)
+    keys, sampler = drawing_keys(plan.prior, plan.config.model), qwen_image.Sampler(plan.config.model.base)
+    transformer.eval()
+
+    def draw(numbers: Sequence[int]) -> list[Tensor]:
+        return [
+            sampler.latents(
+                transformer,
+                [encoded.prompts[drawn[number].caption]],
+                size=drawn[number].bucket,
+                seeds=[wanted.seed + number],
+                num_inference_steps=wanted.num_inference_steps,
+                true_cfg_scale=wanted.true_cfg_scale,
+                negative_prompt=encoded.prompts[qwen_image.EMPTY_PROMPT],
+                device=accelerator.device,
+            )[0]
+            .float()
+            .cpu()
+            for number in numbers
+        ]
+
+    own = range(accelerator.process_index, len(drawn), accelerator.num_processes)
+    what, names = "draw the prior's pictures", [str(example.path) for example in drawn]
+    cache.get([keys[i] for i in own], lambda rows: draw([own[row] for row in rows]), what=what, quiet=quiet)
+    accelerator.wait_for_everyone()
+    latents = cache.get(keys, draw, what=what, names=names, quiet=quiet)
+    encoded.latents.update(zip(map(_name, drawn), latents, strict=True))
+    qwen_image.free_memory()
 
 
 @dataclass(frozen=True)
@@ -101,6 +141,8 @@ class Inputs:
     names: list[str]
     """Paths of the pictures, for messages."""
     weights: Tensor | None = None  # B 1 1 h w
+    prior: "Inputs | None" = None
+    """What is trained on beside them, if the run has a prior: as many."""
 
 
 class LoraObjective:
@@ -124,7 +166,8 @@ class LoraObjective:
 
     def loss(self, step: int, micro_step: int) -> Loss:
         inputs = self.inputs(step, micro_step)
-        return Loss(self.forward(inputs), ", ".join(inputs.names))
+        total, parts = self._losses(inputs)
+        return Loss(total, ", ".join(inputs.names), parts)
 
     def inputs(self, step: int, micro_step: int) -> Inputs:
         """Pictures, captions, sigmas and noise: functions of the seed and the step."""
@@ -134,28 +177,72 @@ class LoraObjective:
         examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
         share = run.data.caption_dropout
         dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
-        drawn = [drawn_caption(e, seed=run.seed, index=index, position=i) for i, e in enumerate(examples)]
+
+        def captions(pictures: Sequence[Example]) -> list[str]:
+            return [drawn_caption(e, seed=run.seed, index=index, position=i) for i, e in enumerate(pictures)]
+
+        drawn = captions(examples)
         texts = [qwen_image.EMPTY_PROMPT if drop else text for text, drop in zip(drawn, dropped, strict=True)]
-        random = flow.generator(run.seed, "noise", step, part, 0)
+        inputs = self._noised(examples, texts, flow.generator(run.seed, "noise", step, part, 0))
+        if (prior := self._plan.prior) is None:
+            return inputs
+        random = flow.generator(run.seed, "prior", step, part)
+        if prior.config.method == "pictures":
+            others = batch(prior.examples, len(examples), seed=run.seed, index=index)
+            return replace(inputs, prior=self._noised(others, captions(others), random))
+        texts = [prior.prompt(text, seed=run.seed, index=index, position=i) for i, text in enumerate(drawn)]
+        embeds, mask = self._stacked(texts)
+        return replace(inputs, prior=replace(inputs, prompt_embeds=embeds, mask=mask, random=random))
+
+    def _noised(self, examples: Sequence[Example], texts: Sequence[str], random: torch.Generator) -> Inputs:
+        """Pictures with prompts, and noise and sigmas from `random`."""
         latents = torch.stack([self._encoded.latents_of(e) for e in examples])  # B C 1 h w
         noise = torch.randn(latents.shape, generator=random)
         num_tokens = latents.shape[-1] * latents.shape[-2] // 4
-        sigmas = flow.sample_sigmas(run.flow, len(latents), num_tokens, random).to(self._device)
-        embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
-        mask = None if mask is None else mask.to(self._device)
-        latents, noise, embeds = latents.to(self._device), noise.to(self._device), embeds.to(self._device)
+        sigmas = flow.sample_sigmas(self._run.flow, len(latents), num_tokens, random).to(self._device)
+        embeds, mask = self._stacked(texts)
+        latents, noise = latents.to(self._device), noise.to(self._device)
         found = self._encoded.weights_of(examples)
         weights = torch.stack(found).to(self._device) if found else None
         return Inputs(latents, noise, sigmas, embeds, mask, random, [str(e.path) for e in examples], weights)
 
+    def _stacked(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
+        return embeds.to(self._device), None if mask is None else mask.to(self._device)
+
     def forward(self, inputs: Inputs) -> Tensor:
         """The loss: scalar, attached to the graph."""
-        noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas).to(self._dtype)
+        return self._losses(inputs)[0]
+
+    def _losses(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts if there is a prior: see `trainer.data.prior`."""
+        if inputs.prior is None:
+            return self._subject_loss(inputs), {}
+        assert self._plan.prior is not None
+        kept = inputs.prior
+        target = self._base_velocity(kept) if self._plan.prior.config.method == "prediction" else None
+        subject = self._subject_loss(inputs)
+        target = flow.velocity(kept.latents, kept.noise) if target is None else target
+        prior = (self._velocity(kept).float() - target.float()).square().mean()
+        parts = {"subject_loss": subject.detach(), "prior_loss": prior.detach()}
+        return subject + self._plan.prior.config.weight * prior, parts
+
+    def _subject_loss(self, inputs: Inputs) -> Tensor:
+        return flow.losses(self._velocity(inputs), inputs.latents, inputs.noise, inputs.weights).mean()
+
+    def _velocity(self, inputs: Inputs) -> Tensor:
         with flow.seeded(inputs.random, self._device):  # the adapter's dropout
-            predicted = qwen_image.predict_velocity(
-                self.module, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask
-            )
-        return flow.losses(predicted, inputs.latents, inputs.noise, inputs.weights).mean()
+            return self._predicted(self.module, inputs)
+
+    @torch.no_grad()
+    def _base_velocity(self, inputs: Inputs) -> Tensor:
+        """The frozen base's, which draws no random numbers."""
+        with adapter.switched_off(self.transformer):
+            return self._predicted(self.transformer, inputs)
+
+    def _predicted(self, module: torch.nn.Module, inputs: Inputs) -> Tensor:
+        noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas).to(self._dtype)
+        return qwen_image.predict_velocity(module, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask)
 
     def tensors(self) -> dict[str, Tensor]:
         return adapter.tensors(self.transformer)

@@ -15,9 +15,12 @@ from torch import Tensor
 from trainer import adapter, config, folder, qwen_image
 from trainer.adapter import AdapterConfig, Initializer, RunFacts, Work
 from trainer.checkpoint import CheckpointConfig, course
+from trainer.data.cache import Cache
 from trainer.data.dataset import DataConfig, Dataset, items, scan
 from trainer.data.epoch import course_of_folders, folder_lines
 from trainer.data.pictures import DataError
+from trainer.data.prior import Prior, PriorConfig, drawing_keys
+from trainer.data.prior import prepare as prepare_prior
 from trainer.export import ExportConfig
 from trainer.files import size
 from trainer.flow import FlowConfig
@@ -49,6 +52,7 @@ class RunConfig:
     same run."""
     model: ModelConfig
     data: DataConfig
+    prior: PriorConfig | None = None
     adapter: AdapterConfig = AdapterConfig()
     init: InitConfig = InitConfig()
     train: TrainConfig = TrainConfig()
@@ -120,6 +124,7 @@ class Plan:
     transformer: QwenImageTransformer2DModel
     """On the meta device: shapes only."""
     modules: dict[str, tuple[int, int]]
+    prior: Prior | None = None
 
     @property
     def output(self) -> Path:
@@ -141,6 +146,8 @@ class Plan:
         method = self.start.method
         values = config.to_dict(self.config)
         values["data"] |= course_of_folders(self.config.data, self.dataset)
+        if self.prior:
+            values["prior"] = self.prior.course()
         values["init"] = {"method": method, method: config.to_dict(self.start.options)}
         free = {*FREE, *(f"init.{method}.{name}" for name in self.start.file_keys)}
         if self.config.train.lr_schedule == "constant":
@@ -236,7 +243,7 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         for name in ("layouts", "rank"):
             if getattr(run.export, name):
                 problems.append(f"[export] {name}: with [adapter] use_dora the effect is no low-rank change")
-    transformer, dataset, modules, multiple = None, None, {}, 16
+    transformer, dataset, prior, modules, multiple = None, None, None, {}, 16
     try:
         wrong = sources.check(qwen_image.need(run.model.base))
         problems += [f"[model] base: {problem}" for problem in wrong]
@@ -253,6 +260,11 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         dataset = scan(run.data, multiple=multiple, seed=run.seed)
     except DataError as error:
         problems += [f"[data] {problem}" for problem in error.problems]
+    try:
+        if run.prior:
+            prior = prepare_prior(run.prior, run.data, dataset, multiple=multiple, seed=run.seed)
+    except DataError as error:
+        problems += [f"[prior] {problem}" for problem in error.problems]
     if dataset is not None:
         images = tuple(example.path for example in dataset.train)
         facts = RunFacts(images, run.adapter, can_try=not parallel.uses_fsdp())
@@ -260,7 +272,7 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
     if problems:
         raise config.ConfigError(problems)
     assert dataset is not None and transformer is not None
-    return Plan(run, start, dataset, transformer, modules)
+    return Plan(run, start, dataset, transformer, modules, prior)
 
 
 def _quantization_problems(model: ModelConfig, transformer: QwenImageTransformer2DModel) -> list[str]:
@@ -293,6 +305,7 @@ def plan_text(plan: Plan) -> str:
         f"start        {plan.start.method}",
         f"training     {run.train.steps} steps of {images_per_step} pictures: "
         f"{run.train.steps * images_per_step / sum(sizes.values()):.1f} times through the data",
+        *(f"prior        {line}" for line in _prior_lines(plan)),
         *(f"memory       {line}" for line in memory_lines(plan)),
         *(f"download     {line}" for line in sources.download_lines(plan.needs)),
         *(f"note         {note}" for note in notes(plan)),
@@ -308,10 +321,26 @@ def _mask_lines(plan: Plan) -> list[str]:
     return [f"masks        of {counts[0]} pictures for training, {counts[1]} held out; black counts {outside:g}"]
 
 
+def _prior_lines(plan: Plan) -> list[str]:
+    if (prior := plan.prior) is None:
+        return []
+    weight = f"weight {prior.config.weight:g}"
+    if prior.config.method == "prediction":
+        texts = sorted(prior.texts)
+        return [f'{weight}: the base\'s own velocity for {len(texts)} prompts, such as "{texts[0]}"']
+    if not prior.drawn:
+        return [f"{weight}: {len(prior.pictures)} pictures in {prior.config.images}"]
+    missing = len(prior.drawn)
+    if sources.is_here(qwen_image.need(plan.config.model.base)):
+        missing = Cache(plan.cache).count_missing(drawing_keys(prior, plan.config.model))
+    return [f"{weight}: {len(prior.drawn)} pictures, of which {missing} must be drawn before the training"]
+
+
 def notes(plan: Plan) -> list[str]:
     """What is worth a word in pictures, captions, the start and the model; how captions are cut, if the tokenizer is on
     this machine."""
     found, base = [*plan.dataset.notes, *plan.start.notes], plan.config.model.base
+    found += [f"[prior] {note}" for note in (plan.prior.notes if plan.prior else ())]
     if plan.start.method == "i2l" and qwen_image.is_2512(base):
         found.append(
             "i2L was made for the first Qwen-Image, Qwen/Qwen-Image: on Qwen-Image-2512 its LoRA has the right shape, "
@@ -341,6 +370,13 @@ def pixels(plan: Plan) -> int:
     return max(width * height for example in plan.dataset.train for width, height in example.buckets)
 
 
+def prior_pixels(plan: Plan) -> int:
+    """The number of pixels of the largest picture that is trained on for the prior; 0 without one."""
+    if plan.prior is None:
+        return 0
+    return max((width * height for e in plan.prior.examples for width, height in e.buckets), default=pixels(plan))
+
+
 def memory_request(plan: Plan) -> memory.Request:
     run = plan.config
     facts = RunFacts(tuple(e.path for e in plan.dataset.train), run.adapter, can_try=not parallel.uses_fsdp())
@@ -352,6 +388,8 @@ def memory_request(plan: Plan) -> memory.Request:
         pixels=pixels(plan),
         start=plan.start.work(facts),
         draws=bool(run.validation.prompts),
+        prior_pixels=prior_pixels(plan),
+        draws_prior=bool(plan.prior and plan.prior.drawn),
     )
 
 

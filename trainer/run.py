@@ -24,7 +24,7 @@ from trainer.formats import read_lora, write_lora
 from trainer.hardware import machine, parallel
 from trainer.hub import sources
 from trainer.loop import Job, Result
-from trainer.objective import Encoded, LoraObjective, Trials, encode
+from trainer.objective import Encoded, LoraObjective, Trials, draw_prior, encode
 from trainer.plan import Plan, notes
 from trainer.qwen_image import TextEncoder
 from trainer.tracking import duration
@@ -62,13 +62,13 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
     if saved:
         log.info("resuming after step %d", saved.step)
         text_encoder.unload()
-        started = _restore(plan, accelerator)
+        started = _restore(plan, accelerator, encoded, quiet=quiet)
     else:
         if resume:
             log.info("no checkpoint yet: starting from the beginning")
             if accelerator.is_main_process:  # of a start that was given up
                 (plan.output / FROZEN_FILE).unlink(missing_ok=True)
-        started = _initialize(plan, accelerator, encoded, text_encoder)
+        started = _initialize(plan, accelerator, encoded, text_encoder, quiet=quiet)
         seconds["init"] = started.report["seconds"]
     report = {**_report(plan, accelerator), "init": started.report}
     report["sources"] |= started.report["sources"]
@@ -102,7 +102,9 @@ class _Started:
     """The part `init` of run.json."""
 
 
-def _initialize(plan: Plan, accelerator: Accelerator, encoded: Encoded, text_encoder: TextEncoder) -> _Started:
+def _initialize(
+    plan: Plan, accelerator: Accelerator, encoded: Encoded, text_encoder: TextEncoder, *, quiet: bool
+) -> _Started:
     """Ask the initializer, and start the adapter with what it gives."""
     began, method = time.monotonic(), plan.start.method
     loading = parallel.loading_device(accelerator.device)
@@ -110,6 +112,9 @@ def _initialize(plan: Plan, accelerator: Accelerator, encoded: Encoded, text_enc
     context = init_context(plan, accelerator.device, None if parallel.uses_fsdp() else trials, text_encoder)
     with accelerator.main_process_first():  # the others find what it predicted in the cache
         seed = plan.start.initialize(context, plan.start.options)
+    tick = time.monotonic()
+    draw_prior(plan, trials.transformer, encoded, accelerator, quiet=quiet)
+    began += time.monotonic() - tick  # it is no part of the start
     settings, applied = install(trials.transformer, seed, plan.config.adapter, random_seed=plan.config.seed)
     frozen_hash = None
     if seed.frozen is not None:
@@ -124,11 +129,12 @@ def _initialize(plan: Plan, accelerator: Accelerator, encoded: Encoded, text_enc
     return _Started(trials.transformer, settings, seed.frozen, report)
 
 
-def _restore(plan: Plan, accelerator: Accelerator) -> _Started:
+def _restore(plan: Plan, accelerator: Accelerator, encoded: Encoded, *, quiet: bool) -> _Started:
     """The adapter as it was injected before the run was stopped; the loop loads its tensors from the checkpoint."""
     report = _saved_report(plan.output / folder.RUN_FILE)
     settings = replace(plan.config.adapter, **report["adapter"])
     transformer = qwen_image.load_transformer(plan.config.model, parallel.loading_device(accelerator.device))
+    draw_prior(plan, transformer, encoded, accelerator, quiet=quiet)
     adapter.inject(transformer, settings)
     frozen, file = None, plan.output / FROZEN_FILE
     if report["frozen"] is not None:

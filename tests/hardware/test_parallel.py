@@ -74,6 +74,18 @@ def test_ddp_gives_the_adapter_of_one_process(run_toml: Path, tmp_path: Path, si
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("env", [DDP, FSDP])
+def test_a_prior_is_divided_among_processes(env: dict[str, str], run_toml: Path, tmp_path: Path) -> None:
+    """Drawn by both processes, or predicted by a base that may be sharded."""
+    prediction = ("data.trigger=zorp", "prior.method=prediction")
+    drawn = ("prior.method=pictures", "prior.prompts=['a', 'b', 'c']", "prior.num_pictures=3")
+    settings = (*SETTINGS, *(drawn if env is DDP else prediction))
+    assert run(run_toml, tmp_path / "one", *settings, "train.gradient_accumulation_steps=2") == FINISHED
+    both(run_toml, tmp_path / "two", *settings, env=env)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_fsdp_gives_the_adapter_of_one_process_and_goes_on_where_it_stopped(
     run_toml: Path, tmp_path: Path, single: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,7 +23,7 @@ from trainer.data.dataset import batch, load_picture
 from trainer.files import DTYPES
 from trainer.hardware import machine
 from trainer.hub import sources
-from trainer.objective import LoraObjective, encode
+from trainer.objective import LoraObjective, draw_prior, encode
 from trainer.plan import Plan
 from trainer.tracking import Tracker
 
@@ -79,6 +79,7 @@ def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, A
     encoded = encode(prepared, accelerator.device, text_encoder, quiet=False)
     text_encoder.unload()
     transformer = qwen_image.load_transformer(settings.model, accelerator.device)
+    draw_prior(prepared, transformer, encoded, accelerator, quiet=False)
     run.install(transformer, Seed(AdapterWeights({}), {}), settings.adapter, random_seed=settings.seed)
     qwen_image.set_up(
         transformer,

@@ -219,6 +219,7 @@ class Workbench:
             return {} if drawn is None or plain is None else {"drift": float((drawn - plain).square().mean())}
 
         encoded, handles = self._encoded[cell.subject.name], []
+        objective.draw_prior(prepared, transformer, encoded, self._accelerator, quiet=self._quiet)
         try:
             _, applied = run.install(transformer, seed, settings.adapter, random_seed=cell.seed)
             if seed.frozen is not None:

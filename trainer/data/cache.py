@@ -77,6 +77,10 @@ class Cache:
                 found.update(self._write(shard))
         return [found[k] for k in keys]
 
+    def count_missing(self, keys: Sequence[str]) -> int:
+        """How many of them `get` would have to compute."""
+        return len({*keys} - self._read({*keys}).keys())
+
     def _write(self, shard: dict[str, Tensor]) -> dict[str, Tensor]:
         if shard:
             sums = {name: checksum(tensor) for name, tensor in shard.items()}

@@ -19,6 +19,7 @@ from trainer.errors import UserError
 CAPTION_SUFFIXES = (".txt", ".caption")
 TEXT_KEYS = ("text", "caption", "prompt")  # of metadata.jsonl: the first is the standard name
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>")  # Qwen2.5-VL's: <|im_start|>, <|im_end|>, <|vision_pad|>, ...
+_PLACEHOLDER = re.compile(r"\[trigger\]", re.IGNORECASE)
 _JOINERS = "\u200c\u200d"  # invisible, but with a meaning in emoji and in several scripts
 _ENCODINGS = {
     "gb18030": "GBK (Chinese)",
@@ -130,17 +131,32 @@ def with_trigger(trigger: str, caption: str) -> tuple[str, list[str]]:
     """
     if not trigger:
         return caption, []
-    placeholder = re.compile(r"\[trigger\]", re.IGNORECASE)
-    if placeholder.search(caption):
-        return placeholder.sub(lambda _: trigger, caption), []
-    before = "" if _runs_on(trigger[0]) else r"(?<!\w)"
-    after = "" if _runs_on(trigger[-1]) else r"(?!\w)"
-    found = [match[0] for match in re.finditer(before + re.escape(trigger) + after, caption, re.IGNORECASE)]
+    if _PLACEHOLDER.search(caption):
+        return _PLACEHOLDER.sub(lambda _: trigger, caption), []
+    found = [match[0] for match in _as_a_word(trigger).finditer(caption)]
     if trigger in found:
         return caption, []
     if found:
         return caption, [f'the caption has the trigger in another case, "{found[0]}"']
     return f"{trigger}, {caption}", []
+
+
+def has_trigger(trigger: str, text: str) -> bool:
+    """Whether the text has the trigger, in any case, or "[trigger]"."""
+    return bool(trigger) and bool(_as_a_word(trigger).search(text) or _PLACEHOLDER.search(text))
+
+
+def without_trigger(trigger: str, caption: str, instead: str = "") -> str:
+    """The caption with other words in place of the trigger, or without it, and without the comma beside it."""
+    text = _as_a_word(trigger).sub(lambda _: instead, caption)
+    return text if instead else re.sub(r"(,\s*)+,", ",", re.sub(r"\s+", " ", text)).strip(" ,\u3001\uff0c")
+
+
+def _as_a_word(trigger: str) -> re.Pattern[str]:
+    """Matches the trigger in any case, where it is a word of its own."""
+    before = "" if _runs_on(trigger[0]) else r"(?<!\w)"
+    after = "" if _runs_on(trigger[-1]) else r"(?!\w)"
+    return re.compile(before + re.escape(trigger) + after, re.IGNORECASE)
 
 
 def _runs_on(letter: str) -> bool:

@@ -52,6 +52,15 @@ class Request:
     start: Work = Work()
     draws: bool = True
     """Whether sample pictures are drawn."""
+    prior_pixels: int = 0
+    """In the largest picture of a prior, which is trained on beside each batch; 0: there is none."""
+    draws_prior: bool = False
+    """Whether the base draws pictures before the training."""
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Pixels of the pictures of each forward pass that is kept for one backward pass."""
+        return (self.pixels, self.prior_pixels) if self.prior_pixels else (self.pixels,)
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def estimate(run: Request) -> Needs:
         parts["the prediction beside it"] = float(itemsize * run.start.numbers)
     held, cast = sum(parts.values()), cast_bytes(run.transformer, run.model)
     drawing = pass_bytes(run.transformer, run.model, run.adapter, run.train.batch_size, run.pixels) + cast
-    parts["activations and gradients"] = step_bytes(run.transformer, run.model, run.train, run.adapter, run.pixels)
+    parts["activations and gradients"] = step_bytes(run.transformer, run.model, run.train, run.adapter, *run.passes)
     if cast:
         parts["weights as they are computed"] = cast
     vae, encoding, decoding, in_tiles = vae_bytes(run.model.base, run.pixels)
@@ -94,6 +103,9 @@ def estimate(run: Request) -> Needs:
     if run.start.passes:
         tried = placed_bytes(run.transformer, run.model)[0] + itemsize * run.start.numbers
         found.append(Stage("trying strengths", tried + drawing))
+    if run.draws_prior:  # one by one, without the adapter
+        one = pass_bytes(run.transformer, run.model, run.adapter, 1, run.pixels) + cast
+        found.append(Stage("drawing the prior", placed_bytes(run.transformer, run.model)[0] + one))
     found.append(Stage("training", sum(parts.values())))
     if run.draws:
         found.append(Stage("drawing samples", held + drawing))
@@ -134,7 +146,8 @@ def waiting_bytes(run: Request) -> float:
     if not run.train.offload_activations:
         return blocks
     total = int(run.transformer.config["num_layers"])
-    return blocks + offload.activation_bytes(_input_bytes(run.transformer, run.model, run.train, run.pixels), total)
+    kept = sum(_input_bytes(run.transformer, run.model, run.train, pixels) for pixels in run.passes)
+    return blocks + offload.activation_bytes(kept, total)
 
 
 def _input_bytes(
@@ -190,10 +203,11 @@ def step_bytes(
     model: ModelConfig,
     train: TrainConfig,
     settings: AdapterConfig,
-    pixels: int,
+    *pixels: int,
 ) -> float:
-    """The peak of what a step makes of square pictures of so many pixels: activations, and gradients as they come."""
-    sizes, whole = (train.batch_size, pixels), 0.0
+    """The peak of what a step makes of square pictures of so many pixels: activations, and gradients as they come. With
+    several numbers there are as many forward passes before the backward pass."""
+    sizes, whole = (train.batch_size, *pixels), 0.0
     if train.gradient_accumulation_steps > 1:  # those of the first batch are there while the second one is computed
         modules = adapter.target_modules(transformer, settings)
         whole = 4.0 * sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())
@@ -227,21 +241,28 @@ def _peak(
     dtype: torch.dtype,
     gradient_checkpointing: bool,
     offload_activations: bool,
-    sizes: tuple[int, int],
+    sizes: tuple[int, ...],
     settings: AdapterConfig,
     blocks: int,
     backward: bool,
 ) -> int:
-    """Peak bytes of a pass on the meta device. sizes: the batch's, and pixels of a picture."""
+    """Peak bytes of a pass on the meta device. sizes: the batch's, and pixels of a picture of each forward pass."""
     transformer = few_blocks(shape, dtype, settings, blocks, torch.device("meta"))
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing(_checkpoint_elsewhere if offload_activations else None)
     transformer.train(backward)
     with fused_attention(), torch.set_grad_enabled(backward), LiveBytes() as counted:
-        velocity = forward(transformer, *sizes, of_input=False)
+        losses = [_loss(transformer, sizes[0], pixels, backward) for pixels in sizes[1:]]
         if backward:
-            flow.losses(velocity, torch.empty_like(velocity), torch.empty_like(velocity)).mean().backward()
+            torch.stack(losses).sum().backward()
     return counted.peak
+
+
+def _loss(transformer: Any, batch_size: int, pixels: int, backward: bool) -> Tensor:
+    velocity = forward(transformer, batch_size, pixels, of_input=False)
+    if not backward:
+        return velocity
+    return flow.losses(velocity, torch.empty_like(velocity), torch.empty_like(velocity)).mean()
 
 
 def _checkpoint_elsewhere(block: Any, *inputs: Any) -> Any:
@@ -341,7 +362,9 @@ def ways_to_fit(run: Request) -> list[tuple[list[str], Needs]]:
             savings.append((f"model.offload_blocks={number}", "model", {"offload_blocks": number}))
     for side in (768, 512):
         if run.pixels > side**2:
-            savings.append((f"data.resolution={side}", "", {"pixels": side**2}))
+            savings.append(
+                (f"data.resolution={side}", "", {"pixels": side**2, "prior_pixels": min(run.prior_pixels, side**2)})
+            )
     found: list[tuple[list[str], Needs]] = [([], estimate(run))]
     keys: list[str] = []
     for key, section, change in savings:

@@ -24,12 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer import qwen_image, validation
 from trainer.adapter import AdapterConfig, RunFacts, Stage, Work
+from trainer.data.prior import Prior
 from trainer.errors import UserError
 from trainer.files import DTYPES
 from trainer.hardware import machine, memory
 from trainer.hub import sources
 from trainer.loop import TrainConfig
-from trainer.plan import Plan, pixels
+from trainer.plan import Plan, pixels, prior_pixels
 from trainer.tracking import duration
 
 SHARE_OF_PEAK = 0.35  # a guess
@@ -123,6 +124,8 @@ class Workload:
     """The sample pictures of a validation."""
     validations: int
     steps: int
+    drawing_passes: int = 0
+    """Forward passes by which the base draws pictures for the prior."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ def estimate(work: Workload, speed: Speed) -> Seconds:
         "encoding captions and pictures": encoding(work.captions) + work.pictures / speed.flop,
         "predicting the start": sum(map(encoding, work.start.stages)),
         "trying strengths": work.start.passes * forward,
+        "drawing the prior": work.drawing_passes * forward,
         "the first validation": validating,
     }
     step = max(work.step / speed.flop, work.copies_a_step * copying)
@@ -174,8 +178,11 @@ def estimate(work: Workload, speed: Speed) -> Seconds:
 def count(plan: Plan) -> Workload:
     """What a run does that finds nothing in the cache."""
     run, data, base = plan.config, plan.dataset, plan.config.model.base
-    side, number = pixels(plan), sum(len(e.buckets) for e in data.train) + len(data.held_out)
+    prior, side, number = plan.prior, pixels(plan), sum(len(e.buckets) for e in data.train) + len(data.held_out)
     captions = sum(len(e.captions) for e in data.train) + len(data.held_out)
+    if prior:
+        number += sum(len(e.buckets) for e in prior.pictures)
+        captions += len(prior.texts)
     settings, like, blocks = run.adapter, plan.transformer, plan.transformer.transformer_blocks
     encoding, decoding = vae_flop(base, side)
     text = qwen_image.text_encoder_bytes(base)
@@ -185,20 +192,36 @@ def count(plan: Plan) -> Workload:
     pictures = sum(min(checks.num_pictures, len(part)) for part in (data.train, data.held_out))
     drawing = shown * checks.num_inference_steps * (2 if checks.true_cfg_scale > 1 else 1)
     one = TrainConfig(gradient_checkpointing=run.train.gradient_checkpointing)
+    step = transformer_flop(like, settings, run.train, side, backward=True)
+    copies = 2  # forward, and again in the backward pass
+    if prior:
+        step += transformer_flop(like, settings, run.train, prior_pixels(plan), backward=True)
+        copies += 2
+    if prior and prior.config.method == "prediction":  # the base's own
+        step += transformer_flop(like, settings, run.train, side, backward=False)
+        copies += 1
     return Workload(
         num_bytes=text + _transformer_bytes(plan),
         captions=Stage("encoding captions", text_loaded, flop=text * tokens),
         pictures=number * encoding,
         start=plan.start.work(RunFacts(tuple(e.path for e in data.train), settings, can_try=True)),
         forward=transformer_flop(like, settings, one, side, backward=False),
-        step=transformer_flop(like, settings, run.train, side, backward=True) * run.train.gradient_accumulation_steps,
+        step=step * run.train.gradient_accumulation_steps,
         copied=min(run.model.offload_blocks, len(blocks)) * memory.weight_bytes(blocks[-1], run.model),
-        copies_a_step=2 * run.train.gradient_accumulation_steps,  # forward, and again in the backward pass
+        copies_a_step=copies * run.train.gradient_accumulation_steps,
         validation_passes=pictures * validation.NUM_SIGMAS + drawing,
         decoding=shown * decoding,
         validations=math.ceil(run.train.steps / checks.every) + 1,
         steps=run.train.steps,
+        drawing_passes=_drawing_passes(prior),
     )
+
+
+def _drawing_passes(prior: Prior | None) -> int:
+    if prior is None:
+        return 0
+    guided = 2 if prior.config.true_cfg_scale > 1 else 1
+    return len(prior.drawn) * prior.config.num_inference_steps * guided
 
 
 def _transformer_bytes(plan: Plan) -> float:
