@@ -190,11 +190,14 @@ class Dataset:
 def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
     """Read every picture and caption; sides of buckets are multiples of `multiple`. DataError lists all problems."""
     problems, folders = config.problems(), config.each_folder()
-    for side in dict.fromkeys(side for own in (config, *folders) for side in as_list(own.resolution)):
+    sides = [("", side, "") for side in as_list(config.resolution)]
+    for number, folder in enumerate(config.folders):
+        sides += [(f"folders.{number}.", side, f" ({folder.images})") for side in as_list(folder.resolution or ())]
+    for where, side, images in sides:
         if side % multiple:
             low = max(side // multiple, 1) * multiple
             advice = f"such as {low}" + (f" or {low + multiple}" if low < side else "")
-            problems.append(f"resolution = {side} must be a multiple of {multiple}, {advice}")
+            problems.append(f"{where}resolution = {side} must be a multiple of {multiple}, {advice}{images}")
     if problems:
         raise DataError(problems)
     notes, found = Notes(), list[Example]()
