@@ -459,3 +459,16 @@ def test_a_hypernetwork_reads_one_caption_of_a_picture(two: Path, tmp_path: Path
     read_subjects(SubjectsConfig(images=str(tmp_path / "far"), resolution=64), square=False, problems=found)
     (problem,) = [problem for problem in found if "several captions" in problem]
     assert problem.startswith(f"[data] images: {tmp_path / 'far' / '0.png'} has several captions")
+
+
+def test_captions_elsewhere_are_each_folder_s_own(two: Path, tmp_path: Path) -> None:
+    for name in ("near", "far"):
+        (tmp_path / f"{name}_captions").mkdir()
+        (tmp_path / f"{name}_captions" / "0.txt").write_text(f"other words for {name}")
+    own = [f'data.folders.{i}.captions="{tmp_path / name}_captions"' for i, name in enumerate(("near", "far"))]
+    data = load_config(two, own, initializers)[0].data
+    found = {f"{e.path.parent.name}/{e.path.name}": e.caption for e in scan(data, multiple=16, seed=0).train}
+    assert found["near/0.png"] == "other words for near" and found["far/0.png"] == "other words for far"
+    assert found["near/1.png"] == "near 1"
+    (problem,) = problems(two, f'data.captions="{tmp_path / "near_captions"}"')
+    assert "the captions of each folder are named in its own table" in problem

@@ -112,8 +112,11 @@ class DataConfig:
             clean(self.trigger)
         except CaptionError as error:
             found.append(f"trigger: {error}")
-        if self.captions is not None and not folder_path(self.captions).is_dir():
-            found.append(f"captions: there is no folder {folder_path(self.captions).absolute()}")
+        if self.captions is not None and self.folders:
+            found.append("captions: with [[data.folders]], the captions of each folder are named in its own table")
+        for name in dict.fromkeys(own.captions for own in self.each_folder() if own.captions is not None):
+            if not folder_path(name).is_dir():
+                found.append(f"captions: there is no folder {folder_path(name).absolute()}")
         if self.cache == "":
             found.append("cache must name a folder; leave it out for the one in the output folder")
         elif self.cache and (file := file_in_the_way(Path(self.cache))):

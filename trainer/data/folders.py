@@ -23,6 +23,8 @@ class FolderConfig:
     """Instead of that in `[data]`."""
     audit: str | None = None
     """Instead of that in `[data]`: the audit.json of this folder."""
+    captions: str | None = None
+    """As `[data] captions`: the captions of this folder."""
     masks: str | None = None
     """As `[data] masks`: the masks of this folder."""
 
