@@ -142,11 +142,21 @@ def paint(who: Identity, where: Scene) -> Image:
     """The picture, (64, 64, 3) RGB."""
     rng = np.random.default_rng([where.seed, 7])
     canvas = _background(where.background, int(rng.choice([-1, 1])))
-    radius = {"small": 13.0, "big": 17.5}[where.size]
-    centre_x = {"left": 20.0, "middle": 32.0, "right": 44.0}[where.place] + rng.uniform(-SHIFT, SHIFT)
-    centre_y = 56.0 - radius + rng.uniform(-SHIFT, SHIFT)
-    _creature(canvas, who, centre_x, centre_y, radius)
+    _creature_at(canvas, who, where, rng)
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def mask(who: Identity, where: Scene) -> Image:
+    """How much of each pixel of `paint` is the creature, and not what is behind it, (64, 64), 0 to 255: what shows of a
+    white background that does not show of a black one."""
+    over = []
+    for ground in (0.0, 1.0):
+        rng = np.random.default_rng([where.seed, 7])
+        rng.choice([-1, 1])
+        canvas = np.full((SIZE, SIZE, 3), ground, np.float32)
+        _creature_at(canvas, who, where, rng)
+        over.append(canvas[..., 0])
+    return (np.clip(1 - (over[1] - over[0]), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------
@@ -295,6 +305,14 @@ def _headgear(canvas: Field, who: Identity, x: Field, y: Field, r: float, body: 
                 loop = np.maximum(np.abs(y - top) - 0.6 * turned - 0.05 * r, np.maximum(turned - 0.6 * r, -turned))
                 _blend(canvas, loop, colour)
             _blend(canvas, _ellipse(x, y - top, 0.16 * r, 0.16 * r), dark)
+
+
+def _creature_at(canvas: Field, who: Identity, where: Scene, rng: np.random.Generator) -> None:
+    """rng: that of the scene, after the background's side."""
+    radius = {"small": 13.0, "big": 17.5}[where.size]
+    centre_x = {"left": 20.0, "middle": 32.0, "right": 44.0}[where.place] + rng.uniform(-SHIFT, SHIFT)
+    centre_y = 56.0 - radius + rng.uniform(-SHIFT, SHIFT)
+    _creature(canvas, who, centre_x, centre_y, radius)
 
 
 def _creature(canvas: Field, who: Identity, centre_x: float, centre_y: float, r: float) -> None:

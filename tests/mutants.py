@@ -160,6 +160,51 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "trainer/data/masks.py",
+        (
+            "weights of a mask do not have mean 1",
+            "(found / found.mean()).float()",
+            "found.float()",
+            "tests/data/test_masks.py::test_latents_weigh_what_their_pixels_do_on_average",
+        ),
+        (
+            "black and white of a mask are exchanged",
+            "outside + (1 - outside) * pooled",
+            "1 - (1 - outside) * pooled",
+            "tests/data/test_masks.py::test_latents_weigh_what_their_pixels_do_on_average",
+        ),
+        (
+            "a latent's weight is of pixels in other places",
+            "width, mask.width // width).mean(dim=(1, 3))",
+            "width, mask.width // width).mean(dim=(1, 3)).flip(1)",
+            "tests/data/test_masks.py::test_latents_weigh_what_their_pixels_do_on_average",
+        ),
+        (
+            "a mask is scaled, and not cropped as its picture is",
+            "    return fitted(image, bucket)",
+            "    return image.resize(bucket, Image.Resampling.LANCZOS)",
+            "tests/data/test_masks.py::test_a_mask_lies_over_its_picture_to_the_pixel",
+        ),
+        (
+            "a mask without a picture is passed over",
+            "elif _partner(path) not in names(place):",
+            "elif False:",
+            "tests/data/test_masks.py::test_all_that_is_wrong_with_masks_is_told_at_once",
+        ),
+        (
+            "a mask of another size is used",
+            "if mask.size != size:",
+            "if mask.size[0] > 10 * size[0]:",
+            "tests/data/test_masks.py::test_all_that_is_wrong_with_masks_is_told_at_once",
+        ),
+        (
+            "a mask that changes during a run is used",
+            "if pixel_hash(image) != mask.digest:",
+            "if not mask.digest:",
+            "tests/data/test_masks.py::test_a_mask_that_changes_while_a_run_goes_on_is_told_of",
+        ),
+    ),
+    *_mutants(
         "trainer/objective.py",
         (
             "the weight of the prior does nothing",
@@ -178,6 +223,18 @@ MUTANTS = (
             '"prior", step, part)',
             '"noise", step, part, 0)',
             "tests/data/test_prior.py::test_pictures_are_dealt_as_the_training_pictures_are",
+        ),
+        (
+            "masks do not weigh the loss",
+            "inputs.noise, inputs.weights).mean()",
+            "inputs.noise).mean()",
+            "tests/test_objective.py::test_the_loss_of_a_masked_picture_is_the_mean_of_its_weighted_errors",
+        ),
+        (
+            "the stable loss is the masked one",
+            'f"{name}_masked" if way else name',
+            'name if way else f"{name}_masked"',
+            "tests/test_objective.py::test_beside_the_stable_losses_there_are_masked_ones",
         ),
         (
             "caption dropout does nothing",

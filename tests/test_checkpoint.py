@@ -247,6 +247,28 @@ def test_other_pictures_are_another_course(pictures: list[tuple[str, str]], said
         checkpoint.latest(tmp_path, checkpoint.course(settings(), pictures, {}))
 
 
+def test_other_masks_are_another_course(tmp_path: Path) -> None:
+    courses = {
+        name: checkpoint.course(settings(), [ONE, TWO], {}, (), found)
+        for name, found in {
+            "none": [],
+            "one": [("digest 1", "mask 1")],
+            "other": [("digest 1", "mask 2")],
+            "both": [("digest 2", "mask 2"), ("digest 1", "mask 1")],
+            "both, in another order": [("digest 1", "mask 1"), ("digest 2", "mask 2")],
+        }.items()
+    }
+    assert courses["none"] == checkpoint.course(settings(), [ONE, TWO], {})
+    for name, changed in {"none": 1, "one": 0, "other": 1, "both": 1}.items():
+        save(tmp_path / name, 1, state={"course": courses[name]})
+        if changed:
+            with pytest.raises(CheckpointError, match=r"masks of training pictures have .* those of 1 pictures\. Set"):
+                checkpoint.latest(tmp_path / name, courses["one"])
+        else:
+            assert checkpoint.latest(tmp_path / name, courses["one"])
+    assert checkpoint.latest(tmp_path / "both", courses["both, in another order"])
+
+
 def test_a_checkpoint_without_a_course_is_of_an_older_version(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     state = json.loads((path / "state.json").read_text())

@@ -14,6 +14,7 @@ from torch import Tensor
 import initializers
 from trainer import adapter, flow, objective, qwen_image, validation
 from trainer.adapter import AdapterWeights
+from trainer.data import masks
 from trainer.data.dataset import batch, drops_caption
 from trainer.flow import generator
 from trainer.lowrank import LowRank
@@ -182,6 +183,84 @@ def test_blocks_that_are_computed_again_have_the_dropout_and_the_frozen_lora_of_
             torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-8, msg=name)
 
 
+# --- masks ------------------------------------------------------------------------------------------------
+
+
+def with_masks(pictures: Path, *names: str, white: bool = False) -> None:
+    """The left half is white, or all of it."""
+    for name in names:
+        mask = Image.new("L", (64, 64), "white" if white else "black")
+        mask.paste(255, (0, 0, 32, 64))
+        mask.save(pictures / f"{name}.mask.png")
+
+
+def masked_objective(plan: Plan) -> LoraObjective:
+    """With random latents, and the masks as a run reads them."""
+    trained, cells = make_objective(plan), (8, 8)
+    for e in (*plan.dataset.train, *plan.dataset.held_out):
+        if e.mask:
+            weights = masks.weights(masks.load(e.mask, e.bucket), cells, plan.config.data.mask_outside)
+            trained._encoded.weights[objective._mask_name(e)] = weights
+    return trained
+
+
+@torch.no_grad()
+def test_the_loss_of_a_masked_picture_is_the_mean_of_its_weighted_errors(run_toml: Path, pictures: Path) -> None:
+    with_masks(pictures, "0", "1", "2", "3")  # of six
+    plan = make_plan(run_toml, "train.batch_size=6", "data.held_out=0", "data.mask_outside=0.25")
+    trained = masked_objective(plan)
+    inputs = trained.inputs(0, 0)
+    noisy = flow.interpolate(inputs.latents, inputs.noise, inputs.sigmas)
+    predicted = qwen_image.predict_velocity(
+        trained.transformer, noisy, inputs.sigmas, inputs.prompt_embeds, inputs.mask
+    )
+    errors = (predicted - (inputs.noise - inputs.latents)).double().square()  # B C 1 h w
+    expected = []
+    for error, name in zip(errors, inputs.names, strict=True):
+        left, right = error[..., :4].mean(), error[..., 4:].mean()
+        masked = Path(name).stem in "0123"
+        expected.append((left + 0.25 * right) / 1.25 if masked else (left + right) / 2)
+    assert float(trained.forward(inputs)) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [("white", "data.mask_outside=0.1"), ("half", "data.mask_outside=1")])
+def test_masks_that_leave_nothing_out_change_nothing(settings: tuple[str, str], run_toml: Path, pictures: Path) -> None:
+    kind, outside = settings
+    plain = make_objective(make_plan(run_toml))
+    with_masks(pictures, *"012345", white=kind == "white")
+    trained = masked_objective(make_plan(run_toml, outside))
+    found = []
+    for one in (plain, trained):
+        one.loss(0, 0).value.backward()
+        found.append({name: p.grad for name, p in one.transformer.named_parameters() if p.grad is not None})
+    assert trained.inputs(0, 0).weights is not None and plain.inputs(0, 0).weights is None
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_a_batch_without_masks_is_not_weighted(run_toml: Path, pictures: Path) -> None:
+    with_masks(pictures, "0")
+    trained = masked_objective(make_plan(run_toml, "train.batch_size=1", "data.held_out=0"))
+    for step in range(6):
+        inputs = trained.inputs(step, 0)
+        assert (inputs.weights is not None) == inputs.names[0].endswith("0.png")
+
+
+def test_latents_in_the_cache_serve_with_and_without_masks(
+    run_toml: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(run_toml)
+    encoder = qwen_image.text_encoder(plan.config.model, CPU)
+    plain = objective.encode(plan, CPU, encoder, quiet=True)
+    with_masks(pictures, "0", "1")
+    monkeypatch.setattr(qwen_image, "load_vae", lambda *_: pytest.fail("the VAE is loaded again"))
+    masked = objective.encode(make_plan(run_toml), CPU, encoder, quiet=True)
+    assert masked.latents.keys() == plain.latents.keys() and plain.weights == {}
+    (weights,) = masked.weights.values()  # both masks are the same
+    torch.testing.assert_close(weights[0, 0, 3], torch.tensor([1 / 0.55] * 4 + [0.1 / 0.55] * 4))
+
+
 # --- validation -------------------------------------------------------------------------------------------
 
 
@@ -250,6 +329,29 @@ def test_the_stable_losses_are_of_so_many_pictures(run_toml: Path) -> None:
         "val_loss": pytest.approx(expected(plan.dataset.held_out[0]), rel=1e-5),
         "train_stable_loss": pytest.approx(expected(plan.dataset.train[0]), rel=1e-5),
     }
+
+
+def test_beside_the_stable_losses_there_are_masked_ones(run_toml: Path, pictures: Path) -> None:
+    with_masks(pictures, *"012345")
+    plan = make_plan(run_toml, "validation.num_pictures=2")
+    encoded, transformer = masked_objective(plan)._encoded, qwen_image.load_transformer(plan.config.model, CPU)
+    found = stable_losses(plan, transformer, encoded, Accelerator())
+    assert [*found] == ["val_loss", "val_loss_masked", "train_stable_loss", "train_stable_loss_masked"]
+    left = torch.zeros(1, 1, 8, 8)
+    left[..., :4] = 2
+    for name, examples in (("val_loss", plan.dataset.held_out), ("train_stable_loss", plan.dataset.train)):
+        items = [replace(encoded.item(e), weights=(left, 2 - left)) for e in examples[:2]]
+        whole, inside, around = validation.weighted_errors(transformer, items, CPU, torch.float32).mean(dim=(0, 1))
+        assert found[name] == pytest.approx(float(whole), rel=1e-5)
+        assert found[name] == pytest.approx(float((inside + around) / 2), rel=1e-5)
+        assert found[f"{name}_masked"] == pytest.approx(float((inside + 0.1 * around) / 1.1), rel=1e-5)
+        assert abs(found[f"{name}_masked"] / found[name] - 1) > 1e-3
+    for mask in pictures.glob("*.mask.png"):
+        mask.unlink()
+    unmasked = make_plan(run_toml, "validation.num_pictures=2")
+    assert stable_losses(unmasked, transformer, made_up(unmasked), Accelerator()) == pytest.approx(
+        {name: found[name] for name in ("val_loss", "train_stable_loss")}
+    )
 
 
 def test_dropout_is_off_while_validating_and_on_again_after(run_toml: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import initializers
@@ -141,6 +142,30 @@ def test_a_run_goes_on_in_another_place(
     for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):  # whose metadata name the base
         a, b = (load_file(output / "adapter" / name) for output in (there / "out", tmp_path / "through"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_another_mask_is_refused_and_the_same_goes_on(
+    run_toml: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(6):
+        Image.new("L", (64, 64), "white").save(pictures / f"{number}.mask.png")
+    half_done(run_toml, tmp_path / "out", monkeypatch)
+    before = {path.name: path.read_bytes() for path in pictures.glob("*.mask.png")}
+    for path in pictures.glob("*.mask.png"):
+        mask = Image.open(path)
+        mask.paste(0, (0, 0, 10, 10))
+        mask.save(path)
+    assert run(run_toml, tmp_path / "out", *PLAIN, resume=True) == BAD_INPUT
+    assert "masks of training pictures have changed, come or gone: those of 4 pictures" in caplog.text
+    for name, data in before.items():
+        (pictures / name).write_bytes(data)
+    assert run(run_toml, tmp_path / "out", *PLAIN, "data.mask_outside=0.2", resume=True) == BAD_INPUT
+    assert "data.mask_outside is 0.2, the checkpoint has 0.1" in caplog.text
+    (tmp_path / "masks").mkdir()
+    for path in pictures.glob("*.mask.png"):  # the same content at another place
+        path.rename(tmp_path / "masks" / path.name)
+    assert run(run_toml, tmp_path / "out", *PLAIN, f"data.masks={tmp_path / 'masks'}", resume=True) == FINISHED
+    assert {"val_loss_masked", "train_stable_loss_masked"} <= status(tmp_path / "out")["validations"][-1].keys()
 
 
 def test_what_only_saves_memory_or_time_may_change(

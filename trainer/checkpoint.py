@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.files import new_folder, sha256, write_json, write_tensors
 
 FOLDER = "checkpoints"  # in the output
-PICTURES, MODELS = "pictures", "models"  # the keys of a course that are not settings
+PICTURES, MASKS, MODELS = "pictures", "masks", "models"  # the keys of a course that are not settings
 TENSORS = "trainable.safetensors", "optimizer.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -89,17 +89,20 @@ def course(
     pictures: Iterable[Sequence[str]],
     models: Mapping[str, Sequence[str] | None],
     free: Collection[str] = (),
+    masks: Iterable[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """All that decides the course of a training: a checkpoint belongs to one, and `latest` compares it key by key.
 
     settings: a configuration as nested tables, without the keys and tables that `free` names by their dotted names,
     which may change when a run is resumed. pictures: hash and captions of each training picture, in their order.
     models: hashes of the files of each, by the key that names it; None if the files are not on this machine: then they
-    are not compared.
+    are not compared. masks: hashes of a training picture and of its mask.
     """
     found = dict(_dotted(settings))
     kept = {name: value for name, value in found.items() if not any(f"{name}.".startswith(f"{key}.") for key in free)}
     hashes = {name: None if files is None else sorted(files) for name, files in models.items()}
+    if masks := sorted({*masks}):
+        kept[MASKS] = masks
     return json.loads(json.dumps({**kept, PICTURES: list(pictures), MODELS: hashes}))
 
 
@@ -146,6 +149,8 @@ def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
             found += _different_models(now.get(MODELS, {}), then.get(MODELS, {}))
         elif here != there and name == PICTURES:
             found.append(_different_pictures(now[PICTURES], then[PICTURES]))
+        elif here != there and name == MASKS:
+            found.append(_different_masks(now.get(MASKS, ()), then.get(MASKS, ())))
         elif here != there:
             here, there = (text if text != "null" else "not set" for text in (here, there))
             found.append(f"{name} is {here}, the checkpoint has {there}")
@@ -175,6 +180,12 @@ def _different_pictures(now: Sequence[Sequence[str]], then: Sequence[Sequence[st
         return "the training pictures are in another order, by their file names, than those of the checkpoint"
     new, old = ('" or "'.join(texts) for texts in changed[0])
     return f'{len(changed)} captions have changed, such as "{new}", which was "{old}"'
+
+
+def _different_masks(now: Sequence[Sequence[str]], then: Sequence[Sequence[str]]) -> str:
+    changed = {tuple(pair) for pair in now} ^ {tuple(pair) for pair in then}
+    pictures = {digest for digest, _ in changed}
+    return f"masks of training pictures have changed, come or gone: those of {len(pictures)} pictures"
 
 
 def load(path: Path) -> Checkpoint:

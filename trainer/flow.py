@@ -89,6 +89,8 @@ def velocity(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def losses(predicted: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity for each sample, fp32, shape B."""
-    return (predicted.float() - velocity(latents, noise).float()).square().flatten(1).mean(1)
+def losses(predicted: Tensor, latents: Tensor, noise: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error of the velocity for each sample, fp32, shape B. weights: how much each of its numbers counts,
+    of mean 1, and of a shape that can be expanded to that of latents."""
+    errors = (predicted.float() - velocity(latents, noise).float()).square()
+    return (errors if weights is None else errors * weights).flatten(1).mean(1)

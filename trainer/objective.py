@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer import adapter, flow, qwen_image, validation
 from trainer.adapter import AdapterWeights
+from trainer.data import masks
 from trainer.data.cache import Cache
 from trainer.data.dataset import Example, batch, drawn_caption, drops_caption
 from trainer.data.encode import encode_pictures, encode_prompts
@@ -32,6 +33,7 @@ class Encoded:
 
     latents: dict[str, Tensor]  # picture digest and bucket -> C 1 h w
     prompts: dict[str, Tensor]  # text -> L D
+    weights: dict[str, Tensor] = field(default_factory=dict)  # mask digest and bucket -> 1 1 h w, of mean 1
 
     def latents_of(self, example: Example) -> Tensor:
         """C 1 h w"""
@@ -42,9 +44,28 @@ class Encoded:
             example.path.name, example.digest, self.latents_of(example), self.prompts[example.caption]
         )
 
+    def weighted(self, examples: Sequence[Example]) -> list[validation.Item]:
+        """With the weights of training, if one of the pictures has a mask."""
+        weights = self.weights_of(examples)
+        items = [self.item(example) for example in examples]
+        return [replace(item, weights=(one,)) for item, one in zip(items, weights, strict=True)] if weights else items
+
+    def weights_of(self, examples: Sequence[Example]) -> list[Tensor]:
+        """1 1 h w for each, which is 1 everywhere without a mask; none at all if no picture has one."""
+        if not any(example.mask for example in examples):
+            return []
+        return [
+            self.weights[_mask_name(e)] if e.mask else torch.ones(1, *self.latents_of(e).shape[1:]) for e in examples
+        ]
+
 
 def _name(example: Example) -> str:
     return f"{example.digest} {example.bucket}"
+
+
+def _mask_name(example: Example) -> str:
+    assert example.mask is not None
+    return f"{example.mask.digest} {example.bucket}"
 
 
 def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet: bool) -> Encoded:
@@ -61,7 +82,12 @@ def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet
     texts |= plan.prior.texts if plan.prior else set()
     prompts = encode_prompts(cache, text_encoder, DTYPES[run.model.dtype], texts, quiet=quiet)
     qwen_image.free_memory()
-    return Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
+    encoded = Encoded({_name(e): value for e, value in zip(examples, latents, strict=True)}, prompts)
+    for example in (*shown, *held_out):
+        if example.mask:
+            mask, cells = masks.load(example.mask, example.bucket), encoded.latents_of(example).shape[-2:]
+            encoded.weights[_mask_name(example)] = masks.weights(mask, (cells[0], cells[1]), run.data.mask_outside)
+    return encoded
 
 
 def draw_prior(
@@ -114,6 +140,7 @@ class Inputs:
     """For the adapter's dropout."""
     names: list[str]
     """Paths of the pictures, for messages."""
+    weights: Tensor | None = None  # B 1 1 h w
     prior: "Inputs | None" = None
     """What is trained on beside them, if the run has a prior: as many."""
 
@@ -175,7 +202,9 @@ class LoraObjective:
         sigmas = flow.sample_sigmas(self._run.flow, len(latents), num_tokens, random).to(self._device)
         embeds, mask = self._stacked(texts)
         latents, noise = latents.to(self._device), noise.to(self._device)
-        return Inputs(latents, noise, sigmas, embeds, mask, random, [str(e.path) for e in examples])
+        found = self._encoded.weights_of(examples)
+        weights = torch.stack(found).to(self._device) if found else None
+        return Inputs(latents, noise, sigmas, embeds, mask, random, [str(e.path) for e in examples], weights)
 
     def _stacked(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
@@ -188,15 +217,18 @@ class LoraObjective:
     def _losses(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its parts if there is a prior: see `trainer.data.prior`."""
         if inputs.prior is None:
-            return flow.losses(self._velocity(inputs), inputs.latents, inputs.noise).mean(), {}
+            return self._subject_loss(inputs), {}
         assert self._plan.prior is not None
         kept = inputs.prior
         target = self._base_velocity(kept) if self._plan.prior.config.method == "prediction" else None
-        subject = flow.losses(self._velocity(inputs), inputs.latents, inputs.noise).mean()
+        subject = self._subject_loss(inputs)
         target = flow.velocity(kept.latents, kept.noise) if target is None else target
         prior = (self._velocity(kept).float() - target.float()).square().mean()
         parts = {"subject_loss": subject.detach(), "prior_loss": prior.detach()}
         return subject + self._plan.prior.config.weight * prior, parts
+
+    def _subject_loss(self, inputs: Inputs) -> Tensor:
+        return flow.losses(self._velocity(inputs), inputs.latents, inputs.noise, inputs.weights).mean()
 
     def _velocity(self, inputs: Inputs) -> Tensor:
         with flow.seeded(inputs.random, self._device):  # the adapter's dropout
@@ -288,20 +320,23 @@ def stable_losses(
     accelerator: Accelerator,
     tracker: Tracker | None = None,
 ) -> dict[str, float]:
-    """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`. Divided among the processes."""
+    """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`; where pictures have masks also
+    `val_loss_masked` and `train_stable_loss_masked`, weighted as in training. Divided among the processes."""
     run, values = plan.config, dict[str, float]()
     device, dtype = accelerator.device, DTYPES[run.model.dtype]
     for name, examples in (("val_loss", plan.dataset.held_out), ("train_stable_loss", plan.dataset.train)):
-        items = [encoded.item(example) for example in examples[: run.validation.num_pictures]]
-        if items:
+        shown = examples[: run.validation.num_pictures]
+        if items := encoded.weighted(shown):
             size = 2 * run.train.batch_size  # without gradients there is room for it
             rows = parallel.rows_of_process(accelerator, len(items))
             own = [items[row] for row in rows]
             errors = [
-                validation.stable_errors(transformer, [item], device, dtype, batch_size=size)
+                validation.weighted_errors(transformer, [item], device, dtype, batch_size=size)
                 for item in (tracker.each(own, name) if tracker else own)
             ]
-            values[name] = float(parallel.collect_rows(accelerator, len(items), rows, torch.cat(errors)).mean())
+            found = parallel.collect_rows(accelerator, len(items), rows, torch.cat(errors))
+            for way in range(found.shape[-1]):
+                values[f"{name}_masked" if way else name] = float(found[..., way].mean())
     return values
 
 

@@ -152,18 +152,21 @@ class Plan:
         free = {*FREE, *(f"init.{method}.{name}" for name in self.start.file_keys)}
         if self.config.train.lr_schedule == "constant":
             free.add("train.steps")
+        masks = [(e.digest, e.mask.digest) for e in self.dataset.train if e.mask]
+        if not masks:
+            free.add("data.mask_outside")
         models = {
             "model.base": qwen_image.identity(self.config.model.base, qwen_image.PARTS),
             f"init.{method}": self.start.identity(),
         }
-        return course(values, [(e.digest, *e.captions) for e in self.dataset.train], models, free)
+        return course(values, [(e.digest, *e.captions) for e in self.dataset.train], models, free, masks)
 
 
 FREE = (
     "output", "validation", "checkpoint", "export",
     "model.base", "model.attention", "model.compile", "model.keep_quantized", "model.offload_blocks",
     "data.images", "data.recursive", "data.held_out", "data.trigger", "data.default_caption", "data.audit",
-    "data.cache",
+    "data.masks", "data.cache",
     "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.offload_activations",
 )  # fmt: skip
 """Keys that do not change what a run computes, or do so only by the pictures, captions and models of its course."""
@@ -296,6 +299,7 @@ def plan_text(plan: Plan) -> str:
         f"pictures     {len(data.train)} for training, {len(data.held_out)} held out",
         *(f"folder       {line}" for line in folder_lines(run.data, data)),
         f"buckets      {', '.join(f'{w}x{h}: {n}' for (w, h), n in sorted(sizes.items()))}",
+        *_mask_lines(plan),
         f"base         {run.model.base}: {base_parameters / 1e6:,.1f} M parameters in {run.model.dtype}",
         f"adapter      rank {run.adapter.rank} on {len(plan.modules)} modules, {trainable:,} trainable parameters",
         f"start        {plan.start.method}",
@@ -322,6 +326,14 @@ def _prior_lines(plan: Plan) -> list[str]:
     if sources.is_here(qwen_image.need(plan.config.model.base)):
         missing = Cache(plan.cache).count_missing(drawing_keys(prior, plan.config.model))
     return [f"{weight}: {len(prior.drawn)} pictures, of which {missing} must be drawn before the training"]
+
+
+def _mask_lines(plan: Plan) -> list[str]:
+    data, outside = plan.dataset, plan.config.data.mask_outside
+    counts = [sum(example.mask is not None for example in examples) for examples in (data.train, data.held_out)]
+    if not any(counts):
+        return []
+    return [f"masks        of {counts[0]} pictures for training, {counts[1]} held out; black counts {outside:g}"]
 
 
 def notes(plan: Plan) -> list[str]:

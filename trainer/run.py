@@ -236,8 +236,12 @@ def _data_report(dataset: Dataset) -> dict[str, Any]:
 
 def _picture_report(example: Example) -> dict[str, Any]:
     """Captions in a list if there are several."""
-    found = {"picture": example.path.name, "sha256": example.digest, "caption": example.caption}
-    return found if not example.more_captions else {**found, "caption": list(example.captions)}
+    found: dict[str, Any] = {"picture": example.path.name, "sha256": example.digest, "caption": example.caption}
+    if example.more_captions:
+        found["caption"] = list(example.captions)
+    if example.mask:
+        found["mask"] = example.mask.digest
+    return found
 
 
 def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, Any], began: float) -> None:

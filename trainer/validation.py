@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,9 +62,10 @@ class Item:
     digest: str
     latents: Tensor  # C 1 h w
     prompt: Tensor  # L D
+    weights: tuple[Tensor, ...] = ()
+    """Ways to weigh the errors at its latents, each 1 1 h w, for `weighted_errors`."""
 
 
-@torch.no_grad()
 def stable_errors(
     transformer: torch.nn.Module,
     items: Sequence[Item],
@@ -82,6 +83,22 @@ def stable_errors(
     differ only by the model. `batch_size` sigmas are computed together; another `seed` is another draw of the noise;
     `chosen` are the numbers i of the sigmas that are wanted.
     """
+    plain = [replace(item, weights=()) for item in items]
+    return weighted_errors(transformer, plain, device, dtype, batch_size=batch_size, seed=seed, chosen=chosen)[..., 0]
+
+
+@torch.no_grad()
+def weighted_errors(
+    transformer: torch.nn.Module,
+    items: Sequence[Item],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch_size: int = NUM_SIGMAS,
+    seed: int = 0,
+    chosen: Sequence[int] = range(NUM_SIGMAS),
+) -> Tensor:
+    """The same by a third axis: with all latents alike, then in each of the ways in which the items weigh theirs."""
     losses = []
     for item in items:
         random = flow.generator("stable loss", item.digest, *([seed] if seed else []))
@@ -92,8 +109,9 @@ def stable_errors(
             noisy = flow.interpolate(latents, noise, sigmas).to(dtype)
             prompt = item.prompt.to(device).expand(len(rows), -1, -1)
             predicted = qwen_image.predict_velocity(transformer, noisy, sigmas, prompt, None)
-            losses.append(flow.losses(predicted, latents, noise))
-    return torch.cat(losses).view(len(items), len(chosen))
+            ways = (None, *(weights.to(device) for weights in item.weights))
+            losses.append(torch.stack([flow.losses(predicted, latents, noise, way) for way in ways], dim=-1))
+    return torch.cat(losses).view(len(items), len(chosen), -1)
 
 
 @dataclass(frozen=True)

@@ -111,3 +111,17 @@ def test_text_and_watermarks() -> None:
     (text,), (mark,) = found["texts"], found["watermarks"]
     assert text.text.replace(" ", "") == "GOODMORNING" and "photos.com" in mark.text
     assert abs(text.left - 100) < 40 and 1400 < mark.top < mark.bottom <= 1600 and mark.left > 1400
+
+
+def test_the_astronaut_s_mask_is_on_the_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    for name in ("astronaut", "coffee"):
+        picture(name).save(tmp_path / "pictures" / f"{name}.jpg")
+    arguments = ["audit", str(tmp_path / "pictures"), "--output", str(tmp_path / "audit"), "--masks", "faces"]
+    assert main(arguments) == FINISHED
+    (file,) = (tmp_path / "audit" / "masks").iterdir()
+    mask = np.array(Image.open(file))
+    assert file.name == "astronaut.png" and mask.shape == (512, 512)
+    assert mask[FACE[1] - 30 : FACE[1] + 30, FACE[0] - 30 : FACE[0] + 30].min() == 255
+    assert mask[260:].max() == 0 and mask[:, 330:].max() == 0 and 0.03 < (mask > 0).mean() < 0.12
+    assert "no mask, since nothing of it was found (1): coffee.jpg" in capsys.readouterr().out

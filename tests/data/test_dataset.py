@@ -579,13 +579,14 @@ def test_names_of_captions_in_use_elsewhere(folder, name):
     assert captions(dataset) == {"a.png": "from a file"}
 
 
-def test_masks_beside_pictures_are_not_trained_on(folder):
-    for name in ("a.png", "a-masklabel.png", "b.jpg", "b_mask.png", "c-mask.png"):
+def test_masks_of_other_programs_are_not_trained_on_and_told_how_to_name(folder):
+    for name in ("a.png", "a-masklabel.png", "b.jpg", "b_mask.png", "b.mask.jpg", "c-mask.png"):
         put(folder, name)
     dataset = scanned(folder)
     assert names(dataset.train) == {"a.png", "b.jpg", "c-mask.png"}  # there is no picture c
-    note = note_on(dataset, "masks beside pictures")
-    assert "a-masklabel.png" in note and "b_mask.png" in note
+    assert all(example.mask is None for example in dataset.train)
+    note = note_on(dataset, "masks beside pictures, which are not used; name them NAME.mask.png to use them (3)")
+    assert "a-masklabel.png" in note and "b_mask.png" in note and "b.mask.jpg" in note
 
 
 def test_folders_below_on_request(folder):

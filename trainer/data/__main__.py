@@ -47,6 +47,13 @@ def _add_audit(commands: Commands) -> None:
     parser.add_argument("--base", metavar="MODEL", help="count the tokens of captions by this model's tokenizer")
     parser.add_argument("--rules", type=Path, metavar="FILE", help="limits, in TOML")
     parser.add_argument("--quick", action="store_true", help="without faces, hands, people and text, which take longer")
+    parser.add_argument(
+        "--masks",
+        nargs="+",
+        choices=["faces", "hands", "subject"],
+        default=[],
+        help="write masks of these into masks/ in DIR, for [data] masks; subject: the square around each person",
+    )
     parser.set_defaults(run=_audit)
 
 
@@ -57,6 +64,8 @@ def _audit(options: argparse.Namespace) -> None:
     print(run.summary(report))
     print(f"to look at: {options.output / run.PAGE_FILE}")
     print(f'to train without what is left out: [data] audit = "{(options.output / run.DATA_FILE).as_posix()}"')
+    if options.masks:
+        print(f'to train with the masks: [data] masks = "{(options.output / run.masks.FOLDER).as_posix()}"')
 
 
 def _asked(options: argparse.Namespace) -> "Audit":
@@ -79,7 +88,8 @@ def _asked(options: argparse.Namespace) -> "Audit":
         raise config.ConfigError(problems)
     here = isinstance(base, str) and sources.is_here(qwen_image.need(base, ("tokenizer",)))
     multiple = qwen_image.picture_multiple(str(base)) if here else qwen_image.PICTURE_MULTIPLE
-    return Audit(data, rules, multiple, qwen_image.PROMPT_LIMIT, base if here else None, options.quick)
+    limit, masks = qwen_image.PROMPT_LIMIT, tuple(dict.fromkeys(options.masks))
+    return Audit(data, rules, multiple, limit, base if here else None, options.quick, masks)
 
 
 def _settings_of(folder: str, data: dict[str, Any]) -> dict[str, Any]:

@@ -15,15 +15,24 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from trainer.config import first_few
+from trainer.data import masks
 from trainer.data.audit.verdicts import Verdicts, read_verdicts
 from trainer.data.captions import CAPTION_SUFFIXES, CaptionError, Captions, clean, same_name
-from trainer.data.folders import FolderConfig, as_list, folder_path, folders_problems, resolution_problems
+from trainer.data.folders import (
+    FolderConfig,
+    as_list,
+    folder_path,
+    folders_problems,
+    masks_problems,
+    resolution_problems,
+)
+from trainer.data.masks import Mask
 from trainer.data.notes import Notes
-from trainer.data.pictures import SUFFIXES, DataError, decode, pixel_hash, read
+from trainer.data.pictures import SUFFIXES, DataError, decode, fitted, pixel_hash, read
 from trainer.errors import UserError
 from trainer.files import file_in_the_way
 from trainer.flow import generator
@@ -31,7 +40,6 @@ from trainer.flow import generator
 MAX_RATIO = 2.25  # of a bucket's sides: 2:1, with room for rounding
 CROP_NOTE = 0.25  # more than this share of a picture outside its crop is worth a word
 _Size = tuple[int, int]  # width, height
-_MASK = re.compile(r"(.+?)(?:-masklabel|-condlabel|[-_]mask)")
 _REPEATS = re.compile(r"\d+_")  # kohya: 10_name means each picture ten times
 
 
@@ -56,6 +64,12 @@ class DataConfig:
     own."""
     caption_dropout: float = 0.0
     """The probability, from 0 to 1, that a picture is trained on without its caption."""
+    masks: str | None = None
+    """A folder of masks, NAME.png or NAME.mask.png for a picture NAME, in the same folders as below `images`. Masks
+    beside their pictures, NAME.mask.png, are used without it. In the loss, white counts wholly, black by
+    `mask_outside`."""
+    mask_outside: float = 0.1
+    """How much the black of a mask counts, from 0, not at all, to 1, as much as white."""
     audit: str | None = None
     """The audit.json of `python -m trainer.data audit`: pictures that it says to leave out are neither trained on nor
     held out."""
@@ -88,6 +102,7 @@ class DataConfig:
         found += resolution_problems(self.resolution)
         if not 0 <= self.caption_dropout <= 1:
             found.append("caption_dropout must be from 0 to 1")
+        found += self._problems_of_masks()
         if self.trigger != self.trigger.strip():
             found.append("trigger must not begin or end with a space")
         try:
@@ -98,6 +113,14 @@ class DataConfig:
             found.append("cache must name a folder; leave it out for the one in the output folder")
         elif self.cache and (file := file_in_the_way(Path(self.cache))):
             found.append(f"cache: {file} is a file; name a folder, or leave it out for the one in the output folder")
+        return found
+
+    def _problems_of_masks(self) -> list[str]:
+        found = [] if 0 <= self.mask_outside <= 1 else ["mask_outside must be from 0 to 1"]
+        if self.masks is not None and self.folders:
+            found.append("masks: with [[data.folders]], the masks of each folder are named in its own table")
+        for own in self.each_folder():
+            found += masks_problems(own.masks, [self.images, str(self.held_out), *(one.images for one in self.folders)])
         return found
 
     def each_folder(self) -> "list[DataConfig]":
@@ -126,6 +149,9 @@ class Example:
     folder: int = 0
     """The number of its folder in `[[data.folders]]`."""
     repeats: int = 1
+
+    mask: Mask | None = None
+    """What of it counts; None: all."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -169,6 +195,7 @@ def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
     notes, found = Notes(), list[Example]()
     for number, own in enumerate(folders):
         examples = _scan_folder(folder_path(own.images), own, multiple, _verdicts(own, problems), problems, notes)
+        examples = _with_masks(examples, own, problems)
         if own.audit and not examples and not problems:
             left = f" of {own.images}" if config.folders else ""
             problems.append(f"audit: {own.audit} leaves out all pictures{left}; change its rules, and audit again")
@@ -178,6 +205,7 @@ def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
         train, verdicts = found, _verdicts(config, problems)
         known = replace(verdicts, must_know=False) if verdicts else None  # it is another folder than was audited
         held_out = _scan_folder(folder_path(config.held_out), config, multiple, known, problems, notes)
+        held_out = _with_masks(held_out, config, problems)
         problems += _in_both(train, held_out)
     elif problems:  # some pictures are missing from `found`: nothing to choose from
         train, held_out = found, []
@@ -204,7 +232,7 @@ def load_picture(example: Example) -> Image.Image:
     data = read(example.path)
     if hashlib.sha256(data).hexdigest() != example.digest:
         raise DataError([f"{example.path}: the file has changed since the run began; start the run again"])
-    return ImageOps.fit(decode(example.path, data)[0], example.bucket, Image.Resampling.LANCZOS)
+    return fitted(decode(example.path, data)[0], example.bucket)
 
 
 # --- folders ----------------------------------------------------------------------------------------------
@@ -217,6 +245,7 @@ class Contents:
     files: list[Path]
     pictures: list[Path]
     masks: set[Path]
+    """By their names, whether or not they are used."""
     below: list[Path]
     """Folders with pictures."""
 
@@ -226,12 +255,12 @@ def contents(folder: Path, config: DataConfig) -> Contents:
     entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
     files = [p for p in entries if not p.is_dir()]
     named = [p for p in files if p.suffix.lower() in SUFFIXES]
-    masks = _masks(named)
+    aside = masks.beside(named)
     below = [p for p in entries if p.is_dir() and _has_pictures(p, config.recursive)]
-    others = [config.held_out if isinstance(config.held_out, str) else "", *(one.images for one in config.folders)]
+    others = [str(config.held_out), config.masks or "", *(one.images for one in config.folders)]
     apart = {folder_path(name).resolve() for name in others if name}
     below = [p for p in below if p.resolve() not in apart]
-    return Contents(files, [p for p in named if p not in masks], masks, below)
+    return Contents(files, [p for p in named if p not in aside], aside, below)
 
 
 def _verdicts(config: DataConfig, problems: list[str]) -> Verdicts | None:
@@ -265,8 +294,7 @@ def _scan_folder(
         names = first_few((p.name for p in below), count=5)
         more = f"; there are pictures in folders below it ({names}): set recursive = true to use them" if below else ""
         problems.append(f"{folder}: there is no picture in it ({', '.join(SUFFIXES)}){more}")
-    for path in here.masks:
-        notes.add("masks beside pictures, which are not used", str(path))
+    masks.look_at_names(here.masks, pictures, problems, notes)
     for path in below:
         if not config.recursive:
             notes.add("folders with pictures that are not used without recursive = true", str(path))
@@ -293,12 +321,6 @@ def _without_captions(files: Sequence[Path], left_out: Iterable[Path], kept: Ite
     names = {same_name(name) for path in left_out for name in (path.stem, path.name)}
     names -= {same_name(name) for path in kept for name in (path.stem, path.name)}
     return [p for p in files if p.suffix.lower() not in CAPTION_SUFFIXES or same_name(p.stem) not in names]
-
-
-def _masks(pictures: Sequence[Path]) -> set[Path]:
-    """Pictures such as a-masklabel.png or a_mask.png, where there is an a.png (or .jpg, ...)."""
-    stems = {path.stem for path in pictures}
-    return {path for path in pictures if (match := _MASK.fullmatch(path.stem)) and match[1] in stems}
 
 
 def _has_pictures(folder: Path, recursive: bool) -> bool:
@@ -334,6 +356,26 @@ def _examples(
             text, *others = captions.get(path, ("",))
             found.append(Example(path, text, digest, size, bucket, pixels, tuple(others), tuple(more)))
     return found
+
+
+def _with_masks(examples: Sequence[Example], config: DataConfig, problems: list[str]) -> list[Example]:
+    """The examples with the masks that there are for them."""
+    folder = folder_path(config.masks) if config.masks else None
+    files = masks.find([e.path for e in examples], folder_path(config.images), folder, problems)
+
+    def inspect(example: Example) -> Mask | DataError | None:
+        file = files.get(example.path)
+        return masks.inspect(file, example.path, example.size, example.buckets) if file else None
+
+    made = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        bar = tqdm(pool.map(inspect, examples), "masks", len(examples), leave=False, disable=None, delay=2)
+        for example, mask in zip(examples, bar, strict=True):
+            if isinstance(mask, DataError):
+                problems += mask.problems
+            else:
+                made.append(replace(example, mask=mask) if mask else example)
+    return made if len(made) == len(examples) else [*examples]
 
 
 def _inspect(path: Path) -> tuple[str, str, _Size, list[str]] | DataError:

@@ -23,6 +23,8 @@ class FolderConfig:
     """Instead of that in `[data]`."""
     audit: str | None = None
     """Instead of that in `[data]`: the audit.json of this folder."""
+    masks: str | None = None
+    """As `[data] masks`: the masks of this folder."""
 
     def problems(self) -> list[str]:
         found = []
@@ -47,6 +49,17 @@ def folders_problems(folders: Sequence[FolderConfig]) -> list[str]:
             advice = "name it once, with the repeats that it is to have"
             found.append(f"folders.{number}: {folder.images} is the folder of folders.{same}, too; {advice}")
     return found
+
+
+def masks_problems(masks: str | None, pictures: Sequence[str]) -> list[str]:
+    """What is wrong with a folder of masks. pictures: the folders of pictures."""
+    if masks is None:
+        return []
+    if not masks or not (folder := folder_path(masks)).is_dir():
+        return [f"masks: there is no folder {folder_path(masks).absolute()}"]
+    if folder.resolve() in {folder_path(name).resolve() for name in pictures if name}:
+        return [f"masks: {masks} is a folder of pictures; masks beside pictures, NAME.mask.png, are found without it"]
+    return []
 
 
 def as_list(resolution: int | tuple[int, ...]) -> tuple[int, ...]:

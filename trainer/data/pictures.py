@@ -27,6 +27,7 @@ NEEDED_CHUNKS = (
     b"sRGB",
 )  # of a PNG: what makes its pixels
 PNG = b"\x89PNG\r\n\x1a\n"
+TRANSPARENT = "transparent: laid over white"  # what `decode` says that it has done
 _warnings = threading.Lock()  # what is done with warnings holds for the whole process, whatever the thread
 
 
@@ -158,7 +159,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         if rgba.getchannel("A").getextrema()[0] != 255:
-            done.append("transparent: laid over white")
+            done.append(TRANSPARENT)
             rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         image = rgba
     if image.mode in ("P", "RGBA"):
@@ -192,6 +193,11 @@ def _to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
         return image, "colour profile not usable: colours taken as sRGB"
     assert made is not None  # it is only None when converting in place
     return made, "colours converted to sRGB from their own profile"
+
+
+def fitted(image: Image.Image, bucket: tuple[int, int]) -> Image.Image:
+    """A picture, or its mask, at its bucket's size: scaled to cover it, the centre kept."""
+    return ImageOps.fit(image, bucket, Image.Resampling.LANCZOS)
 
 
 def pixel_hash(image: Image.Image) -> str:

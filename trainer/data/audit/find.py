@@ -65,8 +65,9 @@ class TextFinder:
         return {"texts": [line for line in lines if line not in marks], "watermarks": marks}
 
 
+FACES_HANDS_PEOPLE = "faces, hands and people"
 _FINDERS = {
-    "faces, hands and people": (("ai_edge_litert",), PeopleFinder),
+    FACES_HANDS_PEOPLE: (("ai_edge_litert",), PeopleFinder),
     "text and watermarks": (("rapidocr", "onnxruntime"), TextFinder),
 }
 

@@ -8,7 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.config import first_few, to_dict
-from trainer.data.audit.find import EXTRA, Finder, not_looked_for
+from trainer.data.audit import masks
+from trainer.data.audit.find import EXTRA, FACES_HANDS_PEOPLE, Finder, not_looked_for
 from trainer.data.audit.judge import Judgement, counts, judge
 from trainer.data.audit.page import write_page
 from trainer.data.audit.picture import Find, Picture, Seen, see
@@ -39,6 +40,8 @@ class Audit:
     """Whose tokenizer counts tokens."""
     quick: bool = False
     """Nothing is looked for in the pictures, whether or not the extra is installed."""
+    masks: tuple[str, ...] = ()
+    """What there shall be masks of: some of `masks.BOXES`."""
 
     @property
     def resolution(self) -> int:
@@ -57,7 +60,10 @@ def audit(asked: Audit, output: Path) -> dict[str, Any]:
     pictures = [*_pictures(asked, folder, captions)]
     judgements, alike = judge(pictures, asked.rules, resolution=asked.resolution, token_limit=asked.token_limit)
     report = _report(asked, folder, pictures, judgements)
-    report |= {"groups": alike, "notes": [*problems, *_notes(asked, pictures)]}
+    notes = [*problems, *_notes(asked, pictures)]
+    if asked.masks:
+        notes += masks.write_masks(output / masks.FOLDER, pictures, asked.masks)
+    report |= {"groups": alike, "notes": notes}
     write_page(output / PAGE_FILE, report, {picture.file: picture.seen.thumbnail for picture in pictures})
     write_json(output / DATA_FILE, report)
     return report
@@ -72,8 +78,19 @@ def _check(asked: Audit, folder: Path, output: Path) -> None:
         found.append(f"--output: {file} is a file; name a folder")
     elif output.resolve().is_relative_to(folder.resolve()):
         found.append(f"--output: {output} lies in the folder of the pictures, which is only read; name another one")
+    if asked.masks:
+        found += _problems_of_masks(asked, output / masks.FOLDER)
     if found:
         raise UserError("\n".join(found))
+
+
+def _problems_of_masks(asked: Audit, folder: Path) -> Iterator[str]:
+    if asked.quick:
+        yield "--masks: --quick looks for nothing that a mask could be made of; leave one of the two out"
+    elif FACES_HANDS_PEOPLE in not_looked_for():
+        yield f"--masks: {FACES_HANDS_PEOPLE} cannot be looked for here; to look for them: {EXTRA}"
+    if folder.exists() and any(folder.iterdir()):
+        yield f"--masks: there are files in {folder} already, which may be yours; remove them, or name another --output"
 
 
 def _captions(folder: Path, config: DataConfig, problems: list[str]) -> Iterator[tuple[Path, Caption]]:
