@@ -12,6 +12,7 @@ folder. Times are for 2 cores.
     coarse           train the Coarse expert                          40 minutes
     detail_subjects  paint the subjects of Fine                       1 minute
     fine             train the Fine expert on top of Coarse           35 minutes
+    captioner        train a Qwen2.5-VL that captions                 20 minutes
     drawn            let the base draw pictures                       2 minutes
     bias             train Bias on top of Coarse and Fine             7 minutes
     images           paint the held-out creature's folder             seconds
@@ -33,7 +34,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
 from tqdm import tqdm
 
-from demo import base, measure, painter, text_encoder, vae, vision
+from demo import base, caption_model, measure, painter, text_encoder, vae, vision
 from initializers.i2l import encoders
 from initializers.i2l.expert import load_expert, save_expert
 from initializers.i2l.layout import FILES
@@ -47,7 +48,7 @@ from trainer.formats import read_lora, write_lora
 from trainer.loop import Objective, TrainConfig
 
 DEMO = Path("demo")
-MODEL, IMAGES = DEMO / "model", DEMO / "images"
+MODEL, IMAGES, CAPTIONER = DEMO / "model", DEMO / "images", DEMO / "captioner"
 CONFIGS = Path("configs")
 
 VAE_TRAIN = TrainConfig(
@@ -55,6 +56,7 @@ VAE_TRAIN = TrainConfig(
 )
 BASE_TRAIN = TrainConfig(steps=12_000, batch_size=64, learning_rate=2e-3, lr_schedule="cosine", warmup_steps=200)
 VISION_TRAIN = TrainConfig(steps=3000, batch_size=64, learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100)
+CAPTION_TRAIN = TrainConfig(steps=2000, batch_size=64, learning_rate=1.5e-3, lr_schedule="cosine", warmup_steps=150)
 NUM_SUBJECTS, PICTURES_EACH = 15_000, 3
 NUM_DETAIL_SUBJECTS, NUM_DRAWN = 7500, 600
 HELD_OUT_CREATURE, NUM_IMAGES = ("zorp", 4), 8  # name, and index in the tier "new"
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "coarse": build_coarse,
         "detail_subjects": build_detail_subjects,
         "fine": build_fine,
+        "captioner": build_captioner,
         "drawn": build_drawn,
         "bias": build_bias,
         "images": build_images,
@@ -220,6 +223,12 @@ def build_fine(work: Path) -> None:
     train_expert("fine", work, "detail_subjects", encoders=DEMO / "encoders", weights=DEMO / "i2l")
 
 
+def build_captioner(work: Path) -> None:
+    objective = caption_model.CaptionObjective(MODEL, CAPTION_TRAIN.batch_size)
+    pretrain(objective, CAPTION_TRAIN, work / "captioner", validate_every=250)
+    caption_model.save(objective.captioner, MODEL, CAPTIONER)
+
+
 def build_drawn(work: Path) -> None:
     """Pictures that the base draws from captions, with the creature's traits in every second one."""
     prompts = []
@@ -254,9 +263,8 @@ def build_measurements(work: Path) -> None:
 
 def build_manifest(work: Path) -> None:
     """Write `demo/manifest.json`: size and hash of every shipped file, and the figures that were measured."""
-    files = sorted(
-        path for folder in ("model", "encoders", "i2l") for path in (DEMO / folder).rglob("*") if path.is_file()
-    )
+    folders = ("model", "encoders", "i2l", "captioner")
+    files = sorted(path for folder in folders for path in (DEMO / folder).rglob("*") if path.is_file())
     listed = {
         path.relative_to(DEMO).as_posix(): {
             "bytes": path.stat().st_size,

@@ -70,6 +70,105 @@ def _mutants(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
 
 MUTANTS = (
     *_mutants(
+        "trainer/data/caption/templates.py",
+        (
+            "a field that no template knows is left in the caption",
+            "for name in names if name not in known]",
+            "for name in names if False]",
+            "tests/data/test_caption.py::test_an_unknown_field_is_an_error_that_names_the_known_ones",
+        ),
+        (
+            "that there is nothing to say is said in the caption",
+            '"" if text.rstrip',
+            "text if text.rstrip",
+            "tests/data/test_caption.py::test_a_structured_chinese_answer",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/caption/answers.py",
+        (
+            "the trigger that training puts in front is not counted",
+            "with_trigger(self.trigger, text)[0] for text in texts",
+            "text for text in texts",
+            "tests/data/test_caption.py::test_what_was_done_to_an_answer_is_told",
+        ),
+        (
+            "a caption is shortened to its first sentence",
+            "re.finditer(end, text)][::-1]",
+            "re.finditer(end, text)]",
+            "tests/data/test_caption.py::test_a_long_caption_ends_with_a_sentence",
+        ),
+        (
+            "an unfinished sentence stays",
+            "answer.text if answer.ended else",
+            "answer.text if True else",
+            "tests/data/test_caption.py::test_what_was_done_to_an_answer_is_told",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/caption/vision_model.py",
+        (
+            "padding is read as text",
+            "(ids != self._padding).long()",
+            "torch.ones_like(ids)",
+            "tests/data/test_caption.py::test_a_batch_has_the_answers_of_each_picture_alone",
+        ),
+        (
+            "large pictures are read whole",
+            'min(size["longest_edge"], MAX_PIXELS)',
+            'size["longest_edge"]',
+            "tests/data/test_caption.py::test_large_pictures_are_scaled_down",
+        ),
+        (
+            "a model without a head writes at random",
+            'if tied or "lm_head.weight" in names:',
+            "if True:",
+            "tests/data/test_caption.py::test_a_model_without_a_language_head_is_refused",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/caption/written.py",
+        (
+            "a picture that has changed keeps its caption",
+            "self._entries[picture].sha256 == sha256",
+            "True",
+            "tests/data/test_caption.py::test_a_killed_command_goes_on_where_it_was",
+        ),
+        (
+            "captions by another question are mixed",
+            "for name, value in self._asked.items() if",
+            "for name, value in self._asked.items() if False and",
+            "tests/data/test_caption.py::test_captions_made_in_another_way_are_not_mixed",
+        ),
+        (
+            "a caption that a person corrected is written anew",
+            "known = [name for name in known if not self._text_file(name, pictures).exists()]",
+            "known = [*known]",
+            "tests/data/test_caption.py::test_a_killed_command_goes_on_where_it_was",
+        ),
+        (
+            "a row that a person corrected is written anew",
+            "new | rows if keep else",
+            "rows | new if keep else",
+            "tests/data/test_caption.py::test_rows_of_metadata",
+        ),
+        (
+            "two pictures of one name share a caption",
+            'stems[str(path.with_suffix(""))] > 1',
+            "False",
+            "tests/data/test_caption.py::test_captions_lie_as_the_pictures_do",
+        ),
+    ),
+    *_mutants(
+        "trainer/data/captions.py",
+        (
+            "captions beside the pictures count, too",
+            "self._decided = {*self._given}",
+            "self._decided = set()",
+            "tests/data/test_caption.py::test_captions_elsewhere_count_instead_of_those_beside_the_pictures",
+        ),
+    ),
+    *_mutants(
         "trainer/data/prior.py",
         (
             "a run may be resumed with other pictures for its prior",
@@ -207,6 +306,21 @@ MUTANTS = (
     *_mutants(
         "trainer/objective.py",
         (
+<<<<<<< HEAD
+=======
+            "masks do not weigh the loss",
+            "inputs.noise, inputs.weights).mean()",
+            "inputs.noise).mean()",
+            "tests/test_objective.py::test_the_loss_of_a_masked_picture_is_the_mean_of_its_weighted_errors",
+        ),
+        (
+            "the stable loss is the masked one",
+            'f"{name}_masked" if way else name',
+            'name if way else f"{name}_masked"',
+            "tests/test_objective.py::test_beside_the_stable_losses_there_are_masked_ones",
+        ),
+        (
+>>>>>>> origin/main
             "the weight of the prior does nothing",
             "self._plan.prior.config.weight * prior",
             "prior",
@@ -223,6 +337,7 @@ MUTANTS = (
             '"prior", step, part)',
             '"noise", step, part, 0)',
             "tests/data/test_prior.py::test_pictures_are_dealt_as_the_training_pictures_are",
+<<<<<<< HEAD
         ),
         (
             "masks do not weigh the loss",
@@ -235,6 +350,8 @@ MUTANTS = (
             'f"{name}_masked" if way else name',
             'name if way else f"{name}_masked"',
             "tests/test_objective.py::test_beside_the_stable_losses_there_are_masked_ones",
+=======
+>>>>>>> origin/main
         ),
         (
             "caption dropout does nothing",

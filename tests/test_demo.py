@@ -15,7 +15,7 @@ from diffusers import QwenImagePipeline
 
 import initializers
 import train as program
-from demo import base, build, creatures, experts, measure, painter, strengths, vae, vision
+from demo import base, build, caption_model, captions, creatures, experts, measure, painter, strengths, vae, vision
 from demo.text_encoder import templates
 from initializers.i2l.expert import read_geometry
 from initializers.i2l.layout import FILES, module_shapes
@@ -129,17 +129,32 @@ def test_the_pipeline_draws_the_background_the_place_and_the_size_it_is_asked_fo
 
 def test_the_manifest_tells_the_truth() -> None:
     manifest = json.loads((DEMO / "manifest.json").read_text())
-    shipped = {
-        p.relative_to(DEMO).as_posix() for folder in ("model", "encoders", "i2l") for p in (DEMO / folder).rglob("*.*")
-    }
+    folders = ("model", "encoders", "i2l", "captioner")
+    shipped = {p.relative_to(DEMO).as_posix() for folder in folders for p in (DEMO / folder).rglob("*.*")}
     assert set(manifest["files"]) == {name for name in shipped if (DEMO / name).is_file()}
     for name, entry in manifest["files"].items():
         data = (DEMO / name).read_bytes()
         assert len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"], name
-    assert manifest["total_bytes"] == sum(e["bytes"] for e in manifest["files"].values()) < 30e6
+    assert manifest["total_bytes"] == sum(e["bytes"] for e in manifest["files"].values()) < 32e6
     for kind in ("style", "coarse", "fine"):
         figures = manifest["figures"][kind]
         assert figures["val_loss"] < figures["val_loss_no_lora"] < figures["val_loss_wrong_picture"]
+
+
+def test_what_a_caption_names_is_read() -> None:
+    who, where = painter.identity("new", 5), painter.scene(5)
+    right = painter.caption(where, who)
+    assert all(captions.named(right, who, where).values())
+    other = replace(who, shape="pear" if who.shape != "pear" else "wide", headgear="horns")
+    wrong = captions.named(painter.caption(where, other), who, where)
+    assert [name for name, is_right in wrong.items() if not is_right] == ["shape", "headgear"]
+    elsewhere = next(s for i in range(30) if (s := painter.scene(i)).place != where.place)
+    assert not captions.named(painter.caption(elsewhere, who), who, where)["place"]
+    assert not any(captions.named("", who, where).values()) or who.headgear == "nothing"
+
+
+def test_the_shipped_captioner_names_creatures_that_it_has_never_seen(tmp_path: Path) -> None:
+    assert captions.measure(tmp_path, 20)["all"] >= captions.BAR
 
 
 def test_the_shipped_experts_have_the_published_layout_at_this_worlds_size() -> None:
@@ -163,15 +178,17 @@ def test_the_shipped_pictures_are_the_painters(tmp_path: Path, monkeypatch: pyte
 def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in place of demo/, and steps that take seconds: two updates on a few pictures."""
     demo = tmp_path / "demo"
-    for name, value in {"DEMO": demo, "MODEL": demo / "model", "IMAGES": demo / "images"}.items():
-        monkeypatch.setattr(build, name, value)
-    for name in ("VAE_TRAIN", "BASE_TRAIN", "VISION_TRAIN"):
+    monkeypatch.setattr(build, "DEMO", demo)
+    for name in ("MODEL", "IMAGES", "CAPTIONER"):
+        monkeypatch.setattr(build, name, demo / name.lower())
+    for name in ("VAE_TRAIN", "BASE_TRAIN", "VISION_TRAIN", "CAPTION_TRAIN"):
         monkeypatch.setattr(build, name, replace(getattr(build, name), steps=2, batch_size=2, warmup_steps=0))
     smaller: dict[Any, dict[str, int]] = {
         build: {"NUM_SUBJECTS": 4, "NUM_DETAIL_SUBJECTS": 4, "NUM_DRAWN": 4},
         vae: {"NUM_BATCHES": 1},
         base: {"NUM_PICTURES": 16, "NUM_HELD_OUT": 8},
         vision: {"NUM_PICTURES": 8, "NUM_HELD_OUT": 8},
+        caption_model: {"NUM_PICTURES": 8, "NUM_HELD_OUT": 8},
         measure: {"TRAIN_STEPS": 2, "NUM_INFERENCE_STEPS": 2, "NUM_PROMPTS": 24},
     }
     for module, values in smaller.items():
@@ -211,13 +228,14 @@ def assert_as_shipped(demo: Path) -> None:
 @pytest.mark.slow
 def test_models_encoders_and_an_expert_can_be_built_anew(small_world: Path, tmp_path: Path) -> None:
     """Every kind of step once; a second call changes nothing."""
-    steps = ["text", "vae", "base", "vision", "subjects", "style", "images", "measure", "manifest"]
+    steps = ["text", "vae", "base", "vision", "subjects", "style", "captioner", "images", "measure", "manifest"]
     assert build.main([*steps, "--work", str(tmp_path / "work")]) == 0
     assert_as_shipped(small_world)
     before = files_of_manifest(small_world)
     experts_built = {name for name in before if name.startswith("i2l/")}
     assert experts_built == {f"i2l/{FILES['style']}"} and any(name.startswith("encoders/") for name in before)
-    assert build.main(["base", "vision", "subjects", "style", "manifest", "--work", str(tmp_path / "work")]) == 0
+    again = ["base", "vision", "subjects", "style", "captioner", "manifest"]
+    assert build.main([*again, "--work", str(tmp_path / "work")]) == 0
     assert files_of_manifest(small_world) == before
 
 
@@ -230,7 +248,7 @@ def test_everything_can_be_built_anew(small_world: Path, tmp_path: Path) -> None
     assert before.keys() == files_of_manifest(DEMO).keys()
     figures = [json.loads((folder / "manifest.json").read_text())["figures"] for folder in (small_world, DEMO)]
     assert figures[0].keys() == figures[1].keys()
-    again = ["base", "vision", "subjects", *FILES, "drawn", "manifest"]
+    again = ["base", "vision", "subjects", *FILES, "captioner", "drawn", "manifest"]
     assert build.main([*again, "--work", str(tmp_path / "work")]) == 0
     assert files_of_manifest(small_world) == before
 

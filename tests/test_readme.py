@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import train as program
-from demo import build, creatures, experts, figure, strengths
+from demo import build, creatures, experts, figure, masks, priors, strengths
 from initializers.i2l import __main__ as i2l
 from initializers.i2l.layout import FILES
 from tests import mutants
@@ -32,6 +32,8 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "demo.creatures": creatures.main,
     "demo.experts": experts.main,
     "demo.figure": figure.main,
+    "demo.masks": masks.main,
+    "demo.priors": priors.main,
     "demo.strengths": strengths.main,
     "tests.faults": faults.main,
     "tests.mutants": mutants.main,

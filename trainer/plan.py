@@ -166,7 +166,7 @@ FREE = (
     "output", "validation", "checkpoint", "export",
     "model.base", "model.attention", "model.compile", "model.keep_quantized", "model.offload_blocks",
     "data.images", "data.recursive", "data.held_out", "data.trigger", "data.default_caption", "data.audit",
-    "data.masks", "data.cache",
+    "data.captions", "data.masks", "data.cache",
     "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.offload_activations",
 )  # fmt: skip
 """Keys that do not change what a run computes, or do so only by the pictures, captions and models of its course."""
@@ -313,6 +313,14 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _mask_lines(plan: Plan) -> list[str]:
+    data, outside = plan.dataset, plan.config.data.mask_outside
+    counts = [sum(example.mask is not None for example in examples) for examples in (data.train, data.held_out)]
+    if not any(counts):
+        return []
+    return [f"masks        of {counts[0]} pictures for training, {counts[1]} held out; black counts {outside:g}"]
+
+
 def _prior_lines(plan: Plan) -> list[str]:
     if (prior := plan.prior) is None:
         return []
@@ -326,14 +334,6 @@ def _prior_lines(plan: Plan) -> list[str]:
     if sources.is_here(qwen_image.need(plan.config.model.base)):
         missing = Cache(plan.cache).count_missing(drawing_keys(prior, plan.config.model))
     return [f"{weight}: {len(prior.drawn)} pictures, of which {missing} must be drawn before the training"]
-
-
-def _mask_lines(plan: Plan) -> list[str]:
-    data, outside = plan.dataset, plan.config.data.mask_outside
-    counts = [sum(example.mask is not None for example in examples) for examples in (data.train, data.held_out)]
-    if not any(counts):
-        return []
-    return [f"masks        of {counts[0]} pictures for training, {counts[1]} held out; black counts {outside:g}"]
 
 
 def notes(plan: Plan) -> list[str]:

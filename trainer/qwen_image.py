@@ -444,20 +444,30 @@ def device_with_room(num_bytes: float, device: torch.device, what: str) -> torch
     return torch.device("cpu")
 
 
-def text_encoder_bytes(base: str, quantization: str = "none") -> float:
+def picture_processor(folder: Path) -> Any:
+    """What cuts pictures up for Qwen2.5-VL, as `folder` says; else with the settings of Qwen/Qwen-Image-Edit."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    if (folder / "preprocessor_config.json").is_file():
+        return Qwen2VLImageProcessorPil.from_pretrained(folder)
+    return Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12_845_056)
+
+
+def text_encoder_bytes(base: str, quantization: str = "none", part: str = "text_encoder") -> float:
     """Bytes of the text encoder's weights: of the files on this machine, else of Qwen2.5-VL-7B in bf16 (8.29 B
     parameters); in nf4 all but the embeddings of tokens and what comes out."""
     folder = sources.folder(base)
-    files = [] if folder is None else [path.stat().st_size for path in (folder / "text_encoder").glob("*.safetensors")]
+    files = [] if folder is None else [path.stat().st_size for path in (folder / part).glob("*.safetensors")]
     return (float(sum(files)) if files else 16.6e9) * (0.375 if quantization == "nf4" else 1)
 
 
 class TextEncoder:
-    """Qwen2.5-VL of a pipeline, which reads prompts, and pictures for i2L: loaded when it is first asked for, once for
-    all who ask before `unload`; on the CPU if it does not fit on `device`."""
+    """Qwen2.5-VL of a pipeline, which reads prompts, and pictures for i2L and for captions: loaded when it is first
+    asked for, once for all who ask before `unload`; on the CPU if it does not fit on `device`. part: "" for a model
+    that lies in its folder without a pipeline around it."""
 
-    def __init__(self, base: str, device: torch.device, quantization: str = "none"):
-        self.base, self._device, self._quantization = base, device, quantization
+    def __init__(self, base: str, device: torch.device, quantization: str = "none", *, part: str = "text_encoder"):
+        self.base, self.part, self._device, self._quantization = base, part, device, quantization
         self._loaded: Any = None
 
     def identity(self) -> list[str]:
@@ -468,7 +478,7 @@ class TextEncoder:
         """Qwen2_5_VLForConditionalGeneration, in `dtype`."""
         if self._loaded is None or self._loaded.dtype != dtype:
             self.unload()
-            needed = text_encoder_bytes(self.base, self._quantization)
+            needed = text_encoder_bytes(self.base, self._quantization, self.part)
             device = device_with_room(needed, self._device, "the text encoder")
             folder, options = sources.local(self.base), dict[str, Any](dtype=dtype, use_safetensors=True)
             if self._quantization == "nf4":
@@ -476,7 +486,7 @@ class TextEncoder:
                     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
                 )
                 options["device_map"] = {"": device}
-            loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder="text_encoder", **options)
+            loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, subfolder=self.part, **options)
             self._loaded = (loaded if self._quantization == "nf4" else loaded.to(device)).eval()
         return self._loaded
 

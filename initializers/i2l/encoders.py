@@ -47,8 +47,6 @@ SMALL = 128  # pixels: the largest side of squares that `encode_squares` takes
 RESIDUAL_SCALE = 0.05
 RESOLUTIONS = {"coarse": 224, "fine": 1024}
 """Side of the squares, in pixels, that Qwen-VL reads for an expert's residual."""
-QWEN_PIXELS: dict[str, Any] = {"min_pixels": 3136, "max_pixels": 12_845_056}
-"""The limits of the processor of Qwen/Qwen-Image-Edit."""
 
 _SIGLIP_MEAN, _SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -392,7 +390,7 @@ def qwen_vl_residuals(
     text_encoder = text_encoder or qwen_image.TextEncoder(base, torch.device(device))
     folder = sources.local(base)
     tokenizer = Qwen2Tokenizer.from_pretrained(folder, subfolder="tokenizer")
-    processor = _qwen_processor(folder)
+    processor = qwen_image.picture_processor(folder / "processor")
     model = text_encoder.model(dtype).model
     template, drop = edit_template()
     before, after = (tokenizer(part).input_ids for part in template.format("").split("<|image_pad|>"))
@@ -426,12 +424,3 @@ def _hidden_states(model: Any, patches: Any, before: list[int], num_image_tokens
         image_grid_thw=patches["image_grid_thw"],
         use_cache=False,
     ).last_hidden_state
-
-
-def _qwen_processor(folder: Path) -> Any:
-    """The pipeline's image processor, if it has one; else one with Qwen/Qwen-Image-Edit's settings, as published."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    if (folder / "processor" / "preprocessor_config.json").is_file():
-        return Qwen2VLImageProcessorPil.from_pretrained(folder, subfolder="processor")
-    return Qwen2VLImageProcessorPil(**QWEN_PIXELS)

@@ -321,7 +321,8 @@ resolution = "64"
         ("data.folders=[]", "[data] images must name a folder, or [[data.folders]] several"),
         ("data.resolution=[]", "[data] resolution must name at least one"),
         ("data.resolution=[64,100]", "[data] resolution = 100 must be a multiple of 16, such as 96 or 112"),
-        ("data.folders.1.resolution=100", "[data] resolution = 100 must be a multiple of 16, such as 96 or 112"),
+        ("data.folders.1.resolution=100", "[data] folders.1.resolution = 100 must be a multiple of 16, "
+         "such as 96 or 112 ("),
         ("data.repeats=3", "[data] repeats: unknown key; did you mean [[data.folders]] repeats?"),
         ("data.folders.2.repeats=3", "--set data.folders.2.repeats=3: 2 is not one of 0 to 1, the numbers of its "
          "tables"),

@@ -1,4 +1,4 @@
-"""`python -m trainer.data audit`"""
+"""`python -m trainer.data audit`, `caption`"""
 
 import argparse
 import sys
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from trainer import config
 from trainer.cli import guarded
 from trainer.data.audit.rules import Rules
+from trainer.data.caption.templates import LANGUAGES, SHIPPED, load
 
 if TYPE_CHECKING:
     from trainer.data.audit.run import Audit
+    from trainer.data.caption.run import Asked
 
 Commands = Any
 """argparse's subparsers, which have no public name."""
@@ -25,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_audit(commands)
+    _add_caption(commands)
     options = parser.parse_args(arguments)
     return guarded(lambda: options.run(options))
 
@@ -111,6 +114,82 @@ def _rules(path: Path | None, problems: list[str]) -> Rules | None:
     rules = None if unreadable else config.parse(Rules, table, "", wrong)
     problems += [*unreadable, *(f"{path}: {problem}" for problem in wrong)]
     return rules
+
+
+def _add_caption(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "caption",
+        help="have the base's own Qwen2.5-VL describe every picture",
+        description="Writes captions into --output; FOLDER is only read. `[data] captions` has a run read them. A\n"
+        "command that was stopped goes on where it was when it is given again.",
+        epilog=f"The templates, which --template can replace, are in {SHIPPED}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="of pictures")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a run's TOML, for its [model] and the trigger and recursive of its [data]",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="of the captions")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one key: --set model.dtype=fp32"
+    )
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="English, Chinese, or both (default: en)")
+    parser.add_argument("--detail", type=int, choices=(1, 2, 3), default=2, help="from a sentence to many (default: 2)")
+    parser.add_argument("--pose", action="store_true", help="with how body, head, arms, hands and legs are held")
+    parser.add_argument("--trigger", metavar="WORD", help="what the subject is called, instead of [data] trigger")
+    parser.add_argument("--template", type=Path, metavar="FILE", help="questions and forms of captions, in TOML")
+    parser.add_argument(
+        "--captioner",
+        metavar="MODEL",
+        help="a folder or id in the layout of Qwen/Qwen2.5-VL-7B-Instruct, instead of the base's text encoder",
+    )
+    parser.add_argument("--format", choices=("txt", "jsonl"), default="txt", help="a file each, or metadata.jsonl")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures at once (default: 4)")
+    parser.set_defaults(run=_caption)
+
+
+def _caption(options: argparse.Namespace) -> None:
+    from trainer.data.caption import run
+
+    print(run.summary(run.caption(_caption_asked(options), options.output), options.output))
+    print(f'to train on them: [data] captions = "{options.output.as_posix()}"')
+
+
+def _caption_asked(options: argparse.Namespace) -> "Asked":
+    """As `_asked`."""
+    from trainer.data.caption.run import Asked, look
+    from trainer.data.dataset import DataConfig
+    from trainer.qwen_image import ModelConfig
+
+    problems: list[str] = []
+    table = config.apply_overrides(config.load_table(options.config, [], problems), options.set, problems)
+    about = {name: value for name, value in _table(table, "data").items() if name in ("trigger", "recursive")}
+    about |= {"images": options.folder, **({} if options.trigger is None else {"trigger": options.trigger})}
+    data = config.parse(DataConfig, about, "data", problems)
+    model = config.parse(ModelConfig, _table(table, "model"), "model", problems)
+    template = load(options.template, options.language, problems)
+    if template is not None and options.pose and not template.pose:
+        problems.append(f"--pose: [{options.language}] of {options.template} has no pose to ask for")
+    if options.batch_size < 1:
+        problems.append("--batch-size must be at least 1")
+    pictures = look(data, model, options.captioner, options.output, problems) if data and model else {}
+    if problems or data is None or model is None or template is None:
+        raise config.ConfigError(problems)
+    return Asked(
+        pictures=pictures,
+        trigger=data.trigger,
+        model=model,
+        captioner=options.captioner,
+        template=template,
+        detail=options.detail,
+        pose=options.pose,
+        kind=options.format,
+        batch_size=options.batch_size,
+    )
 
 
 def _table(table: dict[str, Any], name: str) -> dict[str, Any]:

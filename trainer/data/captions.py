@@ -172,9 +172,21 @@ class Captions:
         self._folder, self._problems, self._notes = folder, problems, notes
         self._given: dict[Path, list[tuple[str, tuple[str, ...] | None]]] = defaultdict(list)
         """picture -> (place, texts or None if something is wrong with them, which is a problem already)"""
+        self._decided: set[Path] = set()
+        """Pictures whose captions lie elsewhere: what is beside them does not count."""
 
-    def read(self, files: Sequence[Path], pictures: Sequence[Path]) -> None:
-        """Read the text files and metadata.jsonl of the folder."""
+    def read(self, files: Sequence[Path], pictures: Sequence[Path], elsewhere: Path | None = None) -> None:
+        """Read the text files and metadata.jsonl of the folder, and before them those of `elsewhere`, which count."""
+        if elsewhere is not None:
+            there = sorted(elsewhere.iterdir(), key=lambda path: path.name) if elsewhere.is_dir() else []
+            self._read(elsewhere, [path for path in there if not path.name.startswith(".")], pictures)
+            self._decided = {*self._given}
+            for path in pictures:
+                if path not in self._decided:
+                    self._notes.add(f"no caption in {elsewhere}: the one beside the picture counts", path.name)
+        self._read(self._folder, files, pictures)
+
+    def _read(self, folder: Path, files: Sequence[Path], pictures: Sequence[Path]) -> None:
         owners: dict[str, list[Path]] = defaultdict(list)  # of a.txt: a.png; of a.png.txt, too
         for path in pictures:
             for name in {path.stem, path.name}:
@@ -183,12 +195,17 @@ class Captions:
             if path.suffix.lower() in CAPTION_SUFFIXES:
                 self._read_file(path, owners.get(same_name(path.stem), []))
         by_name = {same_name(path.name): path for path in pictures}
-        for owner, place, texts in self._metadata(self._folder / "metadata.jsonl", by_name):
-            self._given[owner].append((place, texts))
+        for owner, place, texts in self._metadata(folder / "metadata.jsonl", by_name):
+            if owner not in self._decided:
+                self._given[owner].append((place, texts))
 
     def _read_file(self, path: Path, owners: Sequence[Path]) -> None:
         if not owners:
             self._notes.add("text files that belong to no picture", str(path))
+            return
+        owners = [owner for owner in owners if owner not in self._decided]
+        if not owners:
+            self._notes.add("captions beside pictures that are not read, since [data] captions has others", path.name)
             return
         if len(owners) > 1:
             self._notes.add("one caption for several pictures", f"{path.name} for {', '.join(p.name for p in owners)}")

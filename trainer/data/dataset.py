@@ -73,6 +73,9 @@ class DataConfig:
     audit: str | None = None
     """The audit.json of `python -m trainer.data audit`: pictures that it says to leave out are neither trained on nor
     held out."""
+    captions: str | None = None
+    """The folder that `python -m trainer.data caption` wrote: its captions count instead of those beside the pictures.
+    Those of a folder below `images` are in a folder of the same name."""
     cache: str | None = None
     """The folder for latents and prompt embeddings, which may be shared by runs. By default `cache` in the output
     folder."""
@@ -109,6 +112,8 @@ class DataConfig:
             clean(self.trigger)
         except CaptionError as error:
             found.append(f"trigger: {error}")
+        if self.captions is not None and not folder_path(self.captions).is_dir():
+            found.append(f"captions: there is no folder {folder_path(self.captions).absolute()}")
         if self.cache == "":
             found.append("cache must name a folder; leave it out for the one in the output folder")
         elif self.cache and (file := file_in_the_way(Path(self.cache))):
@@ -185,11 +190,14 @@ class Dataset:
 def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
     """Read every picture and caption; sides of buckets are multiples of `multiple`. DataError lists all problems."""
     problems, folders = config.problems(), config.each_folder()
-    for side in dict.fromkeys(side for own in (config, *folders) for side in as_list(own.resolution)):
+    sides = [("", side, "") for side in as_list(config.resolution)]
+    for number, folder in enumerate(config.folders):
+        sides += [(f"folders.{number}.", side, f" ({folder.images})") for side in as_list(folder.resolution or ())]
+    for where, side, images in sides:
         if side % multiple:
             low = max(side // multiple, 1) * multiple
             advice = f"such as {low}" + (f" or {low + multiple}" if low < side else "")
-            problems.append(f"resolution = {side} must be a multiple of {multiple}, {advice}")
+            problems.append(f"{where}resolution = {side} must be a multiple of {multiple}, {advice}{images}")
     if problems:
         raise DataError(problems)
     notes, found = Notes(), list[Example]()
@@ -263,6 +271,14 @@ def contents(folder: Path, config: DataConfig) -> Contents:
     return Contents(files, [p for p in named if p not in aside], aside, below)
 
 
+def captions_folder(config: DataConfig, folder: Path) -> Path | None:
+    """Where `[data] captions` has those of a folder's pictures: it is built like `images`."""
+    top = folder_path(config.images).resolve()
+    if config.captions is None or not folder.resolve().is_relative_to(top):
+        return None
+    return folder_path(config.captions) / folder.resolve().relative_to(top)
+
+
 def _verdicts(config: DataConfig, problems: list[str]) -> Verdicts | None:
     """What the audit says, if there is one."""
     if config.audit is None:
@@ -307,7 +323,7 @@ def _scan_folder(
         pictures = verdicts.without_left_out(pictures, problems, notes)
         files = _without_captions(files, {*here.pictures} - {*pictures}, pictures)
     captions = Captions(folder, problems, notes)
-    captions.read(files, here.pictures)
+    captions.read(files, here.pictures, captions_folder(config, folder))
     texts = captions.of(pictures, trigger=config.trigger, default=config.default_caption)
     options = [buckets(side, multiple) for side in as_list(config.resolution)]
     found = _examples(folder, pictures, texts, options, problems, notes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.data.captions import CAPTION_SUFFIXES, CaptionError, Captions, clean, with_trigger
-from trainer.data.dataset import Contents, DataConfig
+from trainer.data.dataset import Contents, DataConfig, captions_folder
 from trainer.data.notes import Notes
 
 SHARE = 0.15  # of a caption's letters: less of a script is a name or a loan word
@@ -43,7 +43,7 @@ def captions_of(folder: Path, here: Contents, config: DataConfig, problems: list
     picture, is added to `problems`."""
     wrong, said = list[str](), set[str]()
     captions = Captions(folder, wrong, Notes())
-    captions.read(here.files, here.pictures)
+    captions.read(here.files, here.pictures, captions_folder(config, folder))
     made = {}
     for path in here.pictures:
         texts = captions.of([path], trigger="", default=_NONE).get(path)
