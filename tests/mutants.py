@@ -306,8 +306,6 @@ MUTANTS = (
     *_mutants(
         "trainer/objective.py",
         (
-<<<<<<< HEAD
-=======
             "masks do not weigh the loss",
             "inputs.noise, inputs.weights).mean()",
             "inputs.noise).mean()",
@@ -320,7 +318,6 @@ MUTANTS = (
             "tests/test_objective.py::test_beside_the_stable_losses_there_are_masked_ones",
         ),
         (
->>>>>>> origin/main
             "the weight of the prior does nothing",
             "self._plan.prior.config.weight * prior",
             "prior",
@@ -337,21 +334,6 @@ MUTANTS = (
             '"prior", step, part)',
             '"noise", step, part, 0)',
             "tests/data/test_prior.py::test_pictures_are_dealt_as_the_training_pictures_are",
-<<<<<<< HEAD
-        ),
-        (
-            "masks do not weigh the loss",
-            "inputs.noise, inputs.weights).mean()",
-            "inputs.noise).mean()",
-            "tests/test_objective.py::test_the_loss_of_a_masked_picture_is_the_mean_of_its_weighted_errors",
-        ),
-        (
-            "the stable loss is the masked one",
-            'f"{name}_masked" if way else name',
-            'name if way else f"{name}_masked"',
-            "tests/test_objective.py::test_beside_the_stable_losses_there_are_masked_ones",
-=======
->>>>>>> origin/main
         ),
         (
             "caption dropout does nothing",
