@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import train as program
-from demo import build, creatures, experts, figure, masks, priors, strengths
+from demo import build, captions, creatures, experts, figure, masks, priors, strengths
 from initializers.i2l import __main__ as i2l
 from initializers.i2l.layout import FILES
 from tests import mutants
@@ -29,6 +29,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "train.py": program.main,
     "initializers.i2l": i2l.main,
     "demo.build": build.main,
+    "demo.captions": captions.main,
     "demo.creatures": creatures.main,
     "demo.experts": experts.main,
     "demo.figure": figure.main,
