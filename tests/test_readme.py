@@ -29,6 +29,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "train.py": program.main,
     "initializers.i2l": i2l.main,
     "demo.build": build.main,
+    "demo.captions": captions.main,
     "demo.creatures": creatures.main,
     "demo.experts": experts.main,
     "demo.figure": figure.main,
