@@ -49,7 +49,8 @@ def test_help_config_explains_every_key(capsys: pytest.CaptureFixture[str]) -> N
     assert train.main(["--help-config"]) == 0
     text = capsys.readouterr().out
     sections = {field.name for field in fields(RunConfig)} - {"output", "seed"}
-    assert sections == {"model", "data", "adapter", "init", "train", "flow", "validation", "checkpoint", "export"}
+    runs = {"data", "prior", "adapter", "init", "train", "flow", "validation", "checkpoint", "export"}
+    assert sections == {"model", *runs}
     for section in sections:
         assert f"[{section}]" in text
     for kind in ("model", "train", "flow"):

@@ -40,7 +40,7 @@ def test_time_is_found_where_it_is_spent(run_toml: Path, tmp_path: Path, monkeyp
         monkeypatch.setattr(owner, name, lambda *given: (time.sleep(seconds), real(*given))[1])
 
     slower(Tracker, "scalars", 0.01)
-    slower(LoraObjective, "forward", 0.02)
+    slower(LoraObjective, "_velocity", 0.02)
     output = tmp_path / "bench.json"
     assert main(["loop", "--config", str(run_toml), "--steps", str(WARMUP + 3), "--output", str(output)]) == FINISHED
     report = json.loads(output.read_text())

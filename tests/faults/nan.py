@@ -168,7 +168,7 @@ ROWS: list[tuple[str, Callable[[], Outcome], int, str]] = [
     ("in samples",
      functools.partial(_during, qwen_image.Sampler, "latents",
                        lambda: _anew(RANDOM, *_SAMPLES)), FINISHED, "is NaN and left out; use bf16, not fp16"),
-    ("in a validation", functools.partial(_during, validation, "stable_errors", _anew), FAILED,
+    ("in a validation", functools.partial(_during, validation, "weighted_errors", _anew), FAILED,
      "validation after step 0: val_loss = nan"),
     ("in what is exported", _in_export, BAD_INPUT, "NaN or infinity"),
 ]  # fmt: skip

@@ -52,10 +52,10 @@ def _save_file(tensors: dict[str, Tensor], path: Any, metadata: dict[str, str] |
         hollow.write(Path(path), tensors, metadata)
 
 
-def _first_batch(stable_errors: Any) -> Any:
+def _first_batch(weighted_errors: Any) -> Any:
     def errors(*args: Any, chosen: Any = range(NUM_SIGMAS), batch_size: int = NUM_SIGMAS, **options: Any) -> Tensor:
-        found = stable_errors(*args, chosen=chosen[:batch_size], batch_size=batch_size, **options)
-        return found[:, :1].expand(-1, len(chosen))
+        found = weighted_errors(*args, chosen=chosen[:batch_size], batch_size=batch_size, **options)
+        return found[:, :1].expand(-1, len(chosen), -1)
 
     return errors
 
@@ -182,7 +182,7 @@ def replaced() -> Iterator[None]:
             (files, "save_file", _save_file),
             (safetensors.torch, "save_file", _save_file),
             (Expert, "reset_parameters", _finite_start),
-            (validation, "stable_errors", _first_batch(validation.stable_errors)),
+            (validation, "weighted_errors", _first_batch(validation.weighted_errors)),
             (torch.nn.Module, "_apply", _apply),
             (torch, "tensor", _tensor_of),
             (bitsandbytes.nn.Params4bit, "__new__", _params4bit),

@@ -741,7 +741,7 @@ def test_predict_for_a_trainer(
         ([], "--rank is needed"),
         (["--recipe", str(recipe)], "--for TRAINER"),
         (["--for", "simpletuner", "--recipe", str(recipe), "--rank", "4"], "contradicts the recipe"),
-        (["--for", "diffsynth", "--recipe", str(recipe)], "no configuration of DiffSynth-Studio"),
+        (["--for", "diffsynth", "--recipe", str(recipe)], "there is no command with --lora_base_model in it"),
         (["--rank", "4", "--strength", "0"], "leaves nothing"),
     ):
         caplog.clear()
