@@ -33,7 +33,6 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "demo.creatures": creatures.main,
     "demo.experts": experts.main,
     "demo.figure": figure.main,
-    "demo.captions": captions.main,
     "demo.masks": masks.main,
     "demo.priors": priors.main,
     "demo.strengths": strengths.main,
