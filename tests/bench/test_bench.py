@@ -32,6 +32,7 @@ def test_the_parts_and_the_whole(run_toml: Path, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "out").exists()  # nothing is left in the run's own folder
 
 
+@pytest.mark.slow
 def test_time_is_found_where_it_is_spent(run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10 ms more in the log of each step are the loop's; 20 ms more in each forward pass are not."""
 

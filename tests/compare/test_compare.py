@@ -236,6 +236,7 @@ class Unforeseen(Exception):
     """Of no kind that the program knows."""
 
 
+@pytest.mark.slow
 def test_whatever_fails_in_a_run_fails_that_run_alone(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -496,6 +497,7 @@ def demo_comparison(tmp_path: Path) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_i2l_against_its_controls(demo_comparison: Path) -> None:
     """One test, so that only one process has to make the comparison."""
     check_outcomes(report_of(demo_comparison))
