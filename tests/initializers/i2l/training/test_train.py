@@ -373,7 +373,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, subje
     return run(write_toml(folder, tiny_base, subjects, start), *TWO_PROCESSES, "train.batch_size=4")
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_are_one_with_twice_the_batch(fsdp: bool, one_process: Path, tmp_path: Path) -> None:
     words = [word for setting in (*TWO_PROCESSES, "train.batch_size=2") for word in ("--set", setting)]
     command = [sys.executable, "-m", "initializers.i2l", "train", "--quiet", "--output", str(tmp_path / "two"), *words]
