@@ -79,6 +79,7 @@ def test_on_a_gpu_all_precisions_are_tried() -> None:
     assert [name for name, _ in doctor.variants(torch.device("cpu"))] == ["bf16", "fp8"]
 
 
+@pytest.mark.slow
 def test_a_run_that_crashes_is_told_and_a_black_sample_seen(tmp_path: Path) -> None:
     outcome = doctor.run_miniature(tmp_path / "out", {"train.steps": "0"})
     assert "steps must be at least 1" in outcome.error and outcome.losses == ()

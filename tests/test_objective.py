@@ -15,7 +15,7 @@ import initializers
 from trainer import adapter, flow, objective, qwen_image, validation
 from trainer.adapter import AdapterWeights
 from trainer.data import masks
-from trainer.data.dataset import batch, drops_caption
+from trainer.data.epoch import batch, drops_caption
 from trainer.flow import generator
 from trainer.lowrank import LowRank
 from trainer.objective import Encoded, LoraObjective, stable_losses

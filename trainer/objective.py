@@ -16,8 +16,9 @@ from trainer import adapter, flow, qwen_image, validation
 from trainer.adapter import AdapterWeights
 from trainer.data import masks
 from trainer.data.cache import Cache
-from trainer.data.dataset import Example, batch, drawn_caption, drops_caption
+from trainer.data.dataset import Example
 from trainer.data.encode import encode_pictures, encode_prompts
+from trainer.data.epoch import batch, drawn_caption, drops_caption
 from trainer.data.prior import drawing_keys
 from trainer.files import DTYPES
 from trainer.hardware import parallel
@@ -219,13 +220,13 @@ class LoraObjective:
         if inputs.prior is None:
             return self._subject_loss(inputs), {}
         assert self._plan.prior is not None
-        kept = inputs.prior
-        target = self._base_velocity(kept) if self._plan.prior.config.method == "prediction" else None
+        kept, settings = inputs.prior, self._plan.prior.config
+        of_base = settings.method == "prediction"
+        target = self._base_velocity(kept) if of_base else flow.velocity(kept.latents, kept.noise)
         subject = self._subject_loss(inputs)
-        target = flow.velocity(kept.latents, kept.noise) if target is None else target
         prior = (self._velocity(kept).float() - target.float()).square().mean()
         parts = {"subject_loss": subject.detach(), "prior_loss": prior.detach()}
-        return subject + self._plan.prior.config.weight * prior, parts
+        return subject + settings.weight * prior, parts
 
     def _subject_loss(self, inputs: Inputs) -> Tensor:
         return flow.losses(self._velocity(inputs), inputs.latents, inputs.noise, inputs.weights).mean()

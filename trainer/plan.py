@@ -16,8 +16,8 @@ from trainer import adapter, config, folder, qwen_image
 from trainer.adapter import AdapterConfig, Initializer, RunFacts, Work
 from trainer.checkpoint import CheckpointConfig, course
 from trainer.data.cache import Cache
-from trainer.data.dataset import DataConfig, Dataset, items, scan
-from trainer.data.epoch import course_of_folders, folder_lines
+from trainer.data.dataset import DataConfig, Dataset, scan
+from trainer.data.epoch import course_of_folders, folder_lines, items
 from trainer.data.pictures import DataError
 from trainer.data.prior import Prior, PriorConfig, drawing_keys
 from trainer.data.prior import prepare as prepare_prior

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -83,8 +83,7 @@ def stable_errors(
     differ only by the model. `batch_size` sigmas are computed together; another `seed` is another draw of the noise;
     `chosen` are the numbers i of the sigmas that are wanted.
     """
-    plain = [replace(item, weights=()) for item in items]
-    return weighted_errors(transformer, plain, device, dtype, batch_size=batch_size, seed=seed, chosen=chosen)[..., 0]
+    return weighted_errors(transformer, items, device, dtype, batch_size=batch_size, seed=seed, chosen=chosen)[..., 0]
 
 
 @torch.no_grad()

@@ -68,6 +68,7 @@ def loras(run_toml: Path, tmp_path: Path) -> tuple[str, str]:
     return str(paths[0]), str(paths[1])
 
 
+@pytest.mark.slow
 def test_arms_are_paired_and_do_not_disturb_one_another(run_toml: Path, tmp_path: Path, loras: tuple[str, str]) -> None:
     output = tmp_path / "compared"
     assert go(run_toml, output, "--compare", "random", loras[0]) == FINISHED
@@ -213,6 +214,7 @@ def test_a_run_that_fails_is_in_the_report(run_toml: Path, tmp_path: Path, caplo
     assert "gradient norm" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_initializer_that_fails_fails_its_own_runs(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -337,6 +339,7 @@ def test_more_than_ten_prompts_with_any_characters(
         assert json.dumps(prompt) in page
 
 
+@pytest.mark.slow
 def test_the_page_is_made_again_from_the_json(
     run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -552,6 +555,7 @@ def test_wrong_pictures_start_as_i2l_does_on_them(tmp_path: Path) -> None:
             assert wrong[name] == own[name], name
 
 
+@pytest.mark.slow
 def test_the_first_time_of_a_start_counts_whatever_is_given_again(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

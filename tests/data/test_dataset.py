@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageCms
 
 from tests.data.made import claiming, encoded, flipped, noise, png16, with_chunk
-from trainer.data.dataset import DataConfig, Dataset, Example, batch, buckets, drops_caption, load_picture, scan
+from trainer.data.dataset import DataConfig, Dataset, Example, buckets, load_picture, scan
+from trainer.data.epoch import batch, drops_caption
 from trainer.data.pictures import DataError, open_picture
 
 

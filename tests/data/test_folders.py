@@ -22,7 +22,8 @@ from trainer import run as program
 from trainer.compare import plan as compare
 from trainer.compare.plan import Request
 from trainer.data.__main__ import main
-from trainer.data.dataset import DataConfig, Dataset, batch, drawn_caption, scan
+from trainer.data.dataset import DataConfig, Dataset, scan
+from trainer.data.epoch import batch, drawn_caption
 from trainer.data.folders import FolderConfig
 from trainer.data.pictures import DataError
 from trainer.flow import generator

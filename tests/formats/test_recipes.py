@@ -245,6 +245,7 @@ MODULE = "python qwen_image_train_network.py --network_module networks.lora_qwen
         ("a.sh", f"{MODULE} --network_dim $1\n", "--network_dim has $1, which is not in the file"),
         ("a.sh", f"for R in 4 8; do\n  {MODULE} --network_dim $R\ndone\n", "--network_dim has $R"),
         ("a.sh", f'R=4\nif [ -n "$BIG" ]; then R=64; fi\n{MODULE} --network_dim $R\n', "--network_dim has $R"),
+        ("a.sh", f'R=4\n[ -n "$BIG" ] && R=64\n{MODULE} --network_dim $R\n', "--network_dim has $R"),
         ("a.sh", f"{MODULE} --network_dim $(cat rank.txt)\n", "--network_dim has $(cat rank.txt)"),
         ("a.sh", f"{MODULE} --seed 1 $MORE --network_dim 8\n", "what $MORE is"),
         ("a.sh", f"{MODULE} --network_dim 4\n{MODULE} --network_dim 8\n", "2 commands in it have --network_module"),

@@ -190,6 +190,7 @@ QUICK = [
     whole("quick_12gb", 12, STYLE, sizes=FEW_OFFLOADED),
     whole("quick_16gb", 16, STYLE),
     whole("quick_80gb", 80, STYLE),
+    whole("quick_prior", 80, STYLE, 'prior.method="prediction"', 'prior.prompts=["a portrait"]'),
     Case("warm_start", 24, warm_start),
 ]
 """What the tests run by default; of several sizes only the first where that says enough."""

@@ -19,7 +19,8 @@ from torch import nn
 from trainer import loop, qwen_image, run
 from trainer.adapter import AdapterWeights, Seed
 from trainer.checkpoint import CheckpointConfig
-from trainer.data.dataset import batch, load_picture
+from trainer.data.dataset import load_picture
+from trainer.data.epoch import batch
 from trainer.files import DTYPES
 from trainer.hardware import machine
 from trainer.hub import sources

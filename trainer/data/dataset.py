@@ -1,4 +1,4 @@
-"""Pictures and captions: find them, check that each can be used, sort them into buckets, split, deal batches.
+"""Pictures and captions: find them, check that each can be used, sort them into buckets and split.
 
 Nothing is skipped silently: what cannot be used is a problem, all problems are raised together, and what was
 changed on the way (orientation, transparency, size, ...) is said in the notes. The user's folder is only read.
@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -35,7 +34,6 @@ from trainer.data.notes import Notes
 from trainer.data.pictures import SUFFIXES, DataError, decode, fitted, pixel_hash, read
 from trainer.errors import UserError
 from trainer.files import file_in_the_way
-from trainer.flow import generator
 
 MAX_RATIO = 2.25  # of a bucket's sides: 2:1, with room for rounding
 CROP_NOTE = 0.25  # more than this share of a picture outside its crop is worth a word
@@ -171,15 +169,6 @@ class Example:
 
     def at(self, bucket: _Size) -> "Example":
         return self if bucket == self.bucket else replace(self, bucket=bucket)
-
-
-def items(examples: Iterable[Example]) -> dict[_Size, list[Example]]:
-    """What an epoch consists of, by bucket: each picture at each resolution, as often as its folder repeats it."""
-    found: dict[_Size, list[Example]] = defaultdict(list)
-    for example in examples:
-        for bucket in example.buckets:
-            found[bucket] += [example] * example.repeats
-    return found
 
 
 @dataclass(frozen=True)
@@ -480,39 +469,3 @@ def _in_both(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]
         for e in held_out
         if e.pixels in trained
     ]
-
-
-# --- batches ----------------------------------------------------------------------------------------------
-
-
-def batch(examples: tuple[Example, ...], batch_size: int, *, seed: int, index: int) -> list[Example]:
-    """Batch number `index` of an endless sequence, a function of its arguments alone. All of one bucket.
-
-    Each epoch deals every item of every example; the last batch of a bucket is filled up from the start of its shuffle.
-    With several processes and accumulation, index = (step * accumulation + micro_step) * num_processes + process.
-    """
-    if not examples or batch_size < 1 or index < 0:
-        raise ValueError(f"no batch {index} of {batch_size} from {len(examples)} examples")
-    members = items(examples)
-    starts = [(size, i) for size in sorted(members) for i in range(0, len(members[size]), batch_size)]
-    epoch, position = divmod(index, len(starts))
-    order = torch.randperm(len(starts), generator=generator(seed, "order", epoch))
-    size, start = starts[int(order[position])]
-    group = members[size]
-    shuffle = torch.randperm(len(group), generator=generator(seed, "shuffle", epoch, *size))
-    return [group[int(shuffle[i % len(group)])].at(size) for i in range(start, start + batch_size)]
-
-
-def drops_caption(probability: float, *, seed: int, index: int, position: int) -> bool:
-    """Whether the picture at `position` of batch `index` is shown without its caption."""
-    if probability == 0:
-        return False
-    return bool(torch.rand((), generator=generator(seed, "caption_dropout", index, position)) < probability)
-
-
-def drawn_caption(example: Example, *, seed: int, index: int, position: int) -> str:
-    """That of the picture at `position` of batch `index`: of several, each is as likely."""
-    if not example.more_captions:
-        return example.caption
-    random = generator(seed, "caption", index, position)
-    return example.captions[int(torch.randint(len(example.captions), (), generator=random))]

@@ -1,9 +1,58 @@
-"""What each folder gives to an epoch: in words for the plan, in numbers for the course of a run."""
+"""Epochs: what pictures and folders give to one, and the batches that it is dealt in."""
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
-from trainer.data.dataset import DataConfig, Dataset, items
+import torch
+
+from trainer.data.dataset import DataConfig, Dataset, Example
 from trainer.data.folders import as_list
+from trainer.flow import generator
+
+_Size = tuple[int, int]  # width, height
+
+
+def items(examples: Iterable[Example]) -> dict[_Size, list[Example]]:
+    """What an epoch consists of, by bucket: each picture at each resolution, as often as its folder repeats it."""
+    found: dict[_Size, list[Example]] = defaultdict(list)
+    for example in examples:
+        for bucket in example.buckets:
+            found[bucket] += [example] * example.repeats
+    return found
+
+
+def batch(examples: tuple[Example, ...], batch_size: int, *, seed: int, index: int) -> list[Example]:
+    """Batch number `index` of an endless sequence, a function of its arguments alone. All of one bucket.
+
+    Each epoch deals every item of every example; the last batch of a bucket is filled up from the start of its shuffle.
+    With several processes and accumulation, index = (step * accumulation + micro_step) * num_processes + process.
+    """
+    if not examples or batch_size < 1 or index < 0:
+        raise ValueError(f"no batch {index} of {batch_size} from {len(examples)} examples")
+    members = items(examples)
+    starts = [(size, i) for size in sorted(members) for i in range(0, len(members[size]), batch_size)]
+    epoch, position = divmod(index, len(starts))
+    order = torch.randperm(len(starts), generator=generator(seed, "order", epoch))
+    size, start = starts[int(order[position])]
+    group = members[size]
+    shuffle = torch.randperm(len(group), generator=generator(seed, "shuffle", epoch, *size))
+    return [group[int(shuffle[i % len(group)])].at(size) for i in range(start, start + batch_size)]
+
+
+def drops_caption(probability: float, *, seed: int, index: int, position: int) -> bool:
+    """Whether the picture at `position` of batch `index` is shown without its caption."""
+    if probability == 0:
+        return False
+    return bool(torch.rand((), generator=generator(seed, "caption_dropout", index, position)) < probability)
+
+
+def drawn_caption(example: Example, *, seed: int, index: int, position: int) -> str:
+    """That of the picture at `position` of batch `index`: of several, each is as likely."""
+    if not example.more_captions:
+        return example.caption
+    random = generator(seed, "caption", index, position)
+    return example.captions[int(torch.randint(len(example.captions), (), generator=random))]
 
 
 def folder_lines(config: DataConfig, dataset: Dataset) -> list[str]:

@@ -55,10 +55,12 @@ class _Script:
     """None: set in a way that depends on what only happens when it runs."""
     depth: int = 0
     """How many loops, conditions and functions are open."""
+    after_another: bool = False
+    """Whether the command runs only if the one before it did, or did not, succeed: after && or ||."""
 
     def assign(self, name: str, values: list[Word], *, append: bool) -> None:
         before = self.variables.get(name, [])
-        if self.depth and before != values:
+        if (self.depth or self.after_another) and before != values:
             self.variables[name] = None
         elif append:
             self.variables[name] = None if before is None else [*before, *values]
@@ -120,6 +122,7 @@ def _posix(text: str) -> Iterator[list[Word]]:
                 array, words = False, _array(script, words)
             elif kind == "end" and not (array and match[0] == "\n"):
                 yield from ended()
+                script.after_another = match[0] in ("&&", "||")
             redirected = redirected or (kind == "redirect" and "&" not in match[0])
             open_word = False
             continue
@@ -192,8 +195,7 @@ def _run(script: _Script, words: list[Word]) -> list[Word]:
         if first in _BEFORE_A_COMMAND or first in _DECLARATIONS:
             words = words[1:]
         elif match := _ASSIGNMENT.fullmatch(first):
-            if first != words[0].unknown:
-                script.assign(match[1], [Word(match[3], words[0].unknown)], append=bool(match[2]))
+            script.assign(match[1], [Word(match[3], words[0].unknown)], append=bool(match[2]))
             words = words[1:]
         else:
             break

@@ -322,6 +322,7 @@ def test_an_expert_is_averaged_over_references(start: Path) -> None:
         torch.testing.assert_close(b @ a, mean, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_four_experts_one_after_another(
     toml: Path, tmp_path: Path, run_toml: Path, start: Path, subjects: Path
 ) -> None:
