@@ -300,8 +300,9 @@ def _backward(
         with nullcontext() if last else parallel.no_sync(accelerator, objective.module):
             loss = objective.loss(step, micro_step)
             accelerator.backward(loss.value / config.gradient_accumulation_steps)
-        for name, value in {"loss": loss.value.detach(), **loss.parts}.items():
-            means[name] += float(accelerator.reduce(value, "mean")) / config.gradient_accumulation_steps
+        values = torch.stack([loss.value.detach(), *loss.parts.values()])  # the GPU is asked for all of them at once
+        for name, value in zip(("loss", *loss.parts), accelerator.reduce(values, "mean").tolist(), strict=True):
+            means[name] += value / config.gradient_accumulation_steps
         batches.append(loss.batch)
     return means, batches
 
