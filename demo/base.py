@@ -15,7 +15,7 @@ from demo.text_encoder import HIDDEN_SIZE
 from demo.vae import single_frame_convolutions
 from trainer import flow, qwen_image
 from trainer.files import write_tensors
-from trainer.loop import Loss
+from trainer.loop import Loss, Measured
 from trainer.tracking import Tracker
 
 NUM_PICTURES, NUM_HELD_OUT = 30_000, 256
@@ -126,7 +126,7 @@ class BaseObjective:
         predicted = qwen_image.predict_velocity(self.module, noisy, sigmas, embeds, mask)
         return Loss(flow.losses(predicted, latents, noise).mean(), f"random creatures {step}")
 
-    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+    def validate(self, step: int, tracker: Tracker) -> Measured:
         values = {}
         for name, column in (("val_loss", 0), ("val_loss_no_traits", 1)):
             latents, embeds, mask = self._batch(torch.arange(self._num_train, len(self._data["latents"])), column)
@@ -135,7 +135,7 @@ class BaseObjective:
             noisy = flow.interpolate(latents, noise, sigmas)
             predicted = qwen_image.predict_velocity(self.module, noisy, sigmas, embeds, mask)
             values[name] = float(flow.losses(predicted, latents, noise).mean())
-        return values
+        return Measured(values)
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict())

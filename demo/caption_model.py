@@ -23,7 +23,7 @@ from trainer import flow
 from trainer.data.caption import templates
 from trainer.data.caption.vision_model import END, IMAGE, conversation
 from trainer.files import read_json, write_json
-from trainer.loop import Loss
+from trainer.loop import Loss, Measured
 from trainer.tracking import Tracker
 
 NUM_PICTURES, NUM_HELD_OUT = 30_000, 256
@@ -126,9 +126,9 @@ class CaptionObjective:
         captions, traits, _ = self._loss(self._train, rows)
         return Loss(captions + TRAITS_WEIGHT * traits, f"random creatures {step}")
 
-    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+    def validate(self, step: int, tracker: Tracker) -> Measured:
         captions, traits, right = self._loss(self._held_out, torch.arange(NUM_HELD_OUT))
-        return {"val_loss": float(captions), "val_traits": float(traits), "val_right": float(right)}
+        return Measured({"val_loss": float(captions), "val_traits": float(traits), "val_right": float(right)})
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict())

@@ -136,10 +136,7 @@ class _Base:
         run.install(self._transformer, start, prepared.config.adapter, random_seed=seed)
         try:
             trained = objective.LoraObjective(prepared, self._transformer, encoded, self._accelerator, measure)
-            settings = prepared.config
-            every = settings.validation.every
-            job = loop.Job(prepared.output, settings.train, settings.checkpoint, every, prepared.course())
-            curve = loop.train(trained, job, self._accelerator, quiet=True, nested=True).validations
+            curve = loop.train(trained, prepared.job(), self._accelerator, quiet=True, nested=True).validations
         finally:
             adapter.remove(self._transformer)
             self._accelerator.free_memory()

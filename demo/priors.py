@@ -28,7 +28,6 @@ from demo import creatures, painter
 from trainer import adapter, flow, loop, objective, plan, qwen_image, run
 from trainer.cli import guarded
 from trainer.files import write_json, write_text
-from trainer.loop import Job
 
 STARTS = ("random", "i2l")
 WEIGHTS = (0.3, 1.0, 3.0)
@@ -95,8 +94,7 @@ class _Base:
                 return {"drift": float(distance.square().mean() / plain.square().mean())}
 
             training = objective.LoraObjective(prepared, self._transformer, given, self._accelerator, drift)
-            job = Job(prepared.output, prepared.config.train, prepared.config.checkpoint, STEPS, {})
-            points = loop.train(training, job, self._accelerator, quiet=True, nested=True).validations
+            points = loop.train(training, prepared.job(), self._accelerator, quiet=True, nested=True).validations
             adapter.remove(self._transformer)
             self._accelerator.free_memory()
             relative = [{"held_out": one["val_loss"] / base_loss, "drift": one["drift"]} for one in points]

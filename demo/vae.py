@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 
 from demo import painter
-from trainer.loop import Loss
+from trainer.loop import Loss, Measured
 from trainer.tracking import Tracker
 
 L1_WEIGHT, EDGE_WEIGHT, KL_WEIGHT = 0.15, 0.1, 1e-4
@@ -99,9 +99,9 @@ class VaeObjective:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.module.load_state_dict(tensors)
 
-    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+    def validate(self, step: int, tracker: Tracker) -> Measured:
         decoded = self.module.decode(self.module.encode(self._held_out).latent_dist.mean).sample
-        return {"val_psnr": psnr(decoded, self._held_out)}
+        return Measured({"val_psnr": psnr(decoded, self._held_out)})
 
 
 def psnr(decoded: Tensor, pixels: Tensor) -> float:

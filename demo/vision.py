@@ -16,7 +16,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel, SiglipVisionConfig, Si
 from demo import painter
 from initializers.i2l import encoders
 from trainer import flow
-from trainer.loop import Loss
+from trainer.loop import Loss, Measured
 from trainer.tracking import Tracker
 
 NUM_PICTURES, NUM_HELD_OUT = 30_000, 512
@@ -111,14 +111,14 @@ class VisionObjective:
             value = value + F.mse_loss(shade, self._train.shades[rows])
         return Loss(value, f"random creatures {step}")
 
-    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+    def validate(self, step: int, tracker: Tracker) -> Measured:
         """On creatures of the tier "new": share of traits that each encoder names, and squared error of the shades."""
         values = {}
         for name, (*logits, shade) in zip(("siglip", "dinov3"), self._read(self._held_out.pixels), strict=True):
             named = torch.stack([scores.argmax(1) for scores in logits], dim=1) == self._held_out.traits
             values[f"val_{name}"] = float(named[self._held_out.traits != UNSEEN].float().mean())
             values[f"val_{name}_shade"] = float(F.mse_loss(shade, self._held_out.shades))
-        return values
+        return Measured(values)
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict())

@@ -30,6 +30,7 @@ __all__ = [
     "check_run",
     "config_class",
     "embed",
+    "embeds",
     "file_keys",
     "get",
     "identity",
@@ -124,6 +125,11 @@ def identity(method: str, config: Any) -> list[str]:
 def file_keys(method: str) -> tuple[str, ...]:
     """The keys of its table that only say where the files of `identity` are."""
     return tuple(getattr(_module(method), "FILE_KEYS", ()))
+
+
+def embeds(method: str) -> bool:
+    """Whether the initializer has image encoders."""
+    return hasattr(_module(method), "embed")
 
 
 def embed(method: str, config: Any, pictures: "Sequence[Image]", device: "torch.device") -> dict[str, "Tensor"]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tests.helpers import kill_me, killed
 from trainer import checkpoint, files
-from trainer.checkpoint import CheckpointConfig, CheckpointError
-from trainer.loop import TrainConfig, make_optimizer
+from trainer.checkpoint import CheckpointConfig, CheckpointError, Parts
+from trainer.optimizer import TrainConfig, make_optimizer
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -36,7 +36,7 @@ def save(root: Path, step: int, keep: int = 2, state: dict[str, Any] | None = No
     tensors = parameters()
     optimizer = torch.optim.AdamW(tensors)
     values = {"course": {}, **(state or {})}
-    return checkpoint.save(root, step, named(tensors), optimizer.state_dict(), values, keep)
+    return checkpoint.save(root, step, Parts(named(tensors), optimizer.state_dict()), values, keep)
 
 
 def steps(root: Path) -> list[str]:
@@ -58,7 +58,7 @@ def test_an_optimizer_goes_on_as_if_it_had_never_stopped(kind: str, tmp_path: Pa
     tensors = parameters()
     optimizer = make_optimizer(tensors, config)
     update(tensors, optimizer, range(3))
-    checkpoint.save(tmp_path, 3, named(tensors), optimizer.state_dict(), {"course": {}}, 2)
+    checkpoint.save(tmp_path, 3, Parts(named(tensors), optimizer.state_dict()), {"course": {}}, 2)
     saved = checkpoint.latest(tmp_path)
     assert saved is not None and saved.step == 3
     tensors = [nn.Parameter(saved.tensors[name]) for name in named(tensors)]

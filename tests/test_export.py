@@ -32,6 +32,7 @@ def report(folder: Path) -> dict[str, Any]:
             "validation": {"prompts": ["zorp at night"]},
         },
         "data": {"train": [{"sha256": "abc"}]},
+        "steps": train["steps"],
         "init": {
             "method": "i2l",
             "experts": [{"expert": "style"}],

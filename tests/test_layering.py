@@ -12,6 +12,7 @@ FLOORS = {
         "trainer.config",
         "trainer.data.audit.boxes",
         "trainer.data.audit.duplicates",
+        "trainer.choice",
         "trainer.data.audit.rules",
         "trainer.data.folders",
         "trainer.data.pictures",
@@ -34,6 +35,7 @@ FLOORS = {
         "trainer.data.notes",
         "trainer.hardware.offload",
         "trainer.hub.sources",
+        "trainer.optimizer",
         "trainer.tracking",
     ),
     3: (
@@ -57,6 +59,7 @@ FLOORS = {
         "trainer.data.dataset",
         "trainer.export",
         "trainer.loop",
+        "trainer.measure",
     ),
     6: (
         "trainer.cli",
@@ -65,6 +68,7 @@ FLOORS = {
         "trainer.data.epoch",
         "trainer.data.prior",
         "trainer.hardware.memory",
+        "trainer.stages",
     ),
     7: ("trainer.data.audit.picture", "trainer.plan"),
     8: ("trainer.data.audit.judge", "trainer.data.audit.masks", "trainer.hardware.machine"),

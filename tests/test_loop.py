@@ -1,9 +1,11 @@
 """The loop on a problem small enough to solve by hand."""
 
+import importlib
 import json
 import logging
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,8 @@ from trainer import checkpoint, loop
 from trainer.checkpoint import CheckpointConfig, CheckpointError
 from trainer.errors import Interrupted, TrainingError
 from trainer.flow import generator
-from trainer.loop import Loss, TrainConfig, learning_rate
+from trainer.loop import Loss, Measured
+from trainer.optimizer import TrainConfig
 from trainer.tracking import Tracker
 
 
@@ -47,10 +50,10 @@ class Fit:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.module.load_state_dict(tensors)
 
-    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+    def validate(self, step: int, tracker: Tracker) -> Measured:
         assert not torch.is_grad_enabled()
         self.validated.append(step)
-        return {"val_loss": float(step)}
+        return Measured({"val_loss": float(step)})
 
 
 def train(
@@ -77,40 +80,6 @@ def same(a: Fit, b: Fit) -> bool:
 def lines(output: Path, name: str) -> dict[int, float]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row[name] for row in rows if name in row}
-
-
-# --- learning rate ----------------------------------------------------------------------------------------
-
-
-def test_constant_rate_after_a_warm_up() -> None:
-    config = TrainConfig(steps=10, warmup_steps=4, learning_rate=8.0)
-    assert [learning_rate(config, step) for step in range(10)] == [2.0, 4.0, 6.0, 8.0, *[8.0] * 6]
-    assert learning_rate(TrainConfig(steps=3, learning_rate=0.5), 0) == 0.5
-
-
-def test_linear_rate_reaches_zero_where_the_run_ends() -> None:
-    config = TrainConfig(steps=12, warmup_steps=2, learning_rate=1.0, lr_schedule="linear")
-    rates = [learning_rate(config, step) for step in range(13)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
-
-
-def test_cosine_rate_is_torch_s() -> None:
-    config = TrainConfig(steps=20, learning_rate=0.3, lr_schedule="cosine")
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
-    for step in range(20):
-        assert learning_rate(config, step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6)
-        optimizer.step()
-        scheduler.step()
-
-
-def test_settings_that_cannot_train_are_problems() -> None:
-    assert TrainConfig().problems() == []
-    bad = TrainConfig(steps=0, batch_size=0, gradient_accumulation_steps=0, learning_rate=0.0, weight_decay=-1.0)
-    assert [problem.split()[0] for problem in bad.problems()] == [
-        "steps", "batch_size", "gradient_accumulation_steps", "weight_decay", "learning_rate", "warmup_steps",
-    ]  # fmt: skip
-    assert "leaves nothing" in TrainConfig(steps=5, warmup_steps=5).problems()[0]
 
 
 # --- the update -------------------------------------------------------------------------------------------
@@ -217,7 +186,7 @@ def test_a_bad_gradient_under_a_good_loss_stops_before_the_update(tmp_path: Path
 def test_nan_in_validation_stops_and_names_the_checkpoint(
     tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Fit, "validate", lambda _self, step, _: {"val_loss": math.nan if step == at else 1.0})
+    monkeypatch.setattr(Fit, "validate", lambda _self, step, _: Measured({"val_loss": math.nan if step == at else 1.0}))
     with pytest.raises(TrainingError, match=f"validation after step {at}: val_loss = nan") as error:
         train(tmp_path, config=TrainConfig(steps=6), every=2, validate_every=2)
     saved = checkpoint.latest(tmp_path / "checkpoints")
@@ -298,14 +267,14 @@ def test_a_signal_during_a_validation_stops_between_two_pictures(
     """The checkpoint is there before the pictures are drawn; what was not drawn is drawn when the run goes on."""
     drawn, signals = [], [signal.SIGTERM]
 
-    def validate(_: Fit, step: int, tracker: Tracker) -> dict[str, float]:
+    def validate(_: Fit, step: int, tracker: Tracker) -> Measured:
         for number in tracker.each(range(5), "pictures"):
             drawn.append((step, number))
             if (step, number) == (2, 1) and signals:
                 saved = checkpoint.latest(tmp_path / "checkpoints")
                 assert saved is not None and saved.step == 2 and len(saved.state["validations"]) == 1
                 os.kill(os.getpid(), signals.pop())
-        return {"val_loss": 0.5}
+        return Measured({"val_loss": 0.5})
 
     monkeypatch.setattr(Fit, "validate", validate)
     with pytest.raises(Interrupted, match="during a validation"):
@@ -329,9 +298,13 @@ def test_a_validation_is_in_the_curves_once(tmp_path: Path, monkeypatch: pytest.
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 2, 4]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "cosine_with_restarts", "trapezoid"])
 def test_ten_and_ten_steps_are_twenty(tmp_path: Path, schedule: str) -> None:
-    config = TrainConfig(steps=20, lr_schedule=schedule, warmup_steps=3, gradient_accumulation_steps=2)  # type: ignore[arg-type]
+    own: dict[str, Any] = {"cosine_with_restarts": {"num_cycles": 2}, "trapezoid": {"decay_steps": 12}}.get(
+        schedule, {}
+    )
+    shared: dict[str, Any] = {"steps": 20, "lr_schedule": schedule, "warmup_steps": 3}
+    config = TrainConfig(**shared, gradient_accumulation_steps=2, ema=0.9, **own)
     through = train(tmp_path / "through", config=config)
     with pytest.raises(Interrupted):
         train(tmp_path, Fit(lambda *at: os.kill(os.getpid(), signal.SIGTERM) if at == (9, 0) else None), config=config)
@@ -339,6 +312,156 @@ def test_ten_and_ten_steps_are_twenty(tmp_path: Path, schedule: str) -> None:
     assert same(resumed, through)
     for name in ("loss", "lr", "grad_norm"):
         assert lines(tmp_path, name) == lines(tmp_path / "through", name)
+
+
+class Held(Fit):
+    """With errors of held-out things that the test gives: step -> errors."""
+
+    def __init__(self, errors: dict[int, list[float]]):
+        super().__init__()
+        self.errors = errors
+
+    def validate(self, step: int, tracker: Tracker) -> Measured:
+        self.validated.append(step)
+        errors = torch.tensor(self.errors[step])
+        return Measured({"val_loss": float(errors.mean())}, errors)
+
+
+ERRORS = {0: [9.0, 8.0], 2: [5.0, 4.1], 4: [6.0, 5.0], 6: [7.0, 6.0], 8: [8.0, 7.0], 10: [1.0, 0.0]}
+
+
+def train_held(output: Path, patience: int = 0, steps: int = 10, **options: Any) -> tuple[Held, loop.Result]:
+    objective, seen = Held(ERRORS), list[int]()
+    job = loop.Job(
+        output, TrainConfig(steps=steps), CheckpointConfig(), 2, patience=patience,
+        validated=lambda result: seen.append(len(result.validations)),
+    )  # fmt: skip
+    result = loop.train(objective, job, Accelerator(), quiet=True, **options)
+    assert seen == [*range(len(result.validations) - len(seen) + 1, len(result.validations) + 1)]
+    return objective, result
+
+
+def test_the_checkpoint_of_the_best_step_is_kept(tmp_path: Path) -> None:
+    _, result = train_held(tmp_path, steps=8)
+    assert result.choice is not None and (result.choice.step, result.choice.waited) == (2, 3)
+    assert result.chosen == tmp_path / "checkpoints" / "step-00000002"
+    names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert names == ["step-00000002", "step-00000006", "step-00000008"]
+    two = train(tmp_path / "two", config=TrainConfig(steps=2))
+    found = checkpoint.load(result.chosen).result
+    assert all(torch.equal(found[name], value) for name, value in two.tensors().items())
+
+
+def test_patience_ends_a_run_and_a_resumed_one_knows(tmp_path: Path) -> None:
+    objective, result = train_held(tmp_path, patience=2)
+    assert (result.step, objective.validated) == (6, [0, 2, 4, 6])
+    again, result = train_held(tmp_path, patience=2, resume=True)
+    assert (result.step, again.validated) == (6, [])
+    further, result = train_held(tmp_path, resume=True)  # without patience it goes on
+    assert (result.step, further.validated) == (10, [8, 10])
+    assert result.choice is not None and result.choice.step == 10
+
+
+def test_a_run_stopped_after_its_first_validation_goes_on_from_step_0(tmp_path: Path) -> None:
+    """The seed may be the best: it is saved."""
+    train_held(tmp_path, steps=2)
+    saved = checkpoint.load(tmp_path / "checkpoints" / "step-00000000")
+    assert saved.state["errors"] == {"0": [9.0, 8.0]}
+    assert all(torch.equal(saved.tensors[name], value) for name, value in Fit().tensors().items())
+    for path in (tmp_path / "checkpoints").glob("step-*2"):
+        shutil.rmtree(path)
+    objective, result = train_held(tmp_path, steps=2, resume=True)
+    assert (objective.validated, result.step) == ([2], 2)
+
+
+def test_a_best_step_that_was_deleted_is_missed(tmp_path: Path) -> None:
+    train_held(tmp_path, steps=8)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
+    with pytest.raises(CheckpointError, match="step-00000002 is missing: it holds the best step"):
+        train_held(tmp_path, steps=8, resume=True)
+
+
+def test_an_average_is_validated_and_left_at_the_end(tmp_path: Path) -> None:
+    """Against its formula: decay min(0.9, (1 + n) / (10 + n)) after n + 1 updates, and none at the first."""
+    plain = {step: train(tmp_path / str(step), config=TrainConfig(steps=step)).tensors() for step in (1, 2, 3, 4, 5)}
+    average = {name: value.double() for name, value in plain[1].items()}
+    for n in range(1, 5):
+        decay = min(0.9, (1 + n) / (10 + n))
+        average = {name: decay * average[name] + (1 - decay) * plain[n + 1][name].double() for name in average}
+    seen: list[dict[str, Tensor]] = []
+
+    class Seen(Fit):
+        def validate(self, step: int, tracker: Tracker) -> Measured:
+            seen.append({name: value.clone() for name, value in self.tensors().items()})
+            return super().validate(step, tracker)
+
+    averaged = train(tmp_path / "ema", Seen(), config=TrainConfig(steps=5, ema=0.9))
+    for name, value in averaged.tensors().items():
+        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
+        assert torch.equal(value, seen[-1][name]) and not torch.equal(value, plain[5][name])
+    saved = checkpoint.latest(tmp_path / "ema" / "checkpoints")
+    assert saved is not None
+    for name, value in plain[5].items():
+        assert torch.equal(saved.tensors[name], value)
+        torch.testing.assert_close(saved.result[name].double(), average[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("prodigyopt.Prodigy", {"d_coef": 2.0, "slice_p": 2}),
+        ("pytorch_optimizer.CAME", {}),
+        ("pytorch_optimizer.Lion", {"betas": [0.9, 0.98]}),
+        ("pytorch_optimizer.Prodigy", {}),
+        ("torch.optim.SGD", {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_any_optimizer_is_the_package_s_own_and_resumes_exactly(
+    tmp_path: Path, optimizer: str, options: dict[str, Any]
+) -> None:
+    shared: dict[str, Any] = {"optimizer": optimizer, "optimizer_options": options, "weight_decay": 0.0}
+    config = TrainConfig(steps=8, learning_rate=0.1, max_grad_norm=0.0, **shared)
+    assert config.problems() == []
+    through = train(tmp_path / "through", config=config)
+
+    module, _, name = optimizer.rpartition(".")
+    reference = Fit()
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    kind = getattr(importlib.import_module(module), name)
+    bare = kind(reference.module.parameters(), lr=0.1, weight_decay=0.0, **own)
+    for step in range(8):
+        reference.loss(step, 0).value.backward()  # type: ignore[no-untyped-call]
+        bare.step()
+        bare.zero_grad()
+    for one, other in zip(through.tensors().values(), reference.tensors().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    assert not same(through, Fit())
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, Fit(lambda *at: os.kill(os.getpid(), signal.SIGTERM) if at == (4, 0) else None), config=config)
+    assert same(train(tmp_path, config=config, resume=True), through)
+
+
+def test_rates_of_single_parameters_and_what_does_not_learn(tmp_path: Path) -> None:
+    """Against two optimizers, each with its own rate; the bias learns only from step 3 on, with moments of its own."""
+    job = loop.Job(
+        tmp_path, TrainConfig(steps=6, learning_rate=0.01, max_grad_norm=0.0), CheckpointConfig(), 100,
+        rate=lambda step: 0.01 * (step + 1), lr_factor=lambda name: 4.0 if name == "bias" else 1.0,
+        learns=lambda step, name: name == "weight" or step >= 3,
+    )  # fmt: skip
+    objective, reference = Fit(), Fit()
+    loop.train(objective, job, Accelerator(), quiet=True)
+    weight, bias = reference.module.parameters()
+    first, second = (torch.optim.AdamW([one], lr=0.0, weight_decay=0.01) for one in (weight, bias))
+    for step in range(6):
+        reference.loss(step, 0).value.backward()  # type: ignore[no-untyped-call]
+        first.param_groups[0]["lr"], second.param_groups[0]["lr"] = 0.01 * (step + 1), 0.04 * (step + 1)
+        first.step()
+        if step >= 3:
+            second.step()
+        reference.module.zero_grad()
+    for one, other in zip(objective.tensors().values(), reference.tensors().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_a_finished_constant_run_can_be_prolonged(tmp_path: Path) -> None:

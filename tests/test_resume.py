@@ -204,6 +204,7 @@ def test_the_held_term_goes_with_its_run(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A run with a frozen LoRA fails before its first checkpoint, and is started again from something else."""
+    plain = (*PLAIN, "data.held_out=0")  # with held-out pictures the start is saved, too
     name, kept = "transformer_blocks.0.attn.to_q", initializers.random.initialize
     frozen = AdapterWeights({name: LowRank(torch.ones(2, 64), torch.ones(64, 2))})
     output = tmp_path / "out"
@@ -212,17 +213,17 @@ def test_the_held_term_goes_with_its_run(
             initializers.random, "initialize", lambda *_: Seed(AdapterWeights({}), {"method": "x"}, frozen=frozen)
         )
         stop_at(patch, 0, raising(TrainingError("ended here")))
-        assert run(run_toml, output, *PLAIN) == FAILED
+        assert run(run_toml, output, *plain) == FAILED
         assert (output / "frozen.safetensors").exists()
     assert initializers.random.initialize is kept
-    assert run(run_toml, output, *PLAIN, "init.method=gaussian", resume=True) == FINISHED
+    assert run(run_toml, output, *plain, "init.method=gaussian", resume=True) == FINISHED
     assert not (output / "frozen.safetensors").exists()
-    assert run(run_toml, tmp_path / "through", *PLAIN, "init.method=gaussian") == FINISHED
+    assert run(run_toml, tmp_path / "through", *plain, "init.method=gaussian") == FINISHED
     assert adapter_bytes(output) == adapter_bytes(tmp_path / "through")
     # and one that was not of this run is never put on the base
-    half_done(run_toml, tmp_path / "other", monkeypatch, "init.method=gaussian")
+    half_done(run_toml, tmp_path / "other", monkeypatch, "data.held_out=0", "init.method=gaussian")
     write_lora(tmp_path / "other" / "frozen.safetensors", frozen, {})
-    assert run(run_toml, tmp_path / "other", *PLAIN, "init.method=gaussian", resume=True) == FINISHED
+    assert run(run_toml, tmp_path / "other", *plain, "init.method=gaussian", resume=True) == FINISHED
     assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "through")
 
 
@@ -266,7 +267,9 @@ def test_a_checkpoint_is_spoken_of_only_where_one_is(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stop_at(monkeypatch, 0, raising(OSError("gone")))
-    assert run(run_toml, tmp_path / "out", *PLAIN) == FAILED
+    assert run(run_toml, tmp_path / "chosen", *PLAIN) == FAILED
+    assert "the checkpoint of step 0 is whole: continue with --resume" in caplog.text
+    assert run(run_toml, tmp_path / "out", *PLAIN, "data.held_out=0") == FAILED
     assert "no checkpoint was saved yet: --resume starts from the beginning" in caplog.text
     caplog.clear()
     monkeypatch.setattr("trainer.run.encode", lambda *_, **__: raising(OSError("gone"))())

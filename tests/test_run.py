@@ -187,12 +187,13 @@ def die_in(owner: Any, name: str, call: int) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "call", "resumes_at"),
     [
-        pytest.param(LoraObjective, "loss", 0, None, marks=pytest.mark.slow),
+        pytest.param(LoraObjective, "validate", 0, None, marks=pytest.mark.slow),
+        pytest.param(LoraObjective, "loss", 0, 0, marks=pytest.mark.slow),
         (LoraObjective, "loss", 3, 2),
         # lines of steps 0 to 4 are written, not that of the validation
         pytest.param(tracking.Tracker, "scalars", 6, 4, marks=pytest.mark.slow),
-        (trainer.files, "save_file", 2, 2),  # in the second checkpoint
-        pytest.param(trainer.files, "save_file", 6, 6, marks=pytest.mark.slow),  # in the adapter
+        (trainer.files, "save_file", 4, 2),  # in the third checkpoint; the first is that of the start
+        pytest.param(trainer.files, "save_file", 8, 6, marks=pytest.mark.slow),  # in the adapter
         (export, "export", 0, 6),
     ],
 )
@@ -384,11 +385,19 @@ def test_exactly_these_files_are_left_and_the_pictures_are_untouched(
     assert len(shards) == 2 and all(name.endswith(".safetensors") for name in shards)
     assert left - {events} - shards == {
         ".run.lock",
-        "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
-        "adapter/pytorch_lora_weights.safetensors",
-        "adapter/README.md",
-        "adapter/samples/step-000006-0.png",
+        *(
+            f"{folder}/{name}"
+            for folder in ("adapter", "adapter_last")
+            for name in (
+                "adapter_config.json",
+                "adapter_model.safetensors",
+                "pytorch_lora_weights.safetensors",
+                "README.md",
+                "samples/step-000006-0.png",
+            )
+        ),
+        "choice.json",
+        "pictures.jsonl",
         *(
             f"checkpoints/step-0000000{step}/{name}"
             for step in (4, 6)

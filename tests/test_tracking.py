@@ -24,7 +24,7 @@ def curve(output: Path, name: str) -> dict[int, float]:
 
 
 def write(output: Path, steps: range, *, start: int = 0, offset: float = 0.0) -> None:
-    with Tracker(output, start_step=start, steps=10, quiet=True) as tracker:
+    with Tracker(output, start_step=start, steps=10, quiet=True, validate_again=start == 0) as tracker:
         for step in steps:
             tracker.scalars(step, {"loss": step + offset})
 

@@ -109,7 +109,7 @@ def test_names_of_files_are_such_that_windows_takes(run_toml: Path, tmp_path: Pa
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
 def test_no_file_of_a_checkpoint_stays_mapped(tmp_path: Path) -> None:
     """Windows cannot delete what is mapped, and older checkpoints are deleted while the run goes on."""
-    path = checkpoint.save(tmp_path, 1, {"a": torch.ones(1 << 16)}, {"state": {}, "param_groups": []}, {}, 2)
+    path = checkpoint.save(tmp_path, 1, checkpoint.Parts({"a": torch.ones(1 << 16)}, {"state": {}}), {}, 2)
     saved = checkpoint.load(path)
     assert saved.tensors["a"].sum() == 1 << 16
     assert str(path) not in Path("/proc/self/maps").read_text()

@@ -71,8 +71,14 @@ class AdapterConfig:
     """Train the magnitude and the direction of the weights separately (DoRA, arXiv:2402.09353). Slower, and most other
     programs cannot read the result."""
 
+    lora_plus_ratio: float = 1.0
+    """The learning rate of b is that of a times this (LoRA+, arXiv:2402.12354, which proposes 16 for a random start
+    with a lower learning rate). 1 is the same for both."""
+
     def problems(self) -> list[str]:
         found = []
+        if not self.lora_plus_ratio > 0:
+            found.append(f"lora_plus_ratio must be above 0, not {self.lora_plus_ratio:g}")
         if self.rank < 1:
             found.append(f"rank must be at least 1, not {self.rank}")
         if self.alpha is not None and not self.alpha > 0:
@@ -453,6 +459,16 @@ def switched_off(transformer: nn.Module) -> Iterator[None]:
 def remove(transformer: Any) -> None:
     """Take the adapter off again; the base is as it was before `inject`."""
     transformer.unload_lora()
+
+
+def module_of(parameter: str) -> str:
+    """The adapted module that a trained tensor belongs to, by the tensor's name."""
+    return parameter.partition(".lora_")[0]
+
+
+def lr_factor(config: AdapterConfig, parameter: str) -> float:
+    """What the learning rate of a trained tensor is multiplied by."""
+    return config.lora_plus_ratio if ".lora_B." in parameter else 1.0
 
 
 def scales(transformer: nn.Module) -> dict[str, float]:

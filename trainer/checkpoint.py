@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections import defaultdict
@@ -19,8 +20,9 @@ from trainer.files import new_folder, sha256, write_json, write_tensors
 
 FOLDER = "checkpoints"  # in the output
 PICTURES, MASKS, MODELS = "pictures", "masks", "models"  # the keys of a course that are not settings
-TENSORS = "trainable.safetensors", "optimizer.safetensors"
+TRAINABLE, OPTIMIZER, AVERAGE = "trainable.safetensors", "optimizer.safetensors", "average.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
+_TENSOR, _FLOAT = "tensor", "float"  # keys that stand for what JSON has not in an optimizer's state
 
 
 class CheckpointError(UserError):
@@ -45,36 +47,57 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a checkpoint is made of, besides its state."""
+
+    tensors: Mapping[str, Tensor]
+    """What is trained."""
+    optimizer: Mapping[str, Any]
+    """The optimizer's state dict."""
+    average: Mapping[str, Tensor] | None = None
+    """The moving average of what is trained, if there is one."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     path: Path
     step: int
     tensors: dict[str, Tensor]
     optimizer: dict[str, Any]
+    average: dict[str, Tensor]
+    """Empty if there is none."""
     state: dict[str, Any]
 
+    @property
+    def result(self) -> dict[str, Tensor]:
+        """What is validated and exported."""
+        return self.average or self.tensors
 
-def save(
-    root: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    optimizer: Mapping[str, Any],
-    state: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write `root/step-<step>`, then delete all but the newest `keep`, and what a killed run left half written.
 
-    optimizer: its state dict. state: `course`, and what else is to be read back, as JSON. OSError if the disk is full;
-    then nothing was deleted.
+def path_of(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def save(root: Path, step: int, parts: Parts, state: Mapping[str, Any], keep: int, chosen: Path | None = None) -> Path:
+    """Write `root/step-<step>`, then delete all but the newest `keep` and the chosen one, and what a killed run left
+    half written.
+
+    state: `course`, and what else is to be read back, as JSON. OSError if the disk is full; then nothing was deleted.
     """
-    path = root / f"step-{step:08d}"
-    optimizer_tensors, optimizer_rest = _split(optimizer)
+    path = path_of(root, step)
+    found: dict[str, Tensor] = {}
+    optimizer = _without_tensors(parts.optimizer, "", found)
+    written = {TRAINABLE: parts.tensors, OPTIMIZER: found}
+    if parts.average is not None:
+        written[AVERAGE] = parts.average
     with new_folder(path) as folder:
-        for name, values in zip(TENSORS, (tensors, optimizer_tensors), strict=True):
+        for name, values in written.items():
             write_tensors(folder / name, values)
-        hashes = {name: sha256(folder / name) for name in TENSORS}
-        write_json(folder / "state.json", {"step": step, "optimizer": optimizer_rest, "sha256": hashes, **state})
+        hashes = {name: sha256(folder / name) for name in written}
+        write_json(folder / "state.json", {"step": step, "optimizer": optimizer, "sha256": hashes, **state})
     for old in [*_folders(root)[:-keep], *root.glob(".step-*")]:
-        shutil.rmtree(old)
+        if old != chosen:
+            shutil.rmtree(old)
     return path
 
 
@@ -193,15 +216,15 @@ def load(path: Path) -> Checkpoint:
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        hashes, found = state.pop("sha256"), []
-        for name in TENSORS:
+        found = dict[str, dict[str, Tensor]]()
+        for name, digest in state.pop("sha256").items():
             data = (file := path / name).read_bytes()
-            if hashlib.sha256(data).hexdigest() != hashes[name]:
+            if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError("its content is not what was written")
-            found.append(dict(sorted(load_bytes(data).items())))  # which has no order: all processes need the same
-        tensors, optimizer_tensors = found
-        optimizer = _join(optimizer_tensors, state.pop("optimizer"))
-        return Checkpoint(path, state.pop("step"), tensors, optimizer, state)
+            found[name] = dict(sorted(load_bytes(data).items()))  # which has no order: all processes need the same
+        optimizer = _with_tensors(state.pop("optimizer"), found[OPTIMIZER])
+        optimizer["state"] = {int(index): values for index, values in optimizer["state"].items()}
+        return Checkpoint(path, state.pop("step"), found[TRAINABLE], optimizer, found.get(AVERAGE, {}), state)
     except Exception as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}). Delete the folder {path} to resume from the checkpoint before it."
@@ -212,29 +235,24 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors named `index.name`, and what JSON can hold."""
-    flat = dict(_flat(state["state"]))
-    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
-    rest = {name: value for name, value in flat.items() if name not in tensors}
-    return tensors, {"values": rest, "param_groups": state["param_groups"]}
+def _without_tensors(value: Any, name: str, found: dict[str, Tensor]) -> Any:
+    """An optimizer's state as JSON can hold it. Each tensor in it goes to `found`, and its name there takes its place:
+    optimizers keep them at any depth, in `state` and in `param_groups`."""
+    if isinstance(value, Tensor):
+        found[name] = value
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        return {str(key): _without_tensors(one, f"{name}.{key}".lstrip("."), found) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(one, f"{name}.{number}", found) for number, one in enumerate(value)]
+    return {_FLOAT: str(value)} if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """bitsandbytes keeps its tensors in a dict of their own, one level deeper than torch."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _join(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **rest["values"]}.items():
-        index, *groups, name = key.split(".")
-        values = state.setdefault(int(index), {})
-        for group in groups:
-            values = values.setdefault(group, {})
-        values[name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        if value.keys() == {_FLOAT}:
+            return float(value[_FLOAT])
+        return {key: _with_tensors(one, tensors) for key, one in value.items()}
+    return [_with_tensors(one, tensors) for one in value] if isinstance(value, list) else value

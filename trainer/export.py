@@ -73,7 +73,7 @@ def export(
     base = plain_id(report["config"]["model"]["base"])
     share = (report["init"]["applied"]["energy_kept"] or {}).get("total")
     pictures = [entry["sha256"] for entry in report["data"]["train"]]
-    metadata = origin(base, report["init"], share, pictures, report["config"]["train"]["steps"])
+    metadata = origin(base, report["init"], share, pictures, report["steps"])
     name = Path(report["config"]["output"]).name
     whole = None
     if frozen is not None or config.rank is not None:

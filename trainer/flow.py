@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -34,33 +35,72 @@ def seeded(random: torch.Generator, device: torch.device) -> Iterator[None]:
 class FlowConfig:
     """`[flow]`"""
 
-    sigma_sampling: Literal["logit_normal", "uniform", "shift", "resolution_shift"] = "logit_normal"
+    sigma_sampling: Literal["logit_normal", "uniform", "shift", "uniform_shift", "resolution_shift"] = "logit_normal"
     """How the noise levels (sigmas) are drawn. logit_normal: the sigmoid of a normal number. uniform: every sigma is as
-    likely. shift: logit_normal, moved by `shift`. resolution_shift: logit_normal, moved by Qwen-Image's own rule: more
-    noise for larger pictures."""
+    likely. shift: logit_normal, moved by `shift`. uniform_shift: uniform, moved by `shift`. resolution_shift:
+    logit_normal, moved by Qwen-Image's own rule: more noise for larger pictures."""
     shift: float | None = None
     """The s of sigma -> s * sigma / (1 + (s - 1) * sigma). Above 1 there is more noise. Only with sigma_sampling =
-    "shift"."""
+    "shift" or "uniform_shift"."""
+    sigma_range: tuple[float, float] = (0.0, 1.0)
+    """The lowest and the highest sigma: what was drawn from 0 to 1 is scaled into this range. [0.02, 1.0] is what
+    Qwen-Image's sampler ends with; [0.5, 1.0] trains on what decides the composition, [0.0, 0.5] on details."""
+    loss_weighting: Literal["none", "bell"] = "none"
+    """What the loss at a sigma is multiplied by. bell: exp(-2 (sigma - 0.5)^2) minus what that is at 0 and 1, times a
+    constant that makes its mean 1; medium noise counts most, as in DiffSynth-Studio."""
 
     def problems(self) -> list[str]:
-        if self.sigma_sampling == "shift":
-            return [] if self.shift and self.shift > 0 else ['shift must be above 0 with sigma_sampling = "shift"']
-        if self.shift is not None:
-            return [f'shift has no effect with sigma_sampling = "{self.sigma_sampling}"; it needs "shift"']
-        return []
+        found, (low, high) = list[str](), self.sigma_range
+        if self.sigma_sampling in SHIFTED:
+            if not (self.shift and self.shift > 0):
+                found.append(f'shift must be above 0 with sigma_sampling = "{self.sigma_sampling}"')
+        elif self.shift is not None:
+            needs = '" or "'.join(SHIFTED)
+            found.append(f'shift has no effect with sigma_sampling = "{self.sigma_sampling}"; it needs "{needs}"')
+        if not 0 <= low < high <= 1:
+            found.append(f"sigma_range must be two numbers that rise from at least 0 to at most 1, not {low}, {high}")
+        return found
+
+
+SHIFTED = ("shift", "uniform_shift")  # the values of `sigma_sampling` that need `shift`
 
 
 def sample_sigmas(config: FlowConfig, count: int, num_image_tokens: int, random: torch.Generator) -> Tensor:
-    """`count` sigmas in (0, 1), fp32, on the CPU."""
-    if config.sigma_sampling == "uniform":
-        return torch.rand(count, generator=random)
-    sigmas = torch.sigmoid(torch.randn(count, generator=random))
-    if config.sigma_sampling == "shift":
+    """`count` sigmas, fp32, on the CPU."""
+    if config.sigma_sampling.startswith("uniform"):
+        return _moved(config, torch.rand(count, generator=random), num_image_tokens)
+    return _moved(config, torch.sigmoid(torch.randn(count, generator=random)), num_image_tokens)
+
+
+def loss_weights(config: FlowConfig, sigmas: Tensor, num_image_tokens: int) -> Tensor | None:
+    """What the loss of a sample at each of `sigmas` is multiplied by, of the same shape; None where it is 1."""
+    if config.loss_weighting == "none":
+        return None
+    return _bell(sigmas) / _bell_mean(config, num_image_tokens)
+
+
+def _bell(sigmas: Tensor) -> Tensor:
+    return torch.exp(-2 * (sigmas - 0.5).square()) - math.exp(-0.5)
+
+
+@lru_cache
+def _bell_mean(config: FlowConfig, num_image_tokens: int) -> float:
+    """Over the sigmas that are drawn: at a thousand evenly spread probabilities."""
+    base = stratified_sigmas(1000).double()
+    if not config.sigma_sampling.startswith("uniform"):
+        base = torch.sigmoid(torch.special.ndtri(base))
+    return float(_bell(_moved(config, base, num_image_tokens)).mean())
+
+
+def _moved(config: FlowConfig, sigmas: Tensor, num_image_tokens: int) -> Tensor:
+    """Shifted as the configuration says, then scaled into its range."""
+    if config.sigma_sampling in SHIFTED:
         assert config.shift is not None
-        return shifted(sigmas, config.shift)
-    if config.sigma_sampling == "resolution_shift":
-        return shifted(sigmas, math.exp(resolution_mu(num_image_tokens)))
-    return sigmas
+        sigmas = shifted(sigmas, config.shift)
+    elif config.sigma_sampling == "resolution_shift":
+        sigmas = shifted(sigmas, math.exp(resolution_mu(num_image_tokens)))
+    low, high = config.sigma_range
+    return sigmas if (low, high) == (0, 1) else low + (high - low) * sigmas
 
 
 def shifted(sigmas: Tensor, shift: float) -> Tensor:

@@ -109,7 +109,8 @@ def _record(folder: Path, status: str, text: str) -> None:
 
 def how_to_go_on(folder: Path) -> str:
     """What is safe in the folder, and what to type."""
-    if step := checkpoint.newest_step(folder / checkpoint.FOLDER):
+    step = checkpoint.newest_step(folder / checkpoint.FOLDER)
+    if step is not None:
         return f"the checkpoint of step {step} is whole: continue with --resume"
     if is_used(folder):
         return "no checkpoint was saved yet: --resume starts from the beginning"

@@ -10,67 +10,27 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from trainer import checkpoint
-from trainer.checkpoint import Checkpoint, CheckpointConfig
+from trainer.checkpoint import Checkpoint, CheckpointConfig, CheckpointError
+from trainer.choice import Choice, choose
 from trainer.errors import Interrupted, TrainingError
 from trainer.hardware import parallel
+from trainer.optimizer import TrainConfig, learning_rate, lr_groups, make_optimizer
 from trainer.tracking import Tracker
 
 log = logging.getLogger("trainer")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """`[train]`"""
-
-    steps: int = 1000
-    """The number of optimizer updates."""
-    batch_size: int = 1
-    """How many pictures a forward pass has, on each process."""
-    gradient_accumulation_steps: int = 1
-    """How many forward passes are added up for one update."""
-    learning_rate: float = 3e-4
-    """The learning rate after the warm-up. LoRAs are often trained with 1e-4 to 3e-4."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after the warm-up: it stays, or falls to 0, in a line or along half a cosine."""
-    warmup_steps: int = 0
-    """The number of steps over which the learning rate rises in a line from 0."""
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """AdamW with moments in fp32, or in 8 bits by bitsandbytes. The paged one moves them to the CPU when the GPU's
-    memory is short."""
-    weight_decay: float = 0.01
-    """How strongly AdamW pulls the adapter's weights to 0."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm. 0 turns clipping off."""
-    gradient_checkpointing: bool = False
-    """Compute activations a second time instead of keeping them. This needs much less memory, and about a third more
-    time."""
-    offload_activations: bool = False
-    """Let what gradient checkpointing still keeps, the input of each block, wait in the CPU's memory."""
-
-    def problems(self) -> list[str]:
-        found = [f"{name} must be at least 1" for name in ("steps", "batch_size", "gradient_accumulation_steps")
-                 if getattr(self, name) < 1]  # fmt: skip
-        found += [f"{name} must not be negative" for name in ("warmup_steps", "weight_decay", "max_grad_norm")
-                  if getattr(self, name) < 0]  # fmt: skip
-        if not self.learning_rate > 0:
-            found.append("learning_rate must be above 0")
-        if self.offload_activations and not self.gradient_checkpointing:
-            found.append("offload_activations needs gradient_checkpointing = true: it moves what checkpointing keeps")
-        if self.warmup_steps >= self.steps:
-            found.append(f"warmup_steps = {self.warmup_steps} leaves nothing of steps = {self.steps}")
-        return found
 
 
 @dataclass(frozen=True)
@@ -81,6 +41,16 @@ class Loss:
     """What was in the batch, for a message."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """What the value is made of, for the log: scalars, not attached."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a validation has found."""
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    """To be logged."""
+    errors: Tensor | None = None
+    """Errors that the best step is chosen by, always of the same things: any shape, on the CPU."""
 
 
 class Objective(Protocol):
@@ -94,9 +64,9 @@ class Objective(Protocol):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None: ...
 
-    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
-        """Numbers to log; called at step 0, every `validate_every` steps and at the end. What takes long goes through
-        `tracker.each`, so that the run can stop in between."""
+    def validate(self, step: int, tracker: Tracker) -> Measured:
+        """Called at step 0, every `validate_every` steps and at the end. What takes long goes through `tracker.each`,
+        so that the run can stop in between."""
 
 
 @dataclass
@@ -105,6 +75,14 @@ class Result:
     seconds: float
     """Training time of all parts of the run, without validation."""
     validations: list[dict[str, float]] = field(default_factory=list)
+    errors: dict[int, Tensor] = field(default_factory=dict)
+    """Step -> `Measured.errors`, of the steps that have any."""
+    chosen: Path | None = None
+    """The checkpoint of the step that `choice` chooses; None if there are no errors to choose by."""
+
+    @property
+    def choice(self) -> Choice | None:
+        return choose(self.errors)
 
 
 @dataclass(frozen=True)
@@ -117,6 +95,16 @@ class Job:
     validate_every: int
     course: Mapping[str, Any] = field(default_factory=dict)
     """What must be the same when the run is resumed: see `checkpoint.course`."""
+    patience: int = 0
+    """The run ends when so many validations have brought no better step; 0: never before its last step."""
+    rate: Callable[[int], float] | None = None
+    """The learning rate of each update, from 0; None: that of `train`."""
+    lr_factor: Callable[[str], float] = lambda name: 1.0
+    """What the learning rate of a parameter, by its name, is multiplied by."""
+    learns: Callable[[int, str], bool] = lambda step, name: True
+    """Whether an update, from 0, changes a parameter."""
+    validated: Callable[[Result], None] = lambda result: None
+    """Called after each validation, on the first process."""
 
 
 def train(
@@ -131,6 +119,8 @@ def train(
     """Train to the last step; with `resume`, from the newest checkpoint on. nested: one run of many, see `Tracker`.
 
     A checkpoint is saved before each validation, so that one which is stopped is done again when the run is resumed.
+    That of the best step is kept until the end. Afterwards the objective has the weights of the last step; with an
+    average, `[train] ema`, those of the average.
     The loop divides the loss by the accumulation steps: `accelerator` must not be told of them, or it would, too.
     Raises TrainingError on NaN or infinity, Interrupted after a signal, CheckpointError if the checkpoint was
     written by a run of another course.
@@ -157,6 +147,8 @@ def train(
         if training.lacks_validation(start):
             training.validate(start, tracker)
         for step in range(start, steps):
+            if training.is_done:
+                break
             values = training.update(step)
             done = step + 1
             tracker.scalars(done, values)
@@ -168,6 +160,7 @@ def train(
                 raise Interrupted(f"stopped after step {done}")
             if validating:
                 training.validate(done, tracker)
+        training.finish()
     return training.result
 
 
@@ -196,12 +189,24 @@ class _Training:
             parallel.shard(objective.module, accelerator.device)
         else:
             objective.module = parallel.wrap_ddp(accelerator, objective.module)
-        self._parameters = [p for p in objective.module.parameters() if p.requires_grad]
-        self._optimizer: Any = make_optimizer(self._parameters, job.train)
+        named = objective.module.named_parameters()
+        self._parameters = {name.removeprefix("module."): p for name, p in named if p.requires_grad}
+        self._optimizer: Any = make_optimizer(lr_groups(self._parameters, job.lr_factor), job.train)
         if accelerator.scaler is not None:  # accelerate's own optimizer looks for packages at each step
             self._optimizer = accelerator.prepare(self._optimizer)
+        self._average = EMAModel([*self._parameters.values()], job.train.ema) if job.train.ema else None
         self.result, self._begin = Result(0, 0.0), time.monotonic()
         self._course, self._saved = _course(job, accelerator), Path()
+
+    @property
+    def _root(self) -> Path:
+        return self._job.output / checkpoint.FOLDER
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has waited for a better step as long as it was told to."""
+        choice, patience = self.result.choice, self._job.patience
+        return bool(patience) and choice is not None and choice.waited >= patience
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
@@ -210,26 +215,67 @@ class _Training:
             return
         self._objective.load_tensors(saved.tensors)
         parallel.load_optimizer(self._optimizer, saved.optimizer)
-        self.result = Result(saved.step, saved.state["seconds"], saved.state["validations"])
+        if self._average is not None:
+            own = zip(self._average.shadow_params, self._parameters, strict=True)
+            shadow = [parallel.sharded_like(saved.average[name], value) for value, name in own]
+            state = {"shadow_params": shadow, "optimization_step": saved.state["averaged"]}
+            self._average.load_state_dict({**self._average.state_dict(), **state})
+        errors = {int(step): torch.tensor(values) for step, values in saved.state["errors"].items()}
+        self.result = Result(saved.step, saved.state["seconds"], saved.state["validations"], errors)
         self._course, self._saved = saved.state["course"], saved.path  # it may know of models that are not here now
+        self._note_choice()
         self._begin = time.monotonic() - self.result.seconds
 
     def update(self, step: int) -> dict[str, float]:
-        return _update(self._objective, self._optimizer, self._parameters, self._job.train, self._accelerator, step)
+        """One optimizer update. Returns `loss`, `lr`, `grad_norm`, and what the loss is made of, if it has parts."""
+        job = self._job
+        lr = learning_rate(job.train, step) if job.rate is None else job.rate(step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        losses, grad_norm = self._gradients(step)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.step(self._parameters.values())
+        return {"loss": losses["loss"], "lr": lr, "grad_norm": grad_norm, **losses}
+
+    def _gradients(self, step: int) -> tuple[dict[str, float], float]:
+        """Compute those of an update, clipped; what does not learn has none. Returns the losses and the norm."""
+        job, accelerator, optimizer = self._job, self._accelerator, self._optimizer
+        while True:
+            losses, batches = _backward(self._objective, job.train, accelerator, step)
+            loss = losses["loss"]
+            for name, parameter in self._parameters.items():
+                if not job.learns(step, name):
+                    parameter.grad = None
+            if accelerator.scaler is not None:
+                accelerator.unscale_gradients(optimizer)
+            largest = job.train.max_grad_norm or math.inf
+            norm = nn.utils.clip_grad_norm_([*self._parameters.values()], largest)
+            grad_norm = float(parallel.unsharded(norm))
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                return losses, grad_norm
+            if accelerator.scaler is None or not math.isfinite(loss) or accelerator.scaler.get_scale() < 1:
+                raise TrainingError(
+                    f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, with {'; '.join(batches)}. "
+                    "Nothing was updated. Look at these pictures and captions, lower the learning rate, or leave fp16."
+                )
+            accelerator.scaler.update(accelerator.scaler.get_scale() / 2)  # fp16 gradients overflowed: once more
+            optimizer.zero_grad(set_to_none=True)
 
     def lacks_validation(self, step: int) -> bool:
         due = step % self._job.validate_every == 0 or step == self._job.train.steps
         return due and all(values["step"] != step for values in self.result.validations)
 
     def validate(self, step: int, tracker: Tracker) -> None:
-        """Only after `save`, but for step 0."""
+        """Only after `save`, but for step 0, which is saved if it may be the best."""
         paused = time.monotonic()
-        with torch.no_grad():
-            values = self._objective.validate(step, tracker)
+        with torch.no_grad(), self._averaged():
+            found = self._objective.validate(step, tracker)
         self._begin += time.monotonic() - paused
-        if not values:
+        if not found.values:
             return
-        values["seconds"] = round(time.monotonic() - self._begin, 3)
+        values = {**found.values, "seconds": round(time.monotonic() - self._begin, 3)}
         if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
             raise TrainingError(
                 f"validation after step {step}: {', '.join(bad)}. "
@@ -237,9 +283,43 @@ class _Training:
                 + 'A lower learning rate, or [model] dtype = "bf16" instead of fp16, may help.'
             )
         self.result.validations.append({"step": step, **values})
+        if found.errors is not None:
+            self.result.errors[step] = found.errors
+            if step == 0:
+                self.save(0)
+        self._note_choice()
         tracker.scalars(step, values)
-        if step and self._accelerator.is_main_process:
-            checkpoint.add_to_state(self._saved, {"validations": self.result.validations})
+        if self._accelerator.is_main_process:
+            if step:
+                checkpoint.add_to_state(self._saved, self._history())
+            self._job.validated(self.result)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the parameters are the average, if there is one."""
+        if self._average is None:
+            yield
+            return
+        parameters = [*self._parameters.values()]
+        self._average.store(parameters)
+        self._average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._average.restore(parameters)
+
+    def _note_choice(self) -> None:
+        choice = self.result.choice
+        self.result.chosen = None if choice is None else checkpoint.path_of(self._root, choice.step)
+        if self.result.chosen is not None and not self.result.chosen.exists():
+            raise CheckpointError(
+                f"{self.result.chosen} is missing: it holds the best step of the run. Put it back, or choose another "
+                "--output."
+            )
+
+    def _history(self) -> dict[str, Any]:
+        errors = {str(step): values.tolist() for step, values in self.result.errors.items()}
+        return {"validations": self.result.validations, "errors": errors}
 
     def save(self, step: int) -> None:
         result, settings = self.result, self._job.checkpoint
@@ -251,43 +331,19 @@ class _Training:
                 "Lower the learning rate, or leave fp16."
             )
         optimizer = parallel.unsharded(self._optimizer.state_dict())
+        average, averaged = None, None
+        if self._average is not None:
+            average = parallel.unsharded(dict(zip(self._parameters, self._average.shadow_params, strict=True)))
+            averaged = self._average.optimization_step
         if self._accelerator.is_main_process:
-            state = {"course": self._course, "seconds": result.seconds, "validations": result.validations}
-            root = self._job.output / checkpoint.FOLDER
-            self._saved = checkpoint.save(root, step, tensors, optimizer, state, settings.keep)
+            state = {"course": self._course, "seconds": result.seconds, "averaged": averaged, **self._history()}
+            parts = checkpoint.Parts(tensors, optimizer, average)
+            self._saved = checkpoint.save(self._root, step, parts, state, settings.keep, self.result.chosen)
         self._accelerator.wait_for_everyone()
 
-
-def _update(
-    objective: Objective,
-    optimizer: Any,
-    parameters: list[nn.Parameter],
-    config: TrainConfig,
-    accelerator: Accelerator,
-    step: int,
-) -> dict[str, float]:
-    """One optimizer update. Returns `loss`, `lr`, `grad_norm`, and what the loss is made of, if it has parts."""
-    lr = learning_rate(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    while True:
-        losses, batches = _backward(objective, config, accelerator, step)
-        loss = losses["loss"]
-        if accelerator.scaler is not None:
-            accelerator.unscale_gradients(optimizer)
-        grad_norm = float(parallel.unsharded(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)))
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            break
-        if accelerator.scaler is None or not math.isfinite(loss) or accelerator.scaler.get_scale() < 1:
-            raise TrainingError(
-                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, with {'; '.join(batches)}. "
-                "Nothing was updated. Look at these pictures and captions, lower the learning rate, or leave fp16."
-            )
-        accelerator.scaler.update(accelerator.scaler.get_scale() / 2)  # fp16 gradients overflowed: once more
-        optimizer.zero_grad(set_to_none=True)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "lr": lr, "grad_norm": grad_norm, **losses}
+    def finish(self) -> None:
+        if self._average is not None:
+            self._average.copy_to([*self._parameters.values()])
 
 
 def _backward(
@@ -305,30 +361,6 @@ def _backward(
             means[name] += value / config.gradient_accumulation_steps
         batches.append(loss.batch)
     return means, batches
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of update `step` (from 0): a line up over `warmup_steps`, then the schedule."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    match config.lr_schedule:
-        case "constant":
-            return config.learning_rate
-        case "linear":
-            return config.learning_rate * (1 - progress)
-        case "cosine":
-            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    kind: Any = torch.optim.AdamW
-    if config.optimizer != "adamw":
-        import bitsandbytes  # its import probes for CUDA libraries: only where it is used
-
-        kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-        kind = kinds[config.optimizer]
-    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 @contextmanager

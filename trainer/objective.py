@@ -3,28 +3,30 @@
 `LoraObjective` is what the loop trains, validates and saves. `Trials` tells an initializer what a start would be worth.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
+from PIL import Image
 from torch import Tensor
 
-from trainer import adapter, flow, qwen_image, validation
+from trainer import adapter, flow, measure, qwen_image, validation
 from trainer.adapter import AdapterWeights
 from trainer.data import masks
 from trainer.data.cache import Cache
-from trainer.data.dataset import Example
+from trainer.data.dataset import Example, load_picture
 from trainer.data.encode import encode_pictures, encode_prompts
 from trainer.data.epoch import batch, drawn_caption, drops_caption
 from trainer.data.prior import drawing_keys
 from trainer.files import DTYPES
 from trainer.hardware import parallel
-from trainer.loop import Loss
+from trainer.loop import Loss, Measured
 from trainer.plan import Plan
 from trainer.qwen_image import TextEncoder
+from trainer.stages import Stage
 from trainer.tracking import Tracker
 
 
@@ -34,7 +36,7 @@ class Encoded:
 
     latents: dict[str, Tensor]  # picture digest and bucket -> C 1 h w
     prompts: dict[str, Tensor]  # text -> L D
-    weights: dict[str, Tensor] = field(default_factory=dict)  # mask digest and bucket -> 1 1 h w, of mean 1
+    weights: dict[str, Tensor] = field(default_factory=dict)  # mask digest, bucket, mask_outside -> 1 1 h w, of mean 1
 
     def latents_of(self, example: Example) -> Tensor:
         """C 1 h w"""
@@ -45,18 +47,19 @@ class Encoded:
             example.path.name, example.digest, self.latents_of(example), self.prompts[example.caption]
         )
 
-    def weighted(self, examples: Sequence[Example]) -> list[validation.Item]:
-        """With the weights of training, if one of the pictures has a mask."""
-        weights = self.weights_of(examples)
+    def weighted(self, examples: Sequence[Example], outside: float) -> list[validation.Item]:
+        """With weights as in training with this `mask_outside`, if one of the pictures has a mask."""
+        weights = self.weights_of(examples, outside)
         items = [self.item(example) for example in examples]
         return [replace(item, weights=(one,)) for item, one in zip(items, weights, strict=True)] if weights else items
 
-    def weights_of(self, examples: Sequence[Example]) -> list[Tensor]:
+    def weights_of(self, examples: Sequence[Example], outside: float) -> list[Tensor]:
         """1 1 h w for each, which is 1 everywhere without a mask; none at all if no picture has one."""
         if not any(example.mask for example in examples):
             return []
         return [
-            self.weights[_mask_name(e)] if e.mask else torch.ones(1, *self.latents_of(e).shape[1:]) for e in examples
+            self.weights[_mask_name(e, outside)] if e.mask else torch.ones(1, *self.latents_of(e).shape[1:])
+            for e in examples
         ]
 
 
@@ -64,9 +67,9 @@ def _name(example: Example) -> str:
     return f"{example.digest} {example.bucket}"
 
 
-def _mask_name(example: Example) -> str:
+def _mask_name(example: Example, outside: float) -> str:
     assert example.mask is not None
-    return f"{example.mask.digest} {example.bucket}"
+    return f"{example.mask.digest} {example.bucket} {outside:g}"
 
 
 def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet: bool) -> Encoded:
@@ -74,7 +77,8 @@ def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet
     run, cache = plan.config, Cache(plan.cache)
     train, held_out = plan.dataset.train, plan.dataset.held_out
     pictures = (*train, *(plan.prior.pictures if plan.prior else ()))
-    shown = [example.at(bucket) for example in pictures for bucket in example.buckets]
+    pictures = (*pictures, *(example for stage in plan.stages for example in stage.examples))
+    shown = list({_name(e): e for picture in pictures for e in map(picture.at, picture.buckets)}.values())
     examples = list({_name(e): e for e in (*shown, *held_out)}.values())
     latents = encode_pictures(cache, run.model.base, examples, device, quiet=quiet)
     texts = {*(text for e in train for text in e.captions), *(e.caption for e in held_out)}
@@ -87,7 +91,9 @@ def encode(plan: Plan, device: torch.device, text_encoder: TextEncoder, *, quiet
     for example in (*shown, *held_out):
         if example.mask:
             mask, cells = masks.load(example.mask, example.bucket), encoded.latents_of(example).shape[-2:]
-            encoded.weights[_mask_name(example)] = masks.weights(mask, (cells[0], cells[1]), run.data.mask_outside)
+            for outside in {run.data.mask_outside, *(stage.mask_outside for stage in plan.stages)}:
+                weights = masks.weights(mask, (cells[0], cells[1]), outside)
+                encoded.weights[_mask_name(example, outside)] = weights
     return encoded
 
 
@@ -141,7 +147,9 @@ class Inputs:
     """For the adapter's dropout."""
     names: list[str]
     """Paths of the pictures, for messages."""
+    stage: Stage
     weights: Tensor | None = None  # B 1 1 h w
+    loss_weights: Tensor | None = None  # B
     prior: "Inputs | None" = None
     """What is trained on beside them, if the run has a prior: as many."""
 
@@ -162,8 +170,10 @@ class LoraObjective:
         self.module: torch.nn.Module = transformer.train()
         self.transformer = transformer
         self._plan, self._run, self._encoded, self._accelerator = plan, plan.config, encoded, accelerator
-        self._sample = sample or self._draw_samples
+        self._own_samples, self._sample = sample is None, sample or self._draw_samples
         self._device, self._dtype = accelerator.device, DTYPES[plan.config.model.dtype]
+        self._passes = measure.Passes(transformer, accelerator, self._dtype, _without_gradients(plan))
+        self._drift: measure.Drift | None = None
 
     def loss(self, step: int, micro_step: int) -> Loss:
         inputs = self.inputs(step, micro_step)
@@ -172,10 +182,10 @@ class LoraObjective:
 
     def inputs(self, step: int, micro_step: int) -> Inputs:
         """Pictures, captions, sigmas and noise: functions of the seed and the step."""
-        run, processes = self._run, self._accelerator.num_processes
+        run, processes, stage = self._run, self._accelerator.num_processes, self._plan.stage_at(step)
         part = micro_step * processes + self._accelerator.process_index  # of the step, however it is divided
         index = step * run.train.gradient_accumulation_steps * processes + part
-        examples = batch(self._plan.dataset.train, run.train.batch_size, seed=run.seed, index=index)
+        examples = batch(stage.examples, run.train.batch_size, seed=run.seed, index=index)
         share = run.data.caption_dropout
         dropped = [drops_caption(share, seed=run.seed, index=index, position=i) for i in range(len(examples))]
 
@@ -184,28 +194,32 @@ class LoraObjective:
 
         drawn = captions(examples)
         texts = [qwen_image.EMPTY_PROMPT if drop else text for text, drop in zip(drawn, dropped, strict=True)]
-        inputs = self._noised(examples, texts, flow.generator(run.seed, "noise", step, part, 0))
-        if (prior := self._plan.prior) is None:
+        inputs = self._noised(stage, examples, texts, flow.generator(run.seed, "noise", step, part, 0))
+        if (prior := self._plan.prior) is None or not stage.prior_weight:
             return inputs
         random = flow.generator(run.seed, "prior", step, part)
         if prior.config.method == "pictures":
             others = batch(prior.examples, len(examples), seed=run.seed, index=index)
-            return replace(inputs, prior=self._noised(others, captions(others), random))
+            return replace(inputs, prior=self._noised(stage, others, captions(others), random))
         texts = [prior.prompt(text, seed=run.seed, index=index, position=i) for i, text in enumerate(drawn)]
         embeds, mask = self._stacked(texts)
         return replace(inputs, prior=replace(inputs, prompt_embeds=embeds, mask=mask, random=random))
 
-    def _noised(self, examples: Sequence[Example], texts: Sequence[str], random: torch.Generator) -> Inputs:
+    def _noised(
+        self, stage: Stage, examples: Sequence[Example], texts: Sequence[str], random: torch.Generator
+    ) -> Inputs:
         """Pictures with prompts, and noise and sigmas from `random`."""
         latents = torch.stack([self._encoded.latents_of(e) for e in examples])  # B C 1 h w
         noise = torch.randn(latents.shape, generator=random)
         num_tokens = latents.shape[-1] * latents.shape[-2] // 4
-        sigmas = flow.sample_sigmas(self._run.flow, len(latents), num_tokens, random).to(self._device)
+        sigmas = flow.sample_sigmas(stage.flow, len(latents), num_tokens, random).to(self._device)
         embeds, mask = self._stacked(texts)
         latents, noise = latents.to(self._device), noise.to(self._device)
-        found = self._encoded.weights_of(examples)
+        found = self._encoded.weights_of(examples, stage.mask_outside)
         weights = torch.stack(found).to(self._device) if found else None
-        return Inputs(latents, noise, sigmas, embeds, mask, random, [str(e.path) for e in examples], weights)
+        each = flow.loss_weights(stage.flow, sigmas, num_tokens)
+        names = [str(e.path) for e in examples]
+        return Inputs(latents, noise, sigmas, embeds, mask, random, names, stage, weights, each)
 
     def _stacked(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         embeds, mask = qwen_image.stack_prompts([self._encoded.prompts[text] for text in texts])
@@ -224,12 +238,14 @@ class LoraObjective:
         of_base = settings.method == "prediction"
         target = self._base_velocity(kept) if of_base else flow.velocity(kept.latents, kept.noise)
         subject = self._subject_loss(inputs)
-        prior = (self._velocity(kept).float() - target.float()).square().mean()
+        differences = (self._velocity(kept).float() - target.float()).square().flatten(1).mean(1)
+        prior = _weighted_mean(differences, kept.loss_weights)
         parts = {"subject_loss": subject.detach(), "prior_loss": prior.detach()}
-        return subject + settings.weight * prior, parts
+        return subject + inputs.stage.prior_weight * prior, parts
 
     def _subject_loss(self, inputs: Inputs) -> Tensor:
-        return flow.losses(self._velocity(inputs), inputs.latents, inputs.noise, inputs.weights).mean()
+        losses = flow.losses(self._velocity(inputs), inputs.latents, inputs.noise, inputs.weights)
+        return _weighted_mean(losses, inputs.loss_weights)
 
     def _velocity(self, inputs: Inputs) -> Tensor:
         with flow.seeded(inputs.random, self._device):  # the adapter's dropout
@@ -251,13 +267,41 @@ class LoraObjective:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         adapter.load_tensors(self.transformer, tensors)
 
-    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
-        """Stable losses and sample pictures, divided among the processes; the first one writes."""
+    def validate(self, step: int, tracker: Tracker) -> Measured:
+        """Stable losses, drift and sample pictures, divided among the processes; the first one writes."""
         self.transformer.eval()
-        values = stable_losses(self._plan, self.transformer, self._encoded, self._accelerator, tracker)
+        values, chosen_by = dict[str, float](), None
+        for part, name, items in _parts(self._plan, self._encoded):
+            errors = self._passes.errors(items, name, tracker)
+            values.update(_losses(name, errors))
+            tracker.pictures(step, measure.records(items, errors[..., 0], part, "adapter"))
+            if part == "held_out":
+                chosen_by = errors[..., -1].cpu()  # where there are masks, as in training
+            elif step == 0 and self._own_samples:
+                self._record_base(items, tracker)
+        values.update(self._measured_drift(tracker))
         values.update(self._sample(step, tracker))
         self.transformer.train()
-        return values
+        return Measured(values, chosen_by)
+
+    def _record_base(self, items: Sequence[validation.Item], tracker: Tracker) -> None:
+        """The errors of the frozen base on training pictures, with their captions and without any."""
+        empty = self._encoded.prompts[qwen_image.EMPTY_PROMPT]
+        with adapter.switched_off(self.transformer):
+            for what, shown in (("base", items), ("no caption", [replace(item, prompt=empty) for item in items])):
+                errors = self._passes.errors(shown, what, tracker)
+                tracker.pictures(0, measure.records(shown, errors[..., 0], "train", what))
+
+    def _measured_drift(self, tracker: Tracker) -> dict[str, float]:
+        """None of it where the comparison measures drift by samples."""
+        texts = self._run.validation.unrelated_prompts
+        if not texts or not self._own_samples:
+            return {}
+        if self._drift is None:
+            shape = self._encoded.latents_of(self._plan.dataset.train[0]).shape
+            prompts = [self._encoded.prompts[text] for text in texts]
+            self._drift = measure.Drift(self._passes, prompts, shape, lambda: adapter.switched_off(self.transformer))
+        return {"drift": self._drift(tracker)}
 
     def _draw_samples(self, step: int, tracker: Tracker) -> Mapping[str, float]:
         """A picture for each prompt into samples/, TensorBoard and the contact sheet.
@@ -270,7 +314,7 @@ class LoraObjective:
         try:
             latents = self._sample_latents(tracker)
             if self._accelerator.is_main_process:
-                self._write_samples(step, latents, tracker)
+                return self._likeness(self._write_samples(step, latents, tracker))
         except RuntimeError as error:  # of memory, too
             if self._accelerator.num_processes > 1:
                 raise
@@ -300,7 +344,7 @@ class LoraObjective:
         ]
         return parallel.collect_rows(self._accelerator, count, rows, torch.cat(parts))
 
-    def _write_samples(self, step: int, latents: Tensor, tracker: Tracker) -> None:
+    def _write_samples(self, step: int, latents: Tensor, tracker: Tracker) -> list[Image.Image]:
         settings = self._run.validation
         vae = qwen_image.load_vae(self._run.model.base, self._device)  # loaded to decode, and freed again
         samples = []
@@ -312,32 +356,51 @@ class LoraObjective:
             samples.append(validation.Sample(text, settings.seed + row, picture))
             tracker.image(step, f"samples/{text}", picture)
         validation.write_samples(self._plan.output, step, samples)
+        return [sample.picture for sample in samples]
+
+    def _likeness(self, samples: Sequence[Image.Image]) -> dict[str, float]:
+        """With held-out pictures, or with training pictures where none are held out."""
+        embed, dataset = self._plan.start.embed, self._plan.dataset
+        if not self._run.validation.likeness or embed is None or not samples:
+            return {}
+        real = [load_picture(example) for example in (dataset.held_out or dataset.train)]
+        return measure.likeness(embed([*samples, *real], self._device), len(samples))
+
+
+def _weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Both B."""
+    return losses.mean() if weights is None else (losses * weights).mean()
+
+
+def _without_gradients(plan: Plan) -> int:
+    """A batch size: without gradients there is room for more."""
+    return 2 * plan.config.train.batch_size
+
+
+def _parts(plan: Plan, encoded: Encoded) -> Iterator[tuple[str, str, list[validation.Item]]]:
+    """The pictures that validations look at: which part of the data, the name of its loss, the pictures."""
+    dataset, count = plan.dataset, plan.config.validation.num_pictures
+    for part, name, examples in (
+        ("held_out", "val_loss", dataset.held_out), ("train", "train_stable_loss", dataset.train)
+    ):  # fmt: skip
+        if items := encoded.weighted(examples[:count], plan.config.data.mask_outside):
+            yield part, name, items
+
+
+def _losses(name: str, errors: Tensor) -> dict[str, float]:
+    """errors: N 8 W"""
+    return {f"{name}_masked" if way else name: float(errors[..., way].mean()) for way in range(errors.shape[-1])}
 
 
 def stable_losses(
-    plan: Plan,
-    transformer: torch.nn.Module,
-    encoded: Encoded,
-    accelerator: Accelerator,
-    tracker: Tracker | None = None,
+    plan: Plan, transformer: torch.nn.Module, encoded: Encoded, accelerator: Accelerator
 ) -> dict[str, float]:
     """`val_loss` of held-out pictures, if there are any, and `train_stable_loss`; where pictures have masks also
     `val_loss_masked` and `train_stable_loss_masked`, weighted as in training. Divided among the processes."""
-    run, values = plan.config, dict[str, float]()
-    device, dtype = accelerator.device, DTYPES[run.model.dtype]
-    for name, examples in (("val_loss", plan.dataset.held_out), ("train_stable_loss", plan.dataset.train)):
-        shown = examples[: run.validation.num_pictures]
-        if items := encoded.weighted(shown):
-            size = 2 * run.train.batch_size  # without gradients there is room for it
-            rows = parallel.rows_of_process(accelerator, len(items))
-            own = [items[row] for row in rows]
-            errors = [
-                validation.weighted_errors(transformer, [item], device, dtype, batch_size=size)
-                for item in (tracker.each(own, name) if tracker else own)
-            ]
-            found = parallel.collect_rows(accelerator, len(items), rows, torch.cat(errors))
-            for way in range(found.shape[-1]):
-                values[f"{name}_masked" if way else name] = float(found[..., way].mean())
+    passes = measure.Passes(transformer, accelerator, DTYPES[plan.config.model.dtype], _without_gradients(plan))
+    values = dict[str, float]()
+    for _, name, items in _parts(plan, encoded):
+        values.update(_losses(name, passes.errors(items)))
     return values
 
 

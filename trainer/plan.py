@@ -1,9 +1,9 @@
 """A run before it starts: its configuration, read and checked, what it would do, what it would need."""
 
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from trainer import adapter, config, folder, qwen_image
+from trainer import adapter, config, folder, qwen_image, stages
 from trainer.adapter import AdapterConfig, Initializer, RunFacts, Work
 from trainer.checkpoint import CheckpointConfig, course
 from trainer.data.cache import Cache
@@ -27,8 +27,10 @@ from trainer.flow import FlowConfig
 from trainer.hardware import memory, offload, parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
-from trainer.loop import TrainConfig
+from trainer.loop import Job
+from trainer.optimizer import TrainConfig
 from trainer.qwen_image import ModelConfig
+from trainer.stages import Stage, StageConfig
 from trainer.validation import ValidationConfig
 
 
@@ -57,6 +59,8 @@ class RunConfig:
     init: InitConfig = InitConfig()
     train: TrainConfig = TrainConfig()
     flow: FlowConfig = FlowConfig()
+    stages: tuple[StageConfig, ...] = ()
+    """Parts of the run, one after the other. Without any the run is one."""
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
@@ -86,6 +90,8 @@ class Initializers(Protocol):
 
     def file_keys(self, method: str) -> tuple[str, ...]: ...
 
+    def embeds(self, method: str) -> bool: ...
+
     def embed(
         self, method: str, config: Any, pictures: Sequence[Image.Image], device: torch.device
     ) -> dict[str, Tensor]: ...
@@ -112,6 +118,8 @@ class Start:
     """What it will do in the run that is planned."""
     notes: Sequence[str] = ()
     """What is worth a word in the files that it starts from."""
+    embed: Callable[[Sequence[Image.Image], torch.device], dict[str, Tensor]] | None = None
+    """Embeddings of pictures by image encoders that the configuration names, encoder -> N D; None if it has none."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,36 @@ class Plan:
     """On the meta device: shapes only."""
     modules: dict[str, tuple[int, int]]
     prior: Prior | None = None
+    resized: Mapping[int, Dataset] = field(default_factory=dict)
+    """The pictures of stages that have a resolution of their own, by their number."""
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """At least one."""
+        run, found, begin = self.config, list[Stage](), 0
+        for number, own in enumerate(run.stages or (StageConfig(steps=run.train.steps),)):
+            weight = own.prior_weight
+            if weight is None:
+                weight = run.prior.weight if run.prior else 0.0
+            outside = run.data.mask_outside if own.mask_outside is None else own.mask_outside
+            found.append(
+                Stage(
+                    begin=begin,
+                    end=begin + own.steps,
+                    train=stages.train_of(own, run.train),
+                    flow=stages.flow_of(own, run.flow),
+                    examples=self.resized.get(number, self.dataset).train,
+                    mask_outside=outside,
+                    prior_weight=weight,
+                    learns=stages.learning_modules(own, self.modules),
+                )
+            )
+            begin += own.steps
+        return tuple(found)
+
+    def stage_at(self, step: int) -> Stage:
+        """The one of update `step`, from 0."""
+        return next((stage for stage in self.stages if step < stage.end), self.stages[-1])
 
     @property
     def output(self) -> Path:
@@ -140,6 +178,25 @@ class Plan:
         """The folder of what is expensive to compute."""
         return Path(self.config.data.cache or self.output / "cache")
 
+    def job(self) -> Job:
+        """What the loop must know of the run."""
+        run = self.config
+
+        def learns(step: int, name: str) -> bool:
+            modules = self.stage_at(step).learns
+            return modules is None or adapter.module_of(name) in modules
+
+        return Job(
+            self.output,
+            run.train,
+            run.checkpoint,
+            run.validation.every,
+            self.course(),
+            rate=lambda step: self.stage_at(step).rate(step),
+            lr_factor=lambda name: adapter.lr_factor(run.adapter, name),
+            learns=learns,
+        )
+
     def course(self) -> dict[str, Any]:
         """What must be the same when the run is resumed: not where its models and pictures lie, but what is in them;
         not what only saves memory or time; not its length, unless the learning rate depends on it."""
@@ -150,7 +207,7 @@ class Plan:
             values["prior"] = self.prior.course()
         values["init"] = {"method": method, method: config.to_dict(self.start.options)}
         free = {*FREE, *(f"init.{method}.{name}" for name in self.start.file_keys)}
-        if self.config.train.lr_schedule == "constant":
+        if self.config.train.lr_schedule == "constant" and not self.config.stages:
             free.add("train.steps")
         masks = [(e.digest, e.mask.digest) for e in self.dataset.train if e.mask]
         if not masks:
@@ -186,6 +243,10 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
         else {}
     )
     run = config.parse(RunConfig, table, "", problems)
+    if table.get("stages") and isinstance(train := table.get("train"), dict) and "steps" in train:
+        problems.append("[train] steps has no effect with [[stages]], each of which has its own: leave it out")
+    if run is not None and run.stages:
+        run = replace(run, train=replace(run.train, steps=sum(stage.steps for stage in run.stages)))
     wanted = init.get("method") if isinstance(init, dict) else None
     method, preset = "random", dict[str, Any]()
     if isinstance(wanted, str):  # anything else is a problem that `parse` has told, or the default
@@ -216,7 +277,12 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
 
     keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model)
     notes = [] if found else initializers.notes(method, options)
-    return run, Start(method, initializers.get(method), options, found, needs, check_run, identity, keys, work, notes)
+    embed = next(
+        (partial(initializers.embed, name, parsed[name]) for name in parsed if initializers.embeds(name)), None
+    )
+    return run, Start(
+        method, initializers.get(method), options, found, needs, check_run, identity, keys, work, notes, embed
+    )
 
 
 def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
@@ -260,11 +326,14 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         dataset = scan(run.data, multiple=multiple, seed=run.seed)
     except DataError as error:
         problems += [f"[data] {problem}" for problem in error.problems]
+    problems += stages.problems(run.stages, run.train, run.flow, modules, has_prior=run.prior is not None)
+    resized = _resized(run, dataset, multiple, problems)
     try:
         if run.prior:
             prior = prepare_prior(run.prior, run.data, dataset, multiple=multiple, seed=run.seed)
     except DataError as error:
         problems += [f"[prior] {problem}" for problem in error.problems]
+    problems += _validation_problems(run, start, dataset)
     if dataset is not None:
         images = tuple(example.path for example in dataset.train)
         facts = RunFacts(images, run.adapter, can_try=not parallel.uses_fsdp())
@@ -272,7 +341,29 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
     if problems:
         raise config.ConfigError(problems)
     assert dataset is not None and transformer is not None
-    return Plan(run, start, dataset, transformer, modules, prior)
+    return Plan(run, start, dataset, transformer, modules, prior, resized)
+
+
+def _resized(run: RunConfig, dataset: Dataset | None, multiple: int, problems: list[str]) -> dict[int, Dataset]:
+    """The pictures at the resolutions of stages; what is wrong with them is added to `problems`."""
+    found = {}
+    for number, stage in enumerate(run.stages):
+        if stage.resolution is None or dataset is None:
+            continue
+        try:
+            found[number] = scan(stages.data_of(stage, run.data), multiple=multiple, seed=run.seed)
+        except DataError as error:
+            problems += [f"[stages.{number}] {problem}" for problem in error.problems]
+    return found
+
+
+def _validation_problems(run: RunConfig, start: Start, dataset: Dataset | None) -> list[str]:
+    found = []
+    if run.validation.patience and dataset is not None and not dataset.held_out:
+        found.append("[validation] patience waits for a better step by held-out pictures: set [data] held_out")
+    if run.validation.likeness and start.embed is None:
+        found.append("[validation] likeness needs image encoders: add the table [init.i2l], with its encoders")
+    return found
 
 
 def _quantization_problems(model: ModelConfig, transformer: QwenImageTransformer2DModel) -> list[str]:
@@ -303,6 +394,10 @@ def plan_text(plan: Plan) -> str:
         f"base         {run.model.base}: {base_parameters / 1e6:,.1f} M parameters in {run.model.dtype}",
         f"adapter      rank {run.adapter.rank} on {len(plan.modules)} modules, {trainable:,} trainable parameters",
         f"start        {plan.start.method}",
+        *(
+            f"stage        {number}, steps {one.begin + 1} to {one.end}: {stages.describe(own)}"
+            for number, (own, one) in enumerate(zip(run.stages, plan.stages, strict=False))
+        ),
         f"training     {run.train.steps} steps of {images_per_step} pictures: "
         f"{run.train.steps * images_per_step / sum(sizes.values()):.1f} times through the data",
         *(f"prior        {line}" for line in _prior_lines(plan)),
@@ -367,7 +462,8 @@ def _trainable(plan: Plan) -> int:
 
 def pixels(plan: Plan) -> int:
     """The number of pixels of the largest training picture."""
-    return max(width * height for example in plan.dataset.train for width, height in example.buckets)
+    examples = (*plan.dataset.train, *(example for stage in plan.stages for example in stage.examples))
+    return max(width * height for example in examples for width, height in example.buckets)
 
 
 def prior_pixels(plan: Plan) -> int:

@@ -7,7 +7,8 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 
-from trainer import adapter, config, export, folder, loop, qwen_image
+from trainer import adapter, checkpoint, config, export, folder, loop, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointError
 from trainer.data.dataset import Dataset, Example
@@ -23,7 +24,7 @@ from trainer.files import content_hash, remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.hardware import machine, parallel
 from trainer.hub import sources
-from trainer.loop import Job, Result
+from trainer.loop import Result
 from trainer.objective import Encoded, LoraObjective, Trials, draw_prior, encode
 from trainer.plan import Plan, notes
 from trainer.qwen_image import TextEncoder
@@ -31,6 +32,7 @@ from trainer.tracking import duration
 
 log = logging.getLogger("trainer")
 
+CHOICE_FILE = "choice.json"  # in the output
 FROZEN_FILE = "frozen.safetensors"  # in the output: a LoRA beside the one that is trained, to resume and to export
 
 
@@ -51,7 +53,7 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
     began, settings = time.monotonic(), plan.config
     for note in notes(plan):
         log.info("note: %s", note)
-    job = Job(plan.output, settings.train, settings.checkpoint, settings.validation.every, plan.course())
+    job = replace(plan.job(), patience=settings.validation.patience, validated=partial(_watch, plan))
     saved = loop.latest(job, accelerator) if resume else None
     text_encoder, tick = qwen_image.text_encoder(settings.model, accelerator.device), time.monotonic()
     with accelerator.main_process_first():  # the others find it all in the cache
@@ -244,14 +246,34 @@ def _picture_report(example: Example) -> dict[str, Any]:
     return found
 
 
+def _watch(plan: Plan, result: Result) -> None:
+    """What is written after each validation, to be looked at while the run goes on."""
+    if result.choice is not None:
+        write_json(plan.output / CHOICE_FILE, asdict(result.choice))
+
+
 def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, Any], began: float) -> None:
-    """Export the adapter, complete run.json, upload if that was asked for. began: by `time.monotonic`."""
-    result_folder, settings = plan.output / "adapter", plan.config.export
+    """Export the best step, and the last one beside it, complete run.json, upload if that was asked for. began: by
+    `time.monotonic`."""
+    result_folder, settings, choice = plan.output / "adapter", plan.config.export, result.choice
     report = {**report, "status": "finished", "steps": result.step, "validations": result.validations}
-    export.export(started.transformer, result_folder, settings, started.settings, started.frozen, report)
+    folders = {result_folder: result.step}
+    if choice is not None:
+        folders = {plan.output / "adapter_last": result.step, result_folder: choice.step}
+        report |= {"choice": asdict(choice)}
+    for target, step in folders.items():
+        if step != result.step:
+            assert result.chosen is not None
+            adapter.load_tensors(started.transformer, checkpoint.load(result.chosen).result)
+        exported = {**report, "steps": step}
+        export.export(started.transformer, target, settings, started.settings, started.frozen, exported)
     total = time.monotonic() - began
     report["seconds"] = {**report["seconds"], "train": result.seconds, "total": total}
     write_json(plan.output / folder.RUN_FILE, report)
+    if choice is None:
+        log.info("no pictures are held out to choose the best step by: the last one is taken (see [data] held_out)")
+    else:
+        log.info("%s", choice.text)
     log.info("done in %s: %s", duration(total), result_folder)
     if settings.push_to_hub:
         log.info("uploaded to %s", export.push(result_folder, settings.push_to_hub))

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from trainer.files import write_text
 
 log = logging.getLogger("trainer")
 T = TypeVar("T")
+PICTURES_FILE = "pictures.jsonl"
 QUIET_SECONDS = 30  # between two lines of a quiet run
 
 
@@ -47,14 +48,15 @@ class Tracker:
     ):
         self._stopping = stopping
         self._main, self._quiet, self._steps, self._nested = main, quiet, steps, nested
-        self._metrics = output / "metrics.jsonl"
+        self._metrics, self._pictures = output / "metrics.jsonl", output / PICTURES_FILE
         self._start, self._start_step = time.monotonic(), start_step
         self._last_line = self._start if nested else 0.0
         if main:
             output.mkdir(parents=True, exist_ok=True)
-            self._forget_after(start_step, validate_again)
+            for file in (self._metrics, self._pictures):
+                _forget_after(file, start_step, validate_again)
             self._file = self._metrics.open("a", encoding="utf-8")
-            self._board = _Board(output / "tensorboard", start_step + 1 if start_step else 0)
+            self._board = _Board(output / "tensorboard", 0 if start_step == 0 and validate_again else start_step + 1)
         self._bar = tqdm(
             total=steps,
             initial=start_step,
@@ -81,22 +83,6 @@ class Tracker:
                 with suppress(OSError):
                     file.close()
 
-    def _forget_after(self, step: int, validate_again: bool) -> None:
-        """Drop what a killed run wrote after the checkpoint it resumes from (its last line may be half a line)."""
-        if not self._metrics.exists():
-            return
-        kept, damaged, lines = [], [], self._metrics.read_bytes().splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                found = json.loads(line.decode("utf-8"))
-                if found["step"] < step or (found["step"] == step and ("loss" in found or not validate_again)):
-                    kept.append(line.decode("utf-8") + "\n")
-            except (ValueError, KeyError, TypeError):
-                damaged.append(number)
-        if damaged and damaged != [len(lines)]:
-            log.warning("%s: damaged, and left out: line %s", self._metrics, ", ".join(map(str, damaged)))
-        write_text(self._metrics, "".join(kept) if step else "")
-
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of `metrics.jsonl`, and one record with a point for each value in TensorBoard."""
         if not self._main:
@@ -105,6 +91,13 @@ class Tracker:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         self._board.add(step, [Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+
+    def pictures(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """Lines of `pictures.jsonl`: what is known of single pictures at a step."""
+        if self._main:
+            lines = "".join(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records)
+            with _named(self._pictures), self._pictures.open("a", encoding="utf-8") as file:
+                file.write(lines)
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         if self._main:
@@ -139,6 +132,25 @@ class Tracker:
         if self._main:
             with tqdm.external_write_mode():
                 log.warning(message, *values)
+
+
+def _forget_after(file: Path, step: int, validate_again: bool) -> None:
+    """Drop what a killed run wrote after the checkpoint it resumes from (its last line may be half a line)."""
+    if not file.exists():
+        return
+    kept, damaged, lines = [], [], file.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line.decode("utf-8"))
+            if found["step"] < step or (
+                found["step"] == step and ((step > 0 and "loss" in found) or not validate_again)
+            ):
+                kept.append(line.decode("utf-8") + "\n")
+        except (ValueError, KeyError, TypeError):
+            damaged.append(number)
+    if damaged and damaged != [len(lines)]:
+        log.warning("%s: damaged, and left out: line %s", file, ", ".join(map(str, damaged)))
+    write_text(file, "".join(kept))
 
 
 class _Board:

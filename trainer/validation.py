@@ -27,8 +27,8 @@ class ValidationConfig:
     prompts: tuple[str, ...] = ()
     """For each of these prompts a sample picture is drawn, always from the same noise."""
     unrelated_prompts: tuple[str, ...] = ()
-    """Prompts that have nothing to do with the subject. `--compare` measures how far their samples drift from the
-    base's."""
+    """Prompts that have nothing to do with the subject. Validations measure how far the velocity for them has moved
+    from the base's (`drift`), which takes eight forward passes each; `--compare` measures it by samples."""
     text_image_model: str = ""
     """A SigLIP with a text tower, such as "google/siglip2-so400m-patch16-384": a folder or an id, as `[model] base`.
     With it `--compare` measures how well samples fit their prompts."""
@@ -40,11 +40,21 @@ class ValidationConfig:
     """The strength of guidance in samples. 1 is no guidance, and takes half the time."""
     seed: int = 0
     """Decides the noise of the samples."""
+    patience: int = 0
+    """The run ends when so many validations in a row have found no better step. It needs held-out pictures. 0: it goes
+    on to its last step."""
+    likeness: bool = False
+    """Measure how much the samples resemble real pictures, by the image encoders of `[init.i2l]`, at each validation.
+    They are read from the disk each time: for the published ones, 16 GB."""
 
     def problems(self) -> list[str]:
         # two inference steps: the scheduler moves its last sigma, and were it also the first, it would divide 0 by 0
         least = {"every": 1, "num_inference_steps": 2, "num_pictures": 1, "true_cfg_scale": 1}
         found = [f"{name} must be at least {value}" for name, value in least.items() if getattr(self, name) < value]
+        if self.patience < 0:
+            found.append("patience must not be negative")
+        if self.likeness and not self.prompts:
+            found.append("likeness is that of samples: give prompts")
         for name in ("prompts", "unrelated_prompts"):
             for prompt in getattr(self, name):
                 try:

@@ -112,7 +112,7 @@ def test_killed_in_the_middle_it_ends_with_the_same_report(
     """Killed in the `number`th run, after a checkpoint of it."""
     arguments = ("--compare", "random", "gaussian")
     assert go(run_toml, tmp_path / "whole", *arguments) == FINISHED
-    update, calls = loop._update, [0]
+    update, calls = loop._Training.update, [0]
 
     def dying(*given: Any) -> dict[str, float]:
         calls[0] += 1
@@ -121,7 +121,7 @@ def test_killed_in_the_middle_it_ends_with_the_same_report(
         return update(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_update", dying)
+        patch.setattr(loop._Training, "update", dying)
         assert killed(lambda: go(run_toml, tmp_path / "cut", *arguments))
     assert not (tmp_path / "cut" / "report.json").exists()
     assert len([*(tmp_path / "cut").rglob("result.json")]) == number - 1
@@ -137,14 +137,14 @@ def test_killed_in_the_middle_it_ends_with_the_same_report(
 def test_stopped_by_ctrl_c_it_says_how_to_go_on(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    update = loop._update
+    update = loop._Training.update
 
     def interrupted(*given: Any) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGINT)
         return update(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_update", interrupted)
+        patch.setattr(loop._Training, "update", interrupted)
         assert go(run_toml, tmp_path / "cut", "--compare", "random") == INTERRUPTED
     assert "stopped after step 1; give the same command again" in caplog.text
     assert go(run_toml, tmp_path / "cut", "--compare", "random") == FINISHED
@@ -242,7 +242,7 @@ class Unforeseen(Exception):
 def test_whatever_fails_in_a_run_fails_that_run_alone(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    update, output = loop._update, tmp_path / "out"
+    update, output = loop._Training.update, tmp_path / "out"
     arguments = ("--compare", "random", "gaussian", "--learning-rates", "1e-3")
     calls = [0]
 
@@ -253,7 +253,7 @@ def test_whatever_fails_in_a_run_fails_that_run_alone(
         return update(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_update", failing)
+        patch.setattr(loop._Training, "update", failing)
         assert go(run_toml, output, *arguments) == FINISHED
     report = report_of(output)
     (failed,) = (run for run in report["runs"] if run["status"] == "failed")
@@ -283,7 +283,7 @@ def test_a_full_disk_stops_the_whole(run_toml: Path, tmp_path: Path, monkeypatch
         calls[0] += 1
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(loop, "_update", full)
+    monkeypatch.setattr(loop._Training, "update", full)
     assert go(run_toml, tmp_path / "out", "--compare", "random", "gaussian") == FAILED
     assert calls == [1] and not [*tmp_path.rglob("result.json")]
 

@@ -204,9 +204,7 @@ def test_the_log_tells_the_parts_of_all_micro_steps(run_toml: Path) -> None:
     prepared = make_plan(run_toml, *PREDICTION, "prior.weight=0.5", "train.gradient_accumulation_steps=2")
     trained = make_objective(prepared)
     single = [plain_loss(prepared, trained, 0, micro, 0.5) for micro in range(2)]
-    parameters = [p for p in trained.module.parameters() if p.requires_grad]
-    optimizer = loop.make_optimizer(parameters, prepared.config.train)
-    found = loop._update(trained, optimizer, parameters, prepared.config.train, Accelerator(), 0)
+    found = loop._Training(trained, prepared.job(), Accelerator()).update(0)
     for name in ("loss", "subject_loss", "prior_loss"):
         assert found[name] == pytest.approx(sum(float(one[name]) for one in single) / 2, rel=1e-4)
 

@@ -18,6 +18,7 @@ from torch import nn
 from tests.helpers import BAD_INPUT, FAILED, FINISHED, metrics, run
 from trainer import loop
 from trainer.hardware import parallel
+from trainer.optimizer import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 DDP = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -207,9 +208,9 @@ def test_whole_tensors_and_plain_modules_are_left_as_they_are() -> None:
     before = dict(module.named_parameters())
     parallel.unshard(module)
     assert all(parameter is before[name] for name, parameter in module.named_parameters())
-    optimizer = loop.make_optimizer([*module.parameters()], loop.TrainConfig())
+    optimizer = loop.make_optimizer([*module.parameters()], TrainConfig())
     module(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    again = loop.make_optimizer([*module.parameters()], loop.TrainConfig())
+    again = loop.make_optimizer([*module.parameters()], TrainConfig())
     parallel.load_optimizer(again, optimizer.state_dict())
     assert torch.equal(again.state[module.weight]["exp_avg"], optimizer.state[module.weight]["exp_avg"])

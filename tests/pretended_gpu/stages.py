@@ -8,7 +8,7 @@ from unittest import mock
 
 from initializers.i2l import encoders, predictions
 from tests.pretended_gpu.device import Account
-from trainer import export, loop, objective, qwen_image, run
+from trainer import export, loop, measure, objective, qwen_image, run
 
 STAGES: list[tuple[Any, str, str]] = [
     (qwen_image, "encode_pictures", "encoding pictures"),
@@ -23,8 +23,8 @@ STAGES: list[tuple[Any, str, str]] = [
     (qwen_image, "load_transformer", "loading the base"),
     (objective.Trials, "__call__", "trying strengths"),
     (run, "install", "seeding"),
-    (loop, "_update", "training"),
-    (objective, "stable_losses", "stable losses"),
+    (loop._Training, "update", "training"),
+    (measure.Passes, "share", "stable losses"),
     (qwen_image.Sampler, "latents", "drawing samples"),
     (qwen_image, "decode_latents", "decoding samples"),
     (loop._Training, "save", "saving"),

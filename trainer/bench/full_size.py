@@ -24,7 +24,7 @@ from trainer.adapter import AdapterConfig
 from trainer.files import random_tensors, size, stream_tensors, write_json
 from trainer.hardware import machine, memory
 from trainer.hardware.seconds import matmul_rate
-from trainer.loop import TrainConfig
+from trainer.optimizer import TrainConfig
 from trainer.qwen_image import ModelConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {

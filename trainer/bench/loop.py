@@ -66,8 +66,8 @@ class _Watched:
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         self._objective.load_tensors(tensors)
 
-    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
-        return {}
+    def validate(self, step: int, tracker: Tracker) -> loop.Measured:
+        return loop.Measured()
 
 
 def measure(prepared: Plan, accelerator: Accelerator, steps: int) -> dict[str, Any]:

@@ -225,10 +225,10 @@ class Workbench:
             if seed.frozen is not None:
                 handles = adapter.attach_frozen(transformer, seed.frozen)
             training = objective.LoraObjective(prepared, transformer, encoded, self._accelerator, sample)
-            every = settings.validation.every
-            job = loop.Job(cell.folder, prepared.config.train, settings.checkpoint, every, prepared.course())
             resume = (cell.folder / checkpoint.FOLDER).exists()
-            result = loop.train(training, job, self._accelerator, resume=resume, quiet=self._quiet, nested=True)
+            result = loop.train(
+                training, prepared.job(), self._accelerator, resume=resume, quiet=self._quiet, nested=True
+            )
         finally:
             for handle in handles:
                 handle.remove()

@@ -22,7 +22,7 @@ from trainer.adapter import AdapterConfig, Stage, Work
 from trainer.files import DTYPES
 from trainer.hardware import offload
 from trainer.hardware.live import LiveBytes, fused_attention
-from trainer.loop import TrainConfig
+from trainer.optimizer import TrainConfig
 from trainer.qwen_image import ModelConfig
 
 PROMPT_TOKENS = 128  # of a caption, in estimates
@@ -128,7 +128,8 @@ def resident_bytes(
     return {
         "weights": placed_bytes(transformer, model)[0],
         "adapter": 4.0 * trained,
-        "optimizer": float(BYTES_PER_STATE[train.optimizer] * trained),
+        "optimizer": float(BYTES_PER_STATE.get(train.optimizer, 8) * trained),  # another: as if it had two moments
+        **({"average": 4.0 * trained} if train.ema else {}),
     }
 
 

@@ -29,7 +29,7 @@ from trainer.errors import UserError
 from trainer.files import DTYPES
 from trainer.hardware import machine, memory
 from trainer.hub import sources
-from trainer.loop import TrainConfig
+from trainer.optimizer import TrainConfig
 from trainer.plan import Plan, pixels, prior_pixels
 from trainer.tracking import duration
 
@@ -126,6 +126,8 @@ class Workload:
     steps: int
     drawing_passes: int = 0
     """Forward passes by which the base draws pictures for the prior."""
+    first_passes: int = 0
+    """Those of the frozen base, which only the first validation has."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def estimate(work: Workload, speed: Speed) -> Seconds:
         "predicting the start": sum(map(encoding, work.start.stages)),
         "trying strengths": work.start.passes * forward,
         "drawing the prior": work.drawing_passes * forward,
-        "the first validation": validating,
+        "the first validation": validating + work.first_passes * forward,
     }
     step = max(work.step / speed.flop, work.copies_a_step * copying)
     return Seconds(before, step, validating, work.validations, work.steps)
@@ -188,8 +190,9 @@ def count(plan: Plan) -> Workload:
     text = qwen_image.text_encoder_bytes(base)
     text_loaded = memory.with_activations(qwen_image.text_encoder_bytes(base, run.model.text_encoder_quantization))
     checks, shown = run.validation, len(run.validation.prompts)
-    tokens = (captions + shown) * (TEMPLATE_TOKENS + memory.PROMPT_TOKENS)
-    pictures = sum(min(checks.num_pictures, len(part)) for part in (data.train, data.held_out))
+    unrelated = len(checks.unrelated_prompts)
+    tokens = (captions + shown + unrelated) * (TEMPLATE_TOKENS + memory.PROMPT_TOKENS)
+    looked_at = [min(checks.num_pictures, len(part)) for part in (data.train, data.held_out)]
     drawing = shown * checks.num_inference_steps * (2 if checks.true_cfg_scale > 1 else 1)
     one = TrainConfig(gradient_checkpointing=run.train.gradient_checkpointing)
     step = transformer_flop(like, settings, run.train, side, backward=True)
@@ -209,11 +212,12 @@ def count(plan: Plan) -> Workload:
         step=step * run.train.gradient_accumulation_steps,
         copied=min(run.model.offload_blocks, len(blocks)) * memory.weight_bytes(blocks[-1], run.model),
         copies_a_step=copies * run.train.gradient_accumulation_steps,
-        validation_passes=pictures * validation.NUM_SIGMAS + drawing,
+        validation_passes=(sum(looked_at) + unrelated) * validation.NUM_SIGMAS + drawing,
         decoding=shown * decoding,
         validations=math.ceil(run.train.steps / checks.every) + 1,
         steps=run.train.steps,
         drawing_passes=_drawing_passes(prior),
+        first_passes=(2 * looked_at[0] + unrelated) * validation.NUM_SIGMAS + unrelated,
     )
 
 

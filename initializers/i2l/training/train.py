@@ -38,7 +38,8 @@ from trainer.flow import FlowConfig
 from trainer.hardware import machine, memory, offload, parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
-from trainer.loop import Loss, TrainConfig
+from trainer.loop import Loss, Measured
+from trainer.optimizer import TrainConfig
 from trainer.qwen_image import ModelConfig
 from trainer.tracking import Tracker
 from trainer.validation import ValidationConfig
@@ -313,11 +314,11 @@ class HypernetworkObjective:
             {name: parallel.sharded_like(tensor, own[name]) for name, tensor in tensors.items()}
         )
 
-    def validate(self, step: int, tracker: Tracker) -> dict[str, float]:
+    def validate(self, step: int, tracker: Tracker) -> Measured:
         """Losses on held-out subjects: with the right reference, with the next subject's, and without a LoRA; where
         there are frozen experts, also with these alone."""
         if not (self._accelerator.is_main_process or parallel.is_sharded(self.network)):
-            return {}
+            return Measured()
         pairs = self._data.held_out_pairs()
         count = len(pairs.targets)
         sigmas = flow.stratified_sigmas(validation.NUM_SIGMAS).repeat(count // validation.NUM_SIGMAS + 1)[:count]
@@ -338,7 +339,7 @@ class HypernetworkObjective:
                 parts.append(self._losses(pairs.targets[rows], sigmas[rows], noise[rows], factors))
             values[name] = float(torch.cat(parts).mean())
         self._draw(step, tracker, pairs.references)
-        return values
+        return Measured(values)
 
     def _draw(self, step: int, tracker: Tracker, references: Tensor) -> None:
         """A sheet for each prompt: the reference, then samples with its LoRA, with another subject's, without one."""
