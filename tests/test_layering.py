@@ -67,7 +67,7 @@ FLOORS = {
         "trainer.hardware.memory",
     ),
     7: ("trainer.data.audit.picture", "trainer.plan"),
-    8: ("trainer.data.audit.judge", "trainer.data.audit.masks", "trainer.hardware.machine"),
+    8: ("trainer.data.audit.judge", "trainer.data.audit.masks", "trainer.hardware.machine", "trainer.page"),
     9: (
         "trainer.data.audit.run",
         "trainer.data.caption.run",

@@ -2,7 +2,7 @@
 what cannot be read is not there."""
 
 import json
-import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.folder import RUN_FILE
 
+LARGEST = sys.float_info.max  # JSON has integers that no float can hold
 Key = tuple[str, str]
 """A part, "train" or "held_out", and the name of a picture in it."""
 Errors = dict[str, dict[int, list[float]]]
@@ -58,23 +59,23 @@ class Left:
 
 
 def read(folder: Path) -> Left:
+    report = _table(folder / RUN_FILE)
     steps, validations = dict[int, dict[str, float]](), defaultdict[int, dict[str, float]](dict)
     for step, line in _lines(folder / "metrics.jsonl"):
         values = {name: value for name, found in line.items() if (value := number(found)) is not None}
         if "loss" in line:
             steps[step] = values
         else:
-            validations[step] |= values
+            validations[step] |= values  # what is measured later has a line of its own
     errors = defaultdict[Key, Errors](lambda: defaultdict(dict))
     for step, line in _lines(folder / "pictures.jsonl"):
-        found = line.get("errors")
-        by_sigma = [value for one in found if (value := number(one)) is not None] if isinstance(found, list) else []
-        if isinstance(found, list) and found and len(by_sigma) == len(found):
+        by_sigma = [value for value in numbers(line.get("errors")) if value is not None]
+        if by_sigma and len(by_sigma) == len(line["errors"]):
             key = str(line.get("part", "train")), str(line.get("picture", ""))
             errors[key][str(line.get("what", "adapter"))][step] = by_sigma
     return Left(
         folder,
-        _table(folder / RUN_FILE),
+        report,
         sorted(steps.items()),
         dict(sorted(validations.items())),
         dict(errors),
@@ -113,6 +114,12 @@ def at(value: Any, *keys: str) -> Any:
     return value
 
 
+def table_at(value: Any, *keys: str) -> Mapping[str, Any]:
+    """The same if it is a table, else an empty one."""
+    found = at(value, *keys)
+    return found if isinstance(found, Mapping) else {}
+
+
 def entries(value: Any) -> list[dict[str, Any]]:
     """The tables in a list; none if it is no list."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
@@ -120,9 +127,14 @@ def entries(value: Any) -> list[dict[str, Any]]:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
         return None
     return float(value)
+
+
+def numbers(value: Any) -> list[float | None]:
+    """The finite numbers of a list, and None for what else is in it."""
+    return [number(one) for one in value] if isinstance(value, list) else []
 
 
 def mean_error(errors: Mapping[Key, Errors], part: str, what: str, step: int) -> float | None:

@@ -15,7 +15,7 @@ from trainer import validation
 from trainer.data.folders import folder_path
 from trainer.data.pictures import DataError, open_picture
 from trainer.files import content_hash
-from trainer.page.left import Key, Left, at, entries
+from trainer.page.left import Key, Left, entries, table_at
 
 MAX_STEPS = 12
 SIDES = {48: 512, 120: 384, 10**9: 256}
@@ -138,7 +138,7 @@ class Album:
 
 
 def album(left: Left) -> Album:
-    data = at(left.report, "config", "data") or {}
+    data = table_at(left.report, "config", "data")
     named = [data.get("images"), *(entry.get("images") for entry in entries(data.get("folders"))), data.get("held_out")]
     paths: dict[str, list[Path]] = {}
     for name in named:

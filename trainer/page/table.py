@@ -10,7 +10,7 @@ from trainer.page.left import Errors, Key, Left, number
 from trainer.page.pictures import Album, Shown, caption
 
 MAX_NUMBERS = 8  # columns that are the diagnosis' own
-MAX_THUMBNAILS = 200
+MAX_THUMBNAILS = 100
 PARTS = {"train": "training", "held_out": "held out"}
 HIDDEN = ("picture", "part", "reasons")  # entries of a diagnosis that are no columns
 

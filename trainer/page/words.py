@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from trainer.config import first_few, to_dict
 from trainer.hub.sources import plain_id
-from trainer.page.left import Left, at, entries, mean_error, number
+from trainer.page.left import Left, at, entries, mean_error, number, numbers, table_at
 from trainer.plan import RunConfig
 from trainer.tracking import duration
 
@@ -81,10 +81,10 @@ def losses(left: Left) -> str:
 
 def seed(left: Left) -> list[str]:
     """The report of the start, in sentences."""
-    init = left.report.get("init")
-    if not isinstance(init, Mapping):
+    init = table_at(left.report, "init")
+    if not init:
         return []
-    applied = at(init, "applied") or {}
+    applied = table_at(init, "applied")
     seeded, random = (int(number(applied.get(name)) or 0) for name in ("seeded", "random"))
     found = [_what(init)]
     if (rank := at(init, "adapter", "rank")) is not None:
@@ -117,7 +117,7 @@ def _applied(applied: Mapping[str, Any], seeded: int, random: int) -> Iterator[s
     yield f"{seeded} of {seeded + random} layers hold the seed{others}."
     if padded := number(applied.get("padded")):
         yield f"{padded:.0f} of them were filled up to the rank with rows that change nothing yet."
-    if isinstance(dropped := applied.get("dropped"), Mapping) and dropped:
+    if dropped := table_at(applied, "dropped"):
         yield f"Left out of the seed, since they are not trained here: {len(dropped)} layers ({first_few(dropped)})."
     kept = {name: number(at(applied, "energy_kept", name)) for name in ("total", "min")}
     if kept["total"] is not None and kept["min"] is not None:
@@ -129,9 +129,10 @@ def _applied(applied: Mapping[str, Any], seeded: int, random: int) -> Iterator[s
 
 
 def _tried(init: Mapping[str, Any]) -> Iterator[str]:
-    strengths, tried = at(init, "tried", "strengths"), at(init, "tried", "losses")
-    if isinstance(strengths, list) and isinstance(tried, list) and len(strengths) == len(tried):
-        shown = ", ".join(f"{loss:.4f} at {value:g}" for value, loss in zip(strengths, tried, strict=True))
+    strengths, losses = (numbers(at(init, "tried", name)) for name in ("strengths", "losses"))
+    tried = [(one, loss) for one, loss in zip(strengths, losses, strict=False) if one is not None and loss is not None]
+    if tried:
+        shown = ", ".join(f"{loss:.4f} at {one:g}" for one, loss in tried)
         yield f"The strength was chosen by the losses on training pictures that the seed had not seen: {shown}."
 
 
@@ -140,17 +141,14 @@ def _tried(init: Mapping[str, Any]) -> Iterator[str]:
 
 def settings(left: Left) -> tuple[list[tuple[str, list[str], list[str]]], list[tuple[str, list[str]]]]:
     """Settings that differ from their defaults: key, value, default; and all of them: key, value; values in lines."""
-    config = left.report.get("config")
-    given = dict(_flat(config)) if isinstance(config, Mapping) else {}
-    known, options = defaults(RunConfig), left.report.get("init_options")
+    given, known = dict(_flat(table_at(left.report, "config"))), defaults(RunConfig)
     changed = [
         (key, _lines(value), _lines(known[key]) if key in known else [])
         for key, value in given.items()
         if key not in known or json.dumps(known[key]) != json.dumps(value)
     ]
-    method = str(at(config, "init", "method") or "")
-    method = method if method.isidentifier() else "file"
-    own = {f"init.{method}.{key}": value for key, value in options.items()} if isinstance(options, Mapping) else {}
+    method = str(at(left.report, "init", "method") or "options")
+    own = {f"init.{method}.{key}": value for key, value in table_at(left.report, "init_options").items()}
     changed += [(key, _lines(value), []) for key, value in own.items() if value]
     return changed, [(key, _lines(value)) for key, value in {**given, **own}.items()]
 

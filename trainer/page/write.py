@@ -1,15 +1,14 @@
 """run.html, from what a run has left in its folder so far."""
 
-from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from trainer.files import write_file
 from trainer.page import charts, pictures, table, words
 from trainer.page.charts import Chart
-from trainer.page.left import Left, at, read
+from trainer.page.left import Left, at, read, table_at
 
 PAGE = "run.html"
 TEMPLATE = Path(__file__).with_name("run.html.jinja")
@@ -47,14 +46,15 @@ def write_page(folder: Path) -> None:
         "dora": bool(at(left.report, "config", "adapter", "use_dora")),
         "charts": charts,
     }
-    write_file(folder / PAGE, lambda path: path.write_text(_rendered(values), encoding="utf-8"))
+    write_file(folder / PAGE, lambda path: path.write_text(_template().render(values), encoding="utf-8"))
 
 
-def _rendered(values: Mapping[str, Any]) -> str:
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _first_shown(left: Left, steps: list[int]) -> int:
@@ -111,5 +111,4 @@ def _rate(left: Left) -> str:
 
 
 def _plain(left: Left, name: str) -> list[tuple[str, list[str]]]:
-    found = at(left.report, name)
-    return [(str(key), [str(value)]) for key, value in found.items()] if isinstance(found, Mapping) else []
+    return [(str(key), [str(value)]) for key, value in table_at(left.report, name).items()]
