@@ -293,7 +293,8 @@ def test_files_may_be_half_written_or_of_another_form(folder: Path) -> None:
             (folder / "run.json").write_text(json.dumps(report))
             page.write_page(folder)
             table[key] = value
-    lines(folder / "pictures.jsonl", [errors(0, "train", "0.png", "adapter", float("nan")), {"step": 0, "errors": 5}])
+    odd = [errors(0, "train", "0.png", "adapter", float("nan")), {"step": 0, "errors": 5}]
+    lines(folder / "pictures.jsonl", [*odd, errors(10**400, "train", "0.png", "adapter", 0.1)])
     assert "Each picture" not in made(folder).text
 
 

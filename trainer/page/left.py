@@ -103,7 +103,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             found = json.loads(line)
         except ValueError:
             continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
+        if isinstance(found, dict) and isinstance(found.get("step"), int) and number(found["step"]) is not None:
             yield found["step"], found
 
 
