@@ -70,6 +70,51 @@ def _mutants(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
 
 MUTANTS = (
     *_mutants(
+        "trainer/page/write.py",
+        (
+            "captions become a part of the page's HTML",
+            "autoescape=True",
+            "autoescape=False",
+            "tests/test_page.py::test_texts_are_escaped",
+        ),
+        (
+            "the slider of a run that goes on begins at the best step so far",
+            "left.chosen in steps and not left.running",
+            "left.chosen in steps",
+            "tests/test_page.py::test_the_slider_moves_all_prompts_and_begins_at_the_chosen_step",
+        ),
+    ),
+    *_mutants(
+        "trainer/page/pictures.py",
+        (
+            "the page shows pictures that were changed after training",
+            "if content_hash(path) == self.hashes.get(key)",
+            "if key in self.hashes",
+            "tests/test_page.py::test_real_pictures_are_those_that_were_trained_on",
+        ),
+        (
+            "the chosen step is not among the samples of the page",
+            "wanted in steps and (place",
+            "wanted is None and (place",
+            "tests/test_page.py::test_steps_are_spread",
+        ),
+    ),
+    *_mutants(
+        "trainer/page/charts.py",
+        (
+            "a step with more drift beats one with less",
+            "any(a <= x and",
+            "any(a >= x and",
+            "tests/test_page.py::test_a_beaten_step_is_hollow",
+        ),
+        (
+            "a smoothed loss keeps the first point for ever",
+            "points[index - window][1] if index >= window",
+            "points[index - window][1] if index > window",
+            "tests/test_page.py::test_smoothing_is_a_mean_of_the_last_ones",
+        ),
+    ),
+    *_mutants(
         "trainer/data/caption/templates.py",
         (
             "a field that no template knows is left in the caption",

@@ -71,7 +71,7 @@ FLOORS = {
         "trainer.stages",
     ),
     7: ("trainer.data.audit.picture", "trainer.plan"),
-    8: ("trainer.data.audit.judge", "trainer.data.audit.masks", "trainer.hardware.machine"),
+    8: ("trainer.data.audit.judge", "trainer.data.audit.masks", "trainer.hardware.machine", "trainer.page"),
     9: (
         "trainer.data.audit.run",
         "trainer.data.caption.run",

@@ -21,6 +21,7 @@ from trainer.bench import __main__ as bench
 from trainer.compare import __main__ as compare
 from trainer.data import __main__ as data
 from trainer.formats import __main__ as formats
+from trainer.page import __main__ as page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +44,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "trainer.data": data.main,
     "trainer.doctor": doctor.main,
     "trainer.formats": formats.main,
+    "trainer.page": page.main,
 }
 
 
