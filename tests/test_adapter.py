@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from peft import LoraConfig, PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from trainer.files import write_json, write_tensors
 from trainer.flow import generator
 from trainer.formats.lora import plain, read_lora, write_lora
 from trainer.lowrank import LowRank, concatenate
+from trainer.optimizer import lr_groups
 
 SETTINGS = [
     AdapterConfig(rank=6),
@@ -640,3 +642,20 @@ def test_a_frozen_lora_is_held_in_the_precision_of_the_base() -> None:
     (hook,) = model.transformer_blocks[0].attn.to_q._forward_hooks.values()
     output(model)
     assert {hook._a.dtype, hook._b.dtype} == {torch.bfloat16}
+
+
+def test_lora_plus_has_the_groups_of_peft() -> None:
+    config = AdapterConfig(rank=4, lora_plus_ratio=16.0)
+    model = tiny()
+    adapter.inject(model, config)
+    reference = create_loraplus_optimizer(
+        model=model, optimizer_cls=torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.01
+    )
+    rates = {id(p): group["lr"] for group in reference.param_groups for p in group["params"]}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = lr_groups(named, lambda name: adapter.lr_factor(config, name))
+    assert {group["lr_factor"] for group in groups} == {1.0, 16.0}
+    for group in groups:
+        for parameter in group["params"]:
+            assert rates[id(parameter)] == pytest.approx(1e-3 * group["lr_factor"])
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(named)

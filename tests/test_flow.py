@@ -61,7 +61,47 @@ def test_a_fixed_shift_is_the_scheduler_s_shift() -> None:
     torch.testing.assert_close(flow.shifted(plain, 2.5), scheduler.sigmas[:1000], rtol=1e-5, atol=1e-6)
 
 
+def test_uniform_sigmas_are_shifted_and_scaled_into_a_range() -> None:
+    expected = [0.02 + 0.98 * (3 * p / (1 + 2 * p)) for p in PROBABILITIES]
+    config = FlowConfig(sigma_sampling="uniform_shift", shift=3.0, sigma_range=(0.02, 1.0))
+    assert quantiles(config, PROBABILITIES) == pytest.approx(expected, abs=0.015)
+    half = FlowConfig(sigma_sampling="logit_normal", sigma_range=(0.5, 1.0))
+    plain = flow.sample_sigmas(FlowConfig(), 100, TOKENS, generator(1))
+    torch.testing.assert_close(flow.sample_sigmas(half, 100, TOKENS, generator(1)), 0.5 + 0.5 * plain)
+
+
+def test_the_bell_is_diffsynth_s() -> None:
+    """Its sigmas: a thousand evenly spread ones, shifted by e^0.8 and stretched to end at 0.02. Its weights there:
+    exp(-2 (sigma - 0.5)^2), less the smallest, over their mean."""
+    config = FlowConfig(
+        sigma_sampling="uniform_shift", shift=math.exp(0.8), sigma_range=(0.02, 1.0), loss_weighting="bell"
+    )
+    sigmas = torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1]
+    sigmas = math.exp(0.8) * sigmas / (1 + (math.exp(0.8) - 1) * sigmas)
+    sigmas = 1 - (1 - sigmas) * (1 - 0.02) / (1 - sigmas[-1])
+    assert float(sigmas.mean()) == pytest.approx(0.638, abs=1e-3)
+    raw = torch.exp(-2 * (sigmas - 0.5) ** 2)
+    expected = (raw - raw.min()) / (raw - raw.min()).mean()
+    found = flow.loss_weights(config, sigmas, TOKENS)
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    some = flow.loss_weights(config, torch.tensor([0.1, 0.5, 0.9, 1.0]), TOKENS)
+    assert some is not None and some.tolist() == pytest.approx([0.51, 1.68, 0.51, 0.0], abs=5e-3)
+
+
+@pytest.mark.parametrize("sampling", ["logit_normal", "uniform", "resolution_shift"])
+def test_the_mean_of_the_loss_weights_is_one(sampling: str) -> None:
+    config = FlowConfig(sigma_sampling=sampling, loss_weighting="bell", sigma_range=(0.1, 0.8))  # type: ignore[arg-type]
+    drawn = flow.sample_sigmas(config, COUNT, TOKENS, generator("weights"))
+    weights = flow.loss_weights(config, drawn, TOKENS)
+    assert weights is not None and float(weights.mean()) == pytest.approx(1, abs=0.01)
+    assert flow.loss_weights(FlowConfig(), drawn, TOKENS) is None
+
+
 def test_impossible_and_idle_settings_are_problems() -> None:
+    for low, high in ((0.5, 0.5), (-0.1, 1.0), (0.2, 1.1)):
+        assert "sigma_range must be two numbers" in FlowConfig(sigma_range=(low, high)).problems()[0]
+    assert "shift must be above 0" in FlowConfig(sigma_sampling="uniform_shift").problems()[0]
     assert FlowConfig().problems() == FlowConfig(sigma_sampling="shift", shift=2.0).problems() == []
     for shift in (None, 0.0, -1.0):
         assert "shift must be above 0" in FlowConfig(sigma_sampling="shift", shift=shift).problems()[0]

@@ -405,6 +405,7 @@ def test_exactly_these_files_are_left_and_the_pictures_are_untouched(
         ),
         "contact_sheet.png",
         "metrics.jsonl",
+        "run.html",
         "run.json",
         *(f"samples/step-00000{step}-0.png" for step in (0, 2, 4, 6)),
     }

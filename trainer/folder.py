@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -46,13 +46,18 @@ def problems(folder: Path, *, resume: bool, steps: int) -> list[str]:
 
 
 @contextmanager
-def occupied(folder: Path, *, main: bool) -> Iterator[None]:
-    """While a run is in its folder: no other process is, and its end is told. main: not on other processes of a run."""
+def occupied(folder: Path, *, main: bool, ended: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """While a run is in its folder: no other process is, and its end is told. main: not on other processes of a run.
+    ended: called when run.json says how it ended."""
     if not main:
         yield
         return
-    with held(folder), ending_told(folder):
-        yield
+    with held(folder):
+        try:
+            with ending_told(folder):
+                yield
+        finally:
+            ended()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 
-from trainer import adapter, checkpoint, config, export, folder, loop, qwen_image
+from trainer import adapter, checkpoint, config, export, folder, loop, page, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointError
 from trainer.data.dataset import Dataset, Example
@@ -45,7 +45,8 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     machine.check(plan, accelerator.device)
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(plan.needs, quiet=quiet)
-    with folder.occupied(plan.output, main=accelerator.is_main_process):
+    ended = partial(_write_page, plan.output)
+    with folder.occupied(plan.output, main=accelerator.is_main_process, ended=ended):
         return _execute(plan, accelerator, resume=resume, quiet=quiet)
 
 
@@ -250,6 +251,16 @@ def _watch(plan: Plan, result: Result) -> None:
     """What is written after each validation, to be looked at while the run goes on."""
     if result.choice is not None:
         write_json(plan.output / CHOICE_FILE, asdict(result.choice))
+    _write_page(plan.output)
+
+
+def _write_page(output: Path) -> None:
+    """A page is no reason to lose a training."""
+    if folder.is_used(output):
+        try:
+            page.write_page(output)
+        except OSError as error:
+            log.warning("%s was not written: %s", output / page.PAGE, error)
 
 
 def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, Any], began: float) -> None:

@@ -198,18 +198,22 @@ def _lines(value: Any) -> list[str]:
 class Result:
     """An exported adapter in the run's folder."""
 
-    folder: str
+    title: str
     path: str
     files: list[str]
     """Those for other programs, by the layouts of `[export]`."""
 
 
 def results(left: Left) -> list[Result]:
+    last = number(left.choice.get("last"))
+    titles = {} if left.chosen is None else {"adapter": f"adapter: step {left.chosen}, the best one"}
+    titles |= {} if last is None else {"adapter_last": f"adapter_last: step {last:.0f}, the last one"}
     found = []
     for file in sorted(left.folder.glob("*/adapter_model.safetensors")):
         names = sorted(path.name for path in file.parent.glob("*.safetensors"))
         own = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-        found.append(Result(file.parent.name, str(file.parent), [name for name in names if name not in own]))
+        title = titles.get(file.parent.name, file.parent.name)
+        found.append(Result(title, str(file.parent), [name for name in names if name not in own]))
     return found
 
 
