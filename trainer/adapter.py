@@ -130,6 +130,9 @@ class Seed:
     rank: int | None = None
     """The rank of the adapter, instead of the configuration's, with `rank_pattern`."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    others: Mapping[int, Tensor] = field(default_factory=dict)
+    """By the number of a training picture: its errors at the sigmas of the stable loss, with the seed that the other
+    pictures give on the base. Only if the context asked for a diagnosis."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ class RunFacts:
     adapter: AdapterConfig
     can_try: bool
     """Whether `InitContext.try_seed` will be there."""
+    diagnose: bool = False
+    """As `InitContext.diagnose`."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,8 @@ class InitContext:
     by their numbers (`validation.stable_errors`); None where that cannot be had."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Modules that have a rank of their own."""
+    diagnose: bool = False
+    """Whether `Seed.others` is wanted."""
 
     def rank_of(self, module: str) -> int:
         return self.rank_pattern.get(module, self.rank)

@@ -164,9 +164,11 @@ class LoraObjective:
         encoded: Encoded,
         accelerator: Accelerator,
         sample: Callable[[int, Tracker], Mapping[str, float]] | None = None,
+        others: Mapping[int, Tensor] | None = None,
     ):
         """`sample(step, tracker)` is called at validations instead of drawing the sample pictures of the configuration;
-        what it returns is logged."""
+        what it returns is logged, and neither drift nor likeness is measured. others: see `Seed.others`."""
+        self._others = others or {}
         self.module: torch.nn.Module = transformer.train()
         self.transformer = transformer
         self._plan, self._run, self._encoded, self._accelerator = plan, plan.config, encoded, accelerator
@@ -277,20 +279,24 @@ class LoraObjective:
             tracker.pictures(step, measure.records(items, errors[..., 0], part, "adapter"))
             if part == "held_out":
                 chosen_by = errors[..., -1].cpu()  # where there are masks, as in training
-            elif step == 0 and self._own_samples:
-                self._record_base(items, tracker)
+        if step == 0 and self._run.validation.diagnose and self._own_samples:
+            self._record_for_diagnosis(tracker)
         values.update(self._measured_drift(tracker))
         values.update(self._sample(step, tracker))
         self.transformer.train()
         return Measured(values, chosen_by)
 
-    def _record_base(self, items: Sequence[validation.Item], tracker: Tracker) -> None:
-        """The errors of the frozen base on training pictures, with their captions and without any."""
+    def _record_for_diagnosis(self, tracker: Tracker) -> None:
+        """The errors of all training pictures on the frozen base, with their captions, without any, and with the seed
+        of the other pictures."""
+        items = [self._encoded.item(example) for example in self._plan.dataset.train]
         empty = self._encoded.prompts[qwen_image.EMPTY_PROMPT]
         with adapter.switched_off(self.transformer):
             for what, shown in (("base", items), ("no caption", [replace(item, prompt=empty) for item in items])):
                 errors = self._passes.errors(shown, what, tracker)
                 tracker.pictures(0, measure.records(shown, errors[..., 0], "train", what))
+        for number, values in self._others.items():
+            tracker.pictures(0, measure.records([items[number]], values[None], "train", "others' seed"))
 
     def _measured_drift(self, tracker: Tracker) -> dict[str, float]:
         """None of it where the comparison measures drift by samples."""

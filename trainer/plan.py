@@ -335,13 +335,16 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         problems += [f"[prior] {problem}" for problem in error.problems]
     problems += _validation_problems(run, start, dataset)
     if dataset is not None:
-        images = tuple(example.path for example in dataset.train)
-        facts = RunFacts(images, run.adapter, can_try=not parallel.uses_fsdp())
-        problems += [f"[init.{start.method}] {problem}" for problem in start.check_run(facts)]
+        problems += [f"[init.{start.method}] {problem}" for problem in start.check_run(facts(run, dataset))]
     if problems:
         raise config.ConfigError(problems)
     assert dataset is not None and transformer is not None
     return Plan(run, start, dataset, transformer, modules, prior, resized)
+
+
+def facts(run: RunConfig, dataset: Dataset) -> RunFacts:
+    images = tuple(example.path for example in dataset.train)
+    return RunFacts(images, run.adapter, can_try=not parallel.uses_fsdp(), diagnose=run.validation.diagnose)
 
 
 def _resized(run: RunConfig, dataset: Dataset | None, multiple: int, problems: list[str]) -> dict[int, Dataset]:
@@ -475,14 +478,13 @@ def prior_pixels(plan: Plan) -> int:
 
 def memory_request(plan: Plan) -> memory.Request:
     run = plan.config
-    facts = RunFacts(tuple(e.path for e in plan.dataset.train), run.adapter, can_try=not parallel.uses_fsdp())
     return memory.Request(
         transformer=plan.transformer,
         model=run.model,
         adapter=run.adapter,
         train=run.train,
         pixels=pixels(plan),
-        start=plan.start.work(facts),
+        start=plan.start.work(facts(run, plan.dataset)),
         draws=bool(run.validation.prompts),
         prior_pixels=prior_pixels(plan),
         draws_prior=bool(plan.prior and plan.prior.drawn),

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
+from torch import Tensor
 
 from trainer import adapter, checkpoint, config, export, folder, loop, page, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
@@ -83,7 +84,7 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
         gradient_checkpointing=settings.train.gradient_checkpointing,
         offload_activations=settings.train.offload_activations,
     )
-    objective = LoraObjective(plan, started.transformer, encoded, accelerator)
+    objective = LoraObjective(plan, started.transformer, encoded, accelerator, others=started.others)
     result = loop.train(objective, job, accelerator, resume=resume, quiet=quiet)
     parallel.unshard(objective.transformer)
     if accelerator.is_main_process:
@@ -103,6 +104,8 @@ class _Started:
     frozen: AdapterWeights | None
     report: dict[str, Any]
     """The part `init` of run.json."""
+    others: Mapping[int, Tensor] = field(default_factory=dict)
+    """See `Seed.others`."""
 
 
 def _initialize(
@@ -129,7 +132,7 @@ def _initialize(
     report |= {"frozen": frozen_hash, "sources": sources.used(plan.start.needs)}
     report["adapter"] = {"rank": settings.rank, "rank_pattern": settings.rank_pattern}
     log.info("%s; %.1f s", start_line(method, applied, seed.frozen), report["seconds"])
-    return _Started(trials.transformer, settings, seed.frozen, report)
+    return _Started(trials.transformer, settings, seed.frozen, report, seed.others)
 
 
 def _restore(plan: Plan, accelerator: Accelerator, encoded: Encoded, *, quiet: bool) -> _Started:
@@ -193,6 +196,7 @@ def init_context(plan: Plan, device: torch.device, trials: Trials | None, text_e
         cache=plan.cache,
         text_encoder=text_encoder,
         try_seed=trials,
+        diagnose=plan.config.validation.diagnose,
     )
 
 

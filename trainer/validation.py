@@ -43,6 +43,10 @@ class ValidationConfig:
     patience: int = 0
     """The run ends when so many validations in a row have found no better step. It needs held-out pictures. 0: it goes
     on to its last step."""
+    diagnose: bool = False
+    """Name training pictures that may have a wrong caption, or show another subject: before the first step, the errors
+    of each are computed with the base, without its caption, and, with i2L, with the seed of the others. This takes
+    sixteen or twenty-four forward passes for each picture, once. `run.html` shows what came of it."""
     likeness: bool = False
     """Measure how much the samples resemble real pictures, by the image encoders of `[init.i2l]`, at each validation.
     They are read from the disk each time: for the published ones, 16 GB."""

@@ -186,7 +186,8 @@ def work(config: Config, model: qwen_image.ModelConfig, facts: RunFacts) -> Work
     return replace(
         found,
         num_bytes=read + sum(sizes),
-        passes=len(STRENGTHS) * NUM_SIGMAS if config.strength == "auto" else 0,
+        passes=(len(STRENGTHS) * NUM_SIGMAS if config.strength == "auto" else 0)
+        + (NUM_SIGMAS * len(facts.images) if facts.diagnose else 0),
         stages=tuple(
             Stage(f"encoding pictures by {name}", memory.with_activations(size), 0.0, "on the CPU", pictures * flop)
             for name, size, flop in reading
@@ -254,7 +255,23 @@ def initialize(context: InitContext, config: Config) -> Seed:
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "first_seconds": predictions.first_seconds,
     }
-    return _seed(context, config, factors, report | ({"tried": tried} if tried else {}))
+    seed = _seed(context, config, factors, report | ({"tried": tried} if tried else {}))
+    return replace(seed, others=_others(context, config, predictions, chosen)) if context.diagnose else seed
+
+
+def _others(
+    context: InitContext, config: Config, predictions: Predictions, chosen: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """`Seed.others`, at strength 1, where there is a base to try seeds on and another picture."""
+    found: dict[int, torch.Tensor] = {}
+    if context.try_seed is None:
+        return found
+    pictures = range(len(context.images))
+    for index in tqdm(pictures, "i2L, each picture by the others", unit="picture", leave=False, disable=None):
+        if others := [place for place, number in enumerate(chosen) if number != index]:
+            weights = AdapterWeights(dict(predictions.combine(config.expert_weights, others)))
+            found[index] = context.try_seed(weights, index, range(NUM_SIGMAS))
+    return found
 
 
 def _locate(context: InitContext, config: Config) -> list[ExpertFile]:

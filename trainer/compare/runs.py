@@ -152,7 +152,7 @@ class Workbench:
         context = run.init_context(shown.plan, self.device, trials, self._text_encoder)
         # a cache of the comparison's own, for each subject: what is computed in it is measured, and all at once
         cache = self._comparison.output / "cache" / "starts" / shown.name
-        return replace(context, seed=seed, log=lambda message: None, cache=cache)
+        return replace(context, seed=seed, log=lambda message: None, cache=cache, diagnose=False)
 
     def _initialize(self, arm: Arm, context: InitContext) -> Seed:
         result = arm.start.initialize(context, arm.start.options)

@@ -23,14 +23,14 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer import qwen_image, validation
-from trainer.adapter import AdapterConfig, RunFacts, Stage, Work
+from trainer.adapter import AdapterConfig, Stage, Work
 from trainer.data.prior import Prior
 from trainer.errors import UserError
 from trainer.files import DTYPES
 from trainer.hardware import machine, memory
 from trainer.hub import sources
 from trainer.optimizer import TrainConfig
-from trainer.plan import Plan, pixels, prior_pixels
+from trainer.plan import Plan, facts, pixels, prior_pixels
 from trainer.tracking import duration
 
 SHARE_OF_PEAK = 0.35  # a guess
@@ -207,7 +207,7 @@ def count(plan: Plan) -> Workload:
         num_bytes=text + _transformer_bytes(plan),
         captions=Stage("encoding captions", text_loaded, flop=text * tokens),
         pictures=number * encoding,
-        start=plan.start.work(RunFacts(tuple(e.path for e in data.train), settings, can_try=True)),
+        start=plan.start.work(facts(run, data)),
         forward=transformer_flop(like, settings, one, side, backward=False),
         step=step * run.train.gradient_accumulation_steps,
         copied=min(run.model.offload_blocks, len(blocks)) * memory.weight_bytes(blocks[-1], run.model),
@@ -217,7 +217,7 @@ def count(plan: Plan) -> Workload:
         validations=math.ceil(run.train.steps / checks.every) + 1,
         steps=run.train.steps,
         drawing_passes=_drawing_passes(prior),
-        first_passes=(2 * looked_at[0] + unrelated) * validation.NUM_SIGMAS + unrelated,
+        first_passes=(2 * len(data.train) * checks.diagnose + unrelated) * validation.NUM_SIGMAS + unrelated,
     )
 
 
