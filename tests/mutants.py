@@ -115,6 +115,39 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "trainer/diagnosis.py",
+        (
+            "captions that are worth more are the doubtful ones",
+            "logs = _log_ratios(found.base, found.no_caption)",
+            "logs = _log_ratios(found.no_caption, found.base)",
+            "tests/test_diagnosis.py::test_a_wrong_caption_and_another_subject_are_named_first_each_with_its_reason",
+        ),
+        (
+            "a wrong caption is taken for another subject, too",
+            "        elif other >= THRESHOLD:",
+            "        if other >= THRESHOLD:",
+            "tests/test_diagnosis.py::test_a_wrong_caption_that_no_seed_can_fit_is_not_taken_for_another_subject",
+        ),
+        (
+            "a few pictures are compared, too",
+            "if len(values) < MIN_COMPARED:",
+            "if len(values) < 1:",
+            "tests/test_diagnosis.py::test_of_few_pictures_only_a_caption_that_does_harm_is_told",
+        ),
+        (
+            "a caption below the threshold counts whole",
+            "doubt if doubt >= THRESHOLD else doubt / 2",
+            "doubt",
+            "tests/test_diagnosis.py::test_a_caption_that_is_not_doubtful_counts_half_beside_the_subject",
+        ),
+        (
+            "held-out pictures are diagnosed",
+            'if record["part"] != "train":',
+            "if False:",
+            "tests/test_diagnosis.py::test_only_training_pictures_are_diagnosed_and_a_resumed_run_counts_once",
+        ),
+    ),
+    *_mutants(
         "trainer/data/caption/templates.py",
         (
             "a field that no template knows is left in the caption",

@@ -15,11 +15,25 @@ from diffusers import QwenImagePipeline
 
 import initializers
 import train as program
-from demo import base, build, caption_model, captions, creatures, experts, measure, painter, strengths, vae, vision
+from demo import (
+    base,
+    build,
+    caption_model,
+    captions,
+    creatures,
+    diagnosis,
+    experts,
+    measure,
+    painter,
+    strengths,
+    vae,
+    vision,
+)
 from demo.text_encoder import templates
 from initializers.i2l.expert import read_geometry
 from initializers.i2l.layout import FILES, module_shapes
 from trainer import plan
+from trainer.diagnosis import Diagnosis, PictureDiagnosis
 from trainer.formats import check_lora
 
 DEMO = Path("demo")
@@ -350,3 +364,67 @@ def test_i2l_starts_where_a_random_start_never_arrives(tmp_path: Path) -> None:
         assert rows["new", control]["steps"]["value"] > 1 / 2 and rows["new", control]["best_lower_by"]["value"] < 0.05
     assert rows["trait", "i2l"]["best_lower_by"]["value"] > 0.05
     assert rows["foreign", "i2l"]["best_lower_by"]["value"] > -0.03
+
+
+# --- the diagnosis of pictures ----------------------------------------------------------------------------
+
+
+def test_folders_to_diagnose_have_the_faults_that_they_say() -> None:
+    for number in range(500, 520):
+        clean, plain, hard = (diagnosis.Folder.of(number, fault) for fault in diagnosis.FAULTS)
+        own = painter.identity("new", number)
+        assert clean.shown == clean.said == plain.shown == hard.shown and {*clean.creatures} == {own}
+        assert len({(s.background, s.place, s.size) for s in clean.shown}) == 12
+        assert (plain.bad_caption, plain.bad_subject) == (hard.bad_caption, hard.bad_subject)
+        assert clean.bad_caption is clean.bad_subject is None
+        for folder in (plain, hard):
+            said = [place for place in range(12) if folder.said[place] != folder.shown[place]]
+            others = [place for place in range(12) if folder.creatures[place] != own]
+            assert said == [folder.bad_caption] and others == [folder.bad_subject] and said != others
+        place, other = said[0], others[0]
+        assert plain.said[place].background != plain.shown[place].background
+        assert replace(hard.said[place], place=hard.shown[place].place) == hard.shown[place]
+        like = hard.creatures[other]
+        assert (like.shape, like.colour, like.num_eyes) == (own.shape, own.colour, own.num_eyes)
+        assert (like.pattern, like.headgear) != (own.pattern, own.headgear)
+
+
+def test_a_diagnosis_is_judged_by_the_ranks_of_the_bad_pictures() -> None:
+    folder = replace(diagnosis.Folder.of(500, diagnosis.FAULTS[1]), bad_caption=3, bad_subject=9)
+    rows = [
+        PictureDiagnosis(picture="3.png", score=9.0, reasons=("no better: is the caption right?",)),
+        PictureDiagnosis(picture="0.png", score=5.0, reasons=("worse: is it the same subject?",)),
+        PictureDiagnosis(picture="9.png", score=1.5),
+        PictureDiagnosis(picture="1.png", score=0.0),
+    ]
+    found = diagnosis.judged(folder, Diagnosis(tuple(rows)))
+    assert found == {
+        "caption": {"rank": 1, "told": True},
+        "subject": {"rank": 3, "told": False},
+        "good_doubted": 1,
+        "largest_good_score": 5.0,
+    }
+    report = [
+        {
+            "creature": 500,
+            "fault": fault,
+            "start": start,
+            **(found if fault != "none" else {**found, "good_doubted": 0}),
+        }
+        for fault in diagnosis.FAULTS
+        for start in diagnosis.STARTS
+    ]
+    lines = diagnosis.table(report).splitlines()
+    assert len(lines) == 8 and len({line.count("|") for line in lines}) == 1
+    assert "| 0 of 1 | 1; 3 | 1 of 1, 0 of 1 | 1 of 1 | 5.0 |" in lines[4] and "| 0 of 1 | 5.0 |" in lines[2]
+
+
+@pytest.mark.slow
+def test_the_two_bad_pictures_of_a_creature_are_named_first_from_i2l(tmp_path: Path) -> None:
+    diagnosis.measure_all([416], tmp_path, 3e-4)
+    rows = json.loads((tmp_path / "report.json").read_text())
+    assert len(rows) == 6 and (tmp_path / "report.md").exists()
+    for row in rows:
+        if row["start"] == "i2l":
+            assert row["good_doubted"] == 0
+            assert row["fault"] == "none" or {row["caption"]["rank"], row["subject"]["rank"]} == {1, 2}

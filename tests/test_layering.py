@@ -33,6 +33,7 @@ FLOORS = {
         "trainer.data.cache",
         "trainer.data.caption.templates",
         "trainer.data.notes",
+        "trainer.diagnosis",
         "trainer.hardware.offload",
         "trainer.hub.sources",
         "trainer.optimizer",

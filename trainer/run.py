@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, export, folder, loop, page, qwen_image
+from trainer import adapter, checkpoint, config, diagnosis, export, folder, loop, page, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointError
 from trainer.data.dataset import Dataset, Example
@@ -255,6 +255,8 @@ def _watch(plan: Plan, result: Result) -> None:
     """What is written after each validation, to be looked at while the run goes on."""
     if result.choice is not None:
         write_json(plan.output / CHOICE_FILE, asdict(result.choice))
+    if plan.config.validation.diagnose:
+        diagnosis.write_diagnosis(plan.output)
     _write_page(plan.output)
 
 
@@ -289,6 +291,9 @@ def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, 
         log.info("no pictures are held out to choose the best step by: the last one is taken (see [data] held_out)")
     else:
         log.info("%s", choice.text)
+    if plan.config.validation.diagnose:
+        for one in diagnosis.read(plan.output).doubtful:
+            log.info("look at %s: %s", one.picture, "; ".join(one.reasons))
     log.info("done in %s: %s", duration(total), result_folder)
     if settings.push_to_hub:
         log.info("uploaded to %s", export.push(result_folder, settings.push_to_hub))
