@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from trainer.diagnosis import THRESHOLD
 from trainer.page.charts import bars
 from trainer.page.left import Errors, Key, Left, number
 from trainer.page.pictures import Album, Shown, caption
 
-MAX_NUMBERS = 8  # columns that are the diagnosis' own
 MAX_THUMBNAILS = 100
 PARTS = {"train": "training", "held_out": "held out"}
-HIDDEN = ("picture", "part", "reasons")  # entries of a diagnosis that are no columns
+SCORE = "score"  # the number of a diagnosis that no other column has
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,12 @@ def _measured(left: Left, keys: list[Key]) -> Found:
 
 
 def _of_the_diagnosis(keys: list[Key], doubts: Mapping[str, Mapping[str, Any]]) -> Found:
-    names = dict.fromkeys(name for doubt in doubts.values() for name in doubt if name not in HIDDEN)
-    numbers = [name for name in names if any(number(doubt.get(name)) is not None for doubt in doubts.values())]
-    for name in numbers[:MAX_NUMBERS]:
-        values = {key: number(doubts.get(key[1], {}).get(name)) for key in keys}
-        cells = {key: Cell("" if value is None else f"{value:.4g}", value) for key, value in values.items()}
-        yield name.replace("_", " "), "The diagnosis' own number.", cells
+    values = {key: number(doubts.get(key[1], {}).get(SCORE)) for key in keys}
+    if any(value is not None for value in values.values()):
+        meaning = (
+            f"How doubtful it is, in about standard deviations of the pictures; from {THRESHOLD:g} on it is named."
+        )
+        yield SCORE, meaning, {k: Cell("" if value is None else f"{value:.1f}", value) for k, value in values.items()}
 
 
 def _means(errors: Errors, what: str) -> dict[int, float]:

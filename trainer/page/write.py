@@ -73,7 +73,7 @@ def _curves(left: Left) -> list[Chart]:
     rates = _rates(left)
     likeness = {name.removeprefix("likeness "): left.curve(name) for name in _likenesses(left)}
     alike = "Mean cosine of samples with real pictures: higher is more like them."
-    away = "How far samples of unrelated prompts have moved away from the base's own: lower is better."
+    away = "How far the velocity for unrelated prompts has moved from the base's: lower is better."
     found = [
         charts.curves("Stable loss", stable, marked=chosen, note="Always with the same sigmas and noise."),
         charts.curves("Training loss", {"loss": charts.smoothed(losses, window)}, marked=chosen, note=mean),
