@@ -136,8 +136,8 @@ MUTANTS = (
         ),
         (
             "a resumed run does not know how long it has waited",
-            'result = Result(saved.step, saved.state["seconds"], saved.state["validations"], errors)',
-            'result = Result(saved.step, saved.state["seconds"], saved.state["validations"])',
+            'Result(saved.step, state["seconds"], state["validations"], errors,',
+            'Result(saved.step, state["seconds"], state["validations"], {},',
             "tests/test_loop.py::test_patience_ends_a_run_and_a_resumed_one_knows",
         ),
     ),

@@ -374,6 +374,18 @@ def test_a_run_stopped_after_its_first_validation_goes_on_from_step_0(tmp_path: 
     assert (objective.validated, result.step) == ([2], 2)
 
 
+def test_other_held_out_pictures_begin_the_choice_anew(tmp_path: Path) -> None:
+    train_held(tmp_path, steps=4)
+
+    class Others(Held):
+        def validate(self, step: int, tracker: Tracker) -> Measured:
+            return Measured({"val_loss": 0.5}, torch.tensor([9.0 - step, 3.0, 1.0]), ("other",))
+
+    job = loop.Job(tmp_path, TrainConfig(steps=8), CheckpointConfig(), 2)
+    result = loop.train(Others({}), job, Accelerator(), quiet=True, resume=True)
+    assert [*result.errors] == [6, 8] and result.choice is not None
+
+
 def test_a_best_step_that_was_deleted_is_missed(tmp_path: Path) -> None:
     train_held(tmp_path, steps=8)
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")

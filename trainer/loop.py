@@ -50,7 +50,9 @@ class Measured:
     values: Mapping[str, float] = field(default_factory=dict)
     """To be logged."""
     errors: Tensor | None = None
-    """Errors that the best step is chosen by, always of the same things: any shape, on the CPU."""
+    """Errors that the best step is chosen by: any shape, on the CPU."""
+    of: tuple[str, ...] = ()
+    """What the errors are of. Steps are compared as long as it is the same."""
 
 
 class Objective(Protocol):
@@ -76,7 +78,8 @@ class Result:
     """Training time of all parts of the run, without validation."""
     validations: list[dict[str, float]] = field(default_factory=list)
     errors: dict[int, Tensor] = field(default_factory=dict)
-    """Step -> `Measured.errors`, of the steps that have any."""
+    """Step -> `Measured.errors`, of the steps that can be compared."""
+    errors_of: tuple[str, ...] = ()
     chosen: Path | None = None
     """The checkpoint of the step that `choice` chooses; None if there are no errors to choose by."""
 
@@ -218,10 +221,11 @@ class _Training:
         if self._average is not None:
             own = zip(self._average.shadow_params, self._parameters, strict=True)
             shadow = [parallel.sharded_like(saved.average[name], value) for value, name in own]
-            state = {"shadow_params": shadow, "optimization_step": saved.state["averaged"]}
-            self._average.load_state_dict({**self._average.state_dict(), **state})
-        errors = {int(step): torch.tensor(values) for step, values in saved.state["errors"].items()}
-        self.result = Result(saved.step, saved.state["seconds"], saved.state["validations"], errors)
+            own_state = {"shadow_params": shadow, "optimization_step": saved.state["averaged"]}
+            self._average.load_state_dict({**self._average.state_dict(), **own_state})
+        state = saved.state
+        errors = {int(step): torch.tensor(values) for step, values in state["errors"].items()}
+        self.result = Result(saved.step, state["seconds"], state["validations"], errors, tuple(state["errors_of"]))
         self._course, self._saved = saved.state["course"], saved.path  # it may know of models that are not here now
         self._note_choice()
         self._begin = time.monotonic() - self.result.seconds
@@ -284,7 +288,10 @@ class _Training:
             )
         self.result.validations.append({"step": step, **values})
         if found.errors is not None:
-            self.result.errors[step] = found.errors
+            if found.of != self.result.errors_of and self.result.errors:
+                tracker.warn("other held-out pictures than before: from step %d on the best step is chosen anew", step)
+                self.result.errors.clear()
+            self.result.errors[step], self.result.errors_of = found.errors, found.of
             if step == 0:
                 self.save(0)
         self._note_choice()
@@ -319,7 +326,7 @@ class _Training:
 
     def _history(self) -> dict[str, Any]:
         errors = {str(step): values.tolist() for step, values in self.result.errors.items()}
-        return {"validations": self.result.validations, "errors": errors}
+        return {"validations": self.result.validations, "errors": errors, "errors_of": self.result.errors_of}
 
     def save(self, step: int) -> None:
         result, settings = self.result, self._job.checkpoint

@@ -272,19 +272,20 @@ class LoraObjective:
     def validate(self, step: int, tracker: Tracker) -> Measured:
         """Stable losses, drift and sample pictures, divided among the processes; the first one writes."""
         self.transformer.eval()
-        values, chosen_by = dict[str, float](), None
+        values, chosen_by, of = dict[str, float](), None, tuple[str, ...]()
         for part, name, items in _parts(self._plan, self._encoded):
             errors = self._passes.errors(items, name, tracker)
             values.update(_losses(name, errors))
             tracker.pictures(step, measure.records(items, errors[..., 0], part, "adapter"))
             if part == "held_out":
                 chosen_by = errors[..., -1].cpu()  # where there are masks, as in training
+                of = tuple(item.digest for item in items)
         if step == 0 and self._run.validation.diagnose and self._own_samples:
             self._record_for_diagnosis(tracker)
         values.update(self._measured_drift(tracker))
         values.update(self._sample(step, tracker))
         self.transformer.train()
-        return Measured(values, chosen_by)
+        return Measured(values, chosen_by, of)
 
     def _record_for_diagnosis(self, tracker: Tracker) -> None:
         """The errors of all training pictures on the frozen base, with their captions, without any, and with the seed
