@@ -41,7 +41,7 @@ SMALLEST_RISE = 0.01
 """Differences between rises (as the log of a ratio) are told from four times this one on."""
 LEARNED_LEAST = "it is learned least of all: is it the same subject?"
 Errors = NDArray[np.float64]
-"""Those of one picture at each sigma; or, with an axis before it, of several pictures."""
+"""The errors of one picture at each sigma; or, with an axis before it, at several steps or of several pictures."""
 Series = Mapping[str, Mapping[int, Errors]]
 """Picture -> step -> its errors, all with the adapter."""
 
@@ -201,7 +201,7 @@ def _easy(found: _Found, numbers: Mapping[str, PictureDiagnosis]) -> dict[str, f
 
 
 def _log_ratios(errors: Mapping[str, Errors], by: Mapping[str, Errors]) -> dict[str, Errors]:
-    """Only pictures that have both: their sigmas count alike, whatever the size of the error there."""
+    """For the pictures that have both: their sigmas count alike, whatever the size of the error there."""
     return {name: np.log(errors[name] / by[name]) for name in errors if name in by}
 
 
