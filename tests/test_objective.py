@@ -1,6 +1,6 @@
 """What a step is trained on, what a validation measures and draws: against the settings, and drawn again one by one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,7 +200,7 @@ def masked_objective(plan: Plan) -> LoraObjective:
     for e in (*plan.dataset.train, *plan.dataset.held_out):
         if e.mask:
             weights = masks.weights(masks.load(e.mask, e.bucket), cells, plan.config.data.mask_outside)
-            trained._encoded.weights[objective._mask_name(e)] = weights
+            trained._encoded.weights[objective._mask_name(e, trained._run.data.mask_outside)] = weights
     return trained
 
 
@@ -269,6 +269,10 @@ class Pictures(Tracker):
 
     def __init__(self) -> None:
         self.shown: dict[str, bytes] = {}
+        self.records: list[dict[str, Any]] = []
+
+    def pictures(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        self.records += [{"step": step, **record} for record in records]
 
     def each(self, items: Sequence[Any], what: str) -> Iterator[Any]:
         yield from items
@@ -364,4 +368,35 @@ def test_dropout_is_off_while_validating_and_on_again_after(run_toml: Path) -> N
         assert float(trained.loss(0, 0).value) == before
         trained.transformer.eval()
         assert float(trained.loss(0, 0).value) != before
-    assert measured == stable_losses(plan, trained.transformer, made_up(plan), Accelerator())
+    assert measured.values == stable_losses(plan, trained.transformer, made_up(plan), Accelerator())
+
+
+def test_each_picture_s_errors_are_recorded_and_the_held_out_ones_choose(run_toml: Path) -> None:
+    """With a base that has never had an adapter as the reference."""
+    plan = make_plan(run_toml, "validation.prompts=[]", "validation.diagnose=true", "validation.num_pictures=1")
+    trained, tracker = make_objective(plan), Pictures()
+    others = {number: torch.full((8,), number + 0.5) for number in range(len(plan.dataset.train))}
+    trained._others, encoded = others, trained._encoded
+    measured = trained.validate(0, tracker)
+    base, empty = qwen_image.load_transformer(plan.config.model, CPU), encoded.prompts[qwen_image.EMPTY_PROMPT]
+    train, held_out = ([encoded.item(e) for e in part] for part in (plan.dataset.train, plan.dataset.held_out))
+    expected = {
+        ("train", "adapter"): (trained.transformer, train[:1]),
+        ("held_out", "adapter"): (trained.transformer, held_out[:1]),
+        ("train", "base"): (base, train),
+        ("train", "no caption"): (base, [replace(item, prompt=empty) for item in train]),
+    }
+    for (part, what), (transformer, items) in expected.items():
+        found = [one for one in tracker.records if (one["part"], one["what"]) == (part, what)]
+        assert [one["picture"] for one in found] == [item.name for item in items]
+        errors = validation.stable_errors(transformer.eval(), items, CPU, torch.float32)
+        torch.testing.assert_close(torch.tensor([one["errors"] for one in found]), errors, rtol=1e-4, atol=1e-5)
+        if part == "held_out":
+            assert measured.errors is not None and measured.of == (held_out[0].digest,)
+            torch.testing.assert_close(measured.errors, errors, rtol=1e-4, atol=1e-5)
+    told = [one["errors"][0] for one in tracker.records if one["what"] == "others' seed"]
+    assert told == [number + 0.5 for number in others]
+    assert {one["step"] for one in tracker.records} == {0}
+    tracker.records.clear()
+    trained.validate(2, tracker)
+    assert {one["what"] for one in tracker.records} == {"adapter"}

@@ -43,9 +43,7 @@ class Encoded:
         return self.latents[_name(example)]
 
     def item(self, example: Example) -> validation.Item:
-        return validation.Item(
-            example.path.name, example.digest, self.latents_of(example), self.prompts[example.caption]
-        )
+        return validation.Item(example.name, example.digest, self.latents_of(example), self.prompts[example.caption])
 
     def weighted(self, examples: Sequence[Example], outside: float) -> list[validation.Item]:
         """With weights as in training with this `mask_outside`, if one of the pictures has a mask."""

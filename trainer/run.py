@@ -243,7 +243,7 @@ def _data_report(dataset: Dataset) -> dict[str, Any]:
 
 def _picture_report(example: Example) -> dict[str, Any]:
     """Captions in a list if there are several."""
-    found: dict[str, Any] = {"picture": example.path.name, "sha256": example.digest, "caption": example.caption}
+    found: dict[str, Any] = {"picture": example.name, "sha256": example.digest, "caption": example.caption}
     if example.more_captions:
         found["caption"] = list(example.captions)
     if example.mask:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms
 
 from tests.data.made import claiming, encoded, flipped, noise, png16, with_chunk
-from trainer.data.dataset import DataConfig, Dataset, Example, buckets, load_picture, scan
+from trainer.data.dataset import DataConfig, Dataset, Example, _names, buckets, load_picture, scan
 from trainer.data.epoch import batch, drops_caption
 from trainer.data.pictures import DataError, open_picture
 
@@ -912,3 +912,14 @@ def test_captions_are_dropped_at_the_rate_asked_for_and_always_the_same_ones():
     assert 60 < sum(some) < 140 and dropped(0.1) == some and dropped(0.1, seed=1) != some
     assert [some[p::4] for p in range(4)] != [some[::4]] * 4  # each position has its own chance
     assert all(more for less, more in zip(some, dropped(0.3), strict=True) if less)
+
+
+def test_pictures_of_one_name_are_called_by_their_folders_too(tmp_path):
+    paths = [
+        tmp_path / "a" / "1.png",
+        tmp_path / "b" / "1.png",
+        tmp_path / "b" / "2.png",
+        tmp_path / "c" / "b" / "1.png",
+    ]
+    names = _names(paths)
+    assert [*names.values()] == ["a/1.png", str(paths[1]), "2.png", str(paths[3])]

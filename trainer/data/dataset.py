@@ -158,6 +158,8 @@ class Example:
 
     mask: Mask | None = None
     """What of it counts; None: all."""
+    name: str = ""
+    """What it is called in a run's files: as its file, with the folder before it where several files are called so."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -221,7 +223,16 @@ def scan(config: DataConfig, *, multiple: int, seed: int) -> Dataset:
             notes.add("copies of a picture in other files, so it counts more", names)
         else:
             notes.add("the same picture more than once, so it counts more", names)
+    called = _names([example.path for example in (*train, *held_out)])
+    train, held_out = ([replace(e, name=called[e.path]) for e in part] for part in (train, held_out))
     return Dataset(tuple(train), tuple(held_out), notes.lines())
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """That of each file, with its folder before it where others are called so."""
+    ways = {path: (path.name, f"{path.parent.name}/{path.name}", str(path)) for path in paths}
+    counts = Counter(name for names in ways.values() for name in {*names})
+    return {path: next((name for name in names if counts[name] == 1), names[-1]) for path, names in ways.items()}
 
 
 # --- pictures ---------------------------------------------------------------------------------------------

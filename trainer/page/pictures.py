@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -127,7 +127,7 @@ class Album:
     """The sha256 of each picture of run.json."""
 
     def shown(self, key: Key, side: int) -> Shown | None:
-        for path in self.paths.get(key[1], ()):
+        for path in self.paths.get(PurePath(key[1]).name, ()):
             with suppress(OSError):
                 if content_hash(path) == self.hashes.get(key):
                     return shrunk(path, side)
