@@ -7,18 +7,23 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import initializers
 import initializers.random
 import trainer.files
+import trainer.page
 from tests.helpers import (
     BAD_INPUT,
     FAILED,
@@ -31,7 +36,7 @@ from tests.helpers import (
     metrics,
     run,
 )
-from trainer import adapter, checkpoint, export, qwen_image, tracking, validation
+from trainer import adapter, checkpoint, diagnosis, export, qwen_image, tracking, validation
 from trainer import objective as program
 from trainer.adapter import InitContext, Seed
 from trainer.objective import LoraObjective
@@ -541,3 +546,100 @@ def test_all_that_prepare_finds_comes_at_once(
         assert run(run_toml, out, 'adapter.target_modules=["to_k", "img_mod.7"]') == BAD_INPUT
     for words in ("0.png: is not a", "1.png: has no caption", "already holds a run", '"img_mod.7" matches no module'):
         assert words in caplog.text
+
+
+# --- the best step ----------------------------------------------------------------------------------------
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    """Under the names of a checkpoint."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {name: name.removeprefix("base_model.model.").replace(".weight", ".default.weight") for name in tensors}
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def overfitting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After step 2, held-out pictures are told to get worse."""
+    real = LoraObjective.validate
+
+    def validate(self: LoraObjective, step: int, tracker: tracking.Tracker) -> Any:
+        found, worse = real(self, step, tracker), 0.5 * max(step - 2, 0)
+        assert found.errors is not None
+        values = {**found.values, "val_loss": found.values["val_loss"] + worse}
+        return replace(found, values=values, errors=found.errors + worse)
+
+    monkeypatch.setattr(LoraObjective, "validate", validate)
+
+
+@pytest.mark.usefixtures("overfitting")
+@pytest.mark.parametrize("ema", ["0", "0.9"])
+def test_the_best_step_is_exported_and_the_last_one_beside_it(
+    ema: str, run_toml: Path, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    settings = (*PLAIN, cache, "train.learning_rate=0.01", "train.steps=8", f"train.ema={ema}")
+    assert run(run_toml, tmp_path / "out", *settings) == FINISHED
+    report = json.loads((tmp_path / "out" / "run.json").read_text())
+    choice = json.loads((tmp_path / "out" / "choice.json").read_text())
+    losses = {line["step"]: line["val_loss"] for line in report["validations"]}
+    assert report["choice"] == choice and choice["step"] == min(losses, key=lambda step: losses[step]) == 2
+    assert choice["val_loss"] == pytest.approx(losses[choice["step"]]) and choice["text"] in caplog.text
+    for folder, step in (("adapter", choice["step"]), ("adapter_last", 8)):
+        saved = checkpoint.load(tmp_path / "out" / "checkpoints" / f"step-{step:08d}")
+        assert bool(saved.average) is (ema != "0")
+        found = exported(tmp_path / "out" / folder)
+        assert found.keys() == saved.result.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in saved.result.items())
+        assert f"{step} steps" in (tmp_path / "out" / folder / "README.md").read_text()
+    with safe_open(tmp_path / "out" / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["warm_start"])["steps"] == choice["step"]
+
+
+@pytest.mark.usefixtures("overfitting")
+def test_patience_ends_a_run_early(run_toml: Path, tmp_path: Path, cache: str) -> None:
+    settings = (*PLAIN, cache, "train.learning_rate=0.01", "train.steps=20", "validation.patience=2")
+    assert run(run_toml, tmp_path / "out", *settings) == FINISHED
+    report = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (report["steps"], report["choice"]["step"]) == (6, 2)
+    bytes_before = adapter_bytes(tmp_path / "out")
+    assert run(run_toml, tmp_path / "out", *settings, resume=True) == FINISHED
+    assert adapter_bytes(tmp_path / "out") == bytes_before
+    assert metrics(tmp_path / "out")[-1]["step"] == report["steps"]
+
+
+def test_without_held_out_pictures_it_says_that_the_last_step_is_taken(
+    run_toml: Path, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert run(run_toml, tmp_path / "out", *PLAIN, cache, "data.held_out=0") == FINISHED
+    assert "no pictures are held out to choose the best step by: the last one is taken" in caplog.text
+    assert not (tmp_path / "out" / "adapter_last").exists() and not (tmp_path / "out" / "choice.json").exists()
+
+
+def test_drift_and_the_diagnosis_of_a_run(
+    run_toml: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*PLAIN, cache, "validation.diagnose=true", 'validation.unrelated_prompts=["a dog", "a blue house"]')
+    assert run(run_toml, tmp_path / "through", *settings) == FINISHED
+    drifts = [line["drift"] for line in metrics(tmp_path / "through") if "drift" in line]
+    assert len(drifts) == 3 and drifts[0] == 0 and 0 < drifts[1] < drifts[2]
+    found = diagnosis.read(tmp_path / "through")
+    assert {one.picture for one in found.pictures} == {"0.png", "1.png", "2.png", "3.png", "4.png", "5.png"} - {
+        entry["picture"] for entry in json.loads((tmp_path / "through" / "run.json").read_text())["data"]["held_out"]
+    }
+    # a run that is stopped and goes on has each record once
+    before_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(run_toml, tmp_path / "cut", *settings) == INTERRUPTED
+    monkeypatch.undo()
+    assert run(run_toml, tmp_path / "cut", *settings, resume=True) == FINISHED
+    for name in ("pictures.jsonl", "diagnosis.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "through" / name).read_bytes()
+
+
+def test_a_page_that_cannot_be_written_is_no_reason_to_stop(
+    run_toml: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer.page, "write_page", Mock(side_effect=OSError("no space")))
+    assert run(run_toml, tmp_path / "out", *PLAIN, cache) == FINISHED
+    assert "run.html was not written: no space" in caplog.text

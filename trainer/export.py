@@ -106,7 +106,7 @@ def export(
             shown = interface_metadata(layout, name, ranks, trigger=report["config"]["data"]["trigger"])
             entries = {**metadata, **shown}
             write_lora(partial / f"{name}-{layout}.safetensors", weights, entries, DTYPES[config.dtype], layout=layout)
-        samples = _last_samples(Path(report["config"]["output"]), partial)
+        samples = _samples(Path(report["config"]["output"]), report["steps"], partial)
         write_text(partial / "README.md", model_card(report, samples, config.layouts, name))
 
 
@@ -165,11 +165,11 @@ def origin(
     return {"warm_start": json.dumps(found)}
 
 
-def _last_samples(output: Path, folder: Path) -> list[tuple[str, str]]:
-    """Copy the last samples of a run into `folder`; prompt and name of each."""
+def _samples(output: Path, step: int, folder: Path) -> list[tuple[str, str]]:
+    """Copy a run's samples of that step, or of the last one before it, into `folder`; prompt and name of each."""
     steps, rows = validation.sample_files(output / "samples"), validation.sample_rows(output / "samples")
-    found = []
-    for file in steps[max(steps)] if steps else []:
+    found, drawn = [], [one for one in steps if one <= step]
+    for file in steps[max(drawn)] if drawn else []:
         (folder / "samples").mkdir(exist_ok=True)
         shutil.copyfile(file, folder / "samples" / file.name)
         found.append((rows[int(file.stem.split("-")[2])][0], f"samples/{file.name}"))
@@ -197,6 +197,7 @@ def model_card(report: Mapping[str, Any], samples: list[tuple[str, str]], layout
         config=config,
         init=report["init"],
         pictures=len(report["data"]["train"]),
+        steps=report["steps"],
         validations=report.get("validations", []),
         samples=samples,
         files=[f"{name}-{layout}.safetensors" for layout in layouts],

@@ -444,6 +444,8 @@ def notes(plan: Plan) -> list[str]:
             "i2L was made for the first Qwen-Image, Qwen/Qwen-Image: on Qwen-Image-2512 its LoRA has the right shape, "
             "and how well it fits is not known; look at the samples of step 0, and compare with --init random"
         )
+    if plan.config.validation.likeness and not plan.config.validation.prompts:
+        found.append("[validation] likeness is that of samples, and without prompts none are drawn")
     if plan.config.model.dtype == "fp16":
         found.append(
             "[model] dtype: in fp16, numbers inside Qwen-Image's blocks exceed the largest there is (65504): they are "

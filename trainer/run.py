@@ -46,7 +46,7 @@ def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
     machine.check(plan, accelerator.device)
     with accelerator.local_main_process_first():  # the others find it all on the disk
         sources.fetch(plan.needs, quiet=quiet)
-    ended = partial(_write_page, plan.output)
+    ended = partial(_write_last_page, plan.output)
     with folder.occupied(plan.output, main=accelerator.is_main_process, ended=ended):
         return _execute(plan, accelerator, resume=resume, quiet=quiet)
 
@@ -262,11 +262,17 @@ def _watch(plan: Plan, result: Result) -> None:
 
 def _write_page(output: Path) -> None:
     """A page is no reason to lose a training."""
-    if folder.is_used(output):
-        try:
-            page.write_page(output)
-        except OSError as error:
-            log.warning("%s was not written: %s", output / page.PAGE, error)
+    try:
+        page.write_page(output)
+    except OSError as error:
+        log.warning("%s was not written: %s", output / page.PAGE, error)
+
+
+def _write_last_page(output: Path) -> None:
+    """How the run ended; a refused one leaves the folder as it is."""
+    report, written = output / folder.RUN_FILE, output / page.PAGE
+    if report.exists() and not (written.exists() and written.stat().st_mtime_ns >= report.stat().st_mtime_ns):
+        _write_page(output)
 
 
 def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, Any], began: float) -> None:

@@ -57,8 +57,6 @@ class ValidationConfig:
         found = [f"{name} must be at least {value}" for name, value in least.items() if getattr(self, name) < value]
         if self.patience < 0:
             found.append("patience must not be negative")
-        if self.likeness and not self.prompts:
-            found.append("likeness is that of samples: give prompts")
         for name in ("prompts", "unrelated_prompts"):
             for prompt in getattr(self, name):
                 try:

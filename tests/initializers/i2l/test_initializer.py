@@ -525,6 +525,33 @@ def test_strength_is_tried_on_the_pictures_that_were_chosen(world: Path) -> None
         torch.testing.assert_close(found, 3 * strength * (other.b @ other.a), rtol=1e-4, atol=1e-5)
 
 
+def test_each_picture_is_tried_with_the_seed_of_the_others(world: Path) -> None:
+    """For a diagnosis, at strength 1 whatever the strength of the start, by all sigmas."""
+    options = replace(config(world), strength=0.5, pictures=2)
+    asked: list[tuple[AdapterWeights, int, list[int]]] = []
+
+    def errors(weights: AdapterWeights, index: int, sigmas: Sequence[int]) -> Tensor:
+        asked.append((weights, index, [*sigmas]))
+        return torch.full((len(sigmas),), float(index))
+
+    given = context(world)
+    assert (
+        initialize(replace(given, try_seed=errors), options).others
+        == {}
+        == initialize(replace(given, diagnose=True), options).others
+    )
+    found = initialize(replace(given, try_seed=errors, diagnose=True), options).others
+    assert [*found] == [*range(len(given.images))] and all(float(v[0]) == n for n, v in found.items())
+    assert [sigmas for *_, sigmas in asked] == [[*range(8)]] * len(given.images)
+    chosen = [0, len(given.images) // 2]  # the two that the experts read
+    for weights, index, _ in asked:
+        others = tuple(given.images[number] for number in chosen if number != index)
+        alone = initialize(replace(given, images=others), replace(options, strength=1.0)).weights
+        for name, factors in alone.factors.items():
+            whole = weights.factors[name]
+            torch.testing.assert_close(whole.b @ whole.a, factors.b @ factors.a, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 def test_merge_keeps_the_whole_prediction_at_its_strength(world: Path, strength: float) -> None:
     whole = initialize(context(world), config(world, "style")).weights.factors
