@@ -399,6 +399,10 @@ def test_all_that_is_wrong_is_told_at_once(
     assert go(run_toml, tmp_path / "out", "--compare", "random", "--part", "3/2") == BAD_INPUT
     assert go(run_toml, tmp_path / "out", "--compare", "random", "--set", "model.compile=true") == BAD_INPUT
     assert "[model] compile: each run of --compare" in caplog.text
+    run_toml.write_text(run_toml.read_text().replace("steps = 4\n", "", 1))
+    stages = "stages=[{steps = 2}, {steps = 2, learning_rate = 1e-3}]"
+    assert go(run_toml, tmp_path / "out", "--compare", "random", "--set", stages) == BAD_INPUT
+    assert "[stages.1] learning_rate: --compare sets the rate of each run" in caplog.text
 
 
 def test_starts_that_cannot_be_told_apart_are_refused(

@@ -1,5 +1,6 @@
 """Several processes: what `accelerate launch` runs on GPUs, here on CPUs with gloo (accelerate would want MPI)."""
 
+import json
 import os
 import signal
 import subprocess
@@ -84,6 +85,29 @@ def test_a_prior_is_divided_among_processes(env: dict[str, str], run_toml: Path,
     assert run(run_toml, tmp_path / "one", *settings, "train.gradient_accumulation_steps=2") == FINISHED
     both(run_toml, tmp_path / "two", *settings, env=env)
     assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_stages_an_average_and_what_validations_measure_are_those_of_one_process(
+    env: dict[str, str], run_toml: Path, tmp_path: Path
+) -> None:
+    run_toml.write_text(run_toml.read_text().replace("steps = 4\n", "", 1))
+    stages = "stages=[{steps = 2, sigma_range = [0.5, 1.0], blocks = [0]}, {steps = 2, learning_rate = 5e-4}]"
+    measured = ("validation.unrelated_prompts=['a dog', 'a cat', 'a house']", "validation.diagnose=true")
+    settings = (*SETTINGS, stages, "train.ema=0.9", "adapter.lora_plus_ratio=2", *measured)
+    assert run(run_toml, tmp_path / "one", *settings, "train.gradient_accumulation_steps=2") == FINISHED
+    both(run_toml, tmp_path / "two", *settings, env=env)
+    assert_same(tmp_path / "one", tmp_path / "two")
+    lines = [[json.loads(line) for line in (tmp_path / name / "pictures.jsonl").read_text().splitlines()]
+             for name in ("one", "two")]  # fmt: skip
+    assert len(lines[0]) == len(lines[1]) > 20
+    for one, other in zip(*lines, strict=True):
+        assert other.pop("errors") == pytest.approx(one.pop("errors"), rel=1e-4) and one == other
+    choices = [json.loads((tmp_path / name / "choice.json").read_text())["step"] for name in ("one", "two")]
+    assert choices[0] == choices[1]
+    last = [load_file(tmp_path / name / "adapter_last" / "adapter_model.safetensors") for name in ("one", "two")]
+    assert all((last[0][name] - last[1][name]).norm() <= 1e-3 * last[0][name].norm() for name in last[0])
 
 
 @pytest.mark.slow

@@ -172,6 +172,10 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
         )
     if settings.model.compile:
         problems.append("[model] compile: each run of --compare has an adapter of its own, and would be compiled anew")
+    if own := [number for number, stage in enumerate(settings.stages) if stage.learning_rate is not None]:
+        problems.append(
+            f"[stages.{own[0]}] learning_rate: --compare sets the rate of each run; leave it out in all stages"
+        )
     problems += _text_image_problems(settings.validation.text_image_model)
     subjects = _subjects(settings, arms[0].start, request, problems)
     settings = replace(settings, init=InitConfig())  # each arm has its own
