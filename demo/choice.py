@@ -2,7 +2,8 @@
 
 New creatures of two tiers are trained on from `random` and from `i2l`. The step is chosen by three held-out pictures,
 as every run does it, and judged by six others that the choice never sees. The table has how far above the lowest point
-of that other curve each way to choose ends, in percent of it, and how often no farther than the last step:
+of that other curve each way to choose ends, in percent of it, and in brackets how often no farther than the last step;
+also as if it had been chosen by two pictures:
 
     chosen        the step that the run exports
     lowest        the step with the lowest held-out loss, without a margin
@@ -156,28 +157,29 @@ WAYS: dict[str, Callable[[choice.Errors], int]] = {
 
 def table(rows: Sequence[Row]) -> str:
     """Means over creatures and seeds, as Markdown."""
-    lines = ["| tier | start | runs | " + " | ".join(WAYS) + " |", "|---" * (3 + len(WAYS)) + "|"]
-    for tier, start in product(TIERS, RATES):
+    lines = ["| chosen by | tier | start | runs | " + " | ".join(WAYS) + " |", "|---" * (4 + len(WAYS)) + "|"]
+    for count, tier, start in product((3, 2), TIERS, RATES):
         own = [row for row in rows if (row["tier"], row["start"]) == (tier, start)]
         if own:
-            cells = [_cell(own, way) for way in WAYS]
-            lines.append(f"| {tier} | {start} | {len(own)} | " + " | ".join(cells) + " |")
+            cells = [_cell(own, way, count) for way in WAYS]
+            lines.append(f"| {count} pictures | {tier} | {start} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(rows: Sequence[Row], way: str) -> str:
-    above = [_above(row, way) for row in rows]
-    ends = [_above(row, "last") for row in rows]
+def _cell(rows: Sequence[Row], way: str, count: int) -> str:
+    above = [_above(row, way, count) for row in rows]
+    ends = [_above(row, "last", count) for row in rows]
     text = f"+{mean(above):.1%}"
     if way == "last":
         return text
     no_farther = sum(one <= end for one, end in zip(above, ends, strict=True))
-    return f"{text} ({no_farther} of {len(rows)} no farther than the last)"
+    return f"{text} ({no_farther})"
 
 
-def _above(row: Row, way: str) -> float:
-    """How far the loss of the other pictures at the chosen step is above the lowest of their curve, relative to it."""
-    errors = {int(step): torch.tensor(values) for step, values in row["errors"].items()}
+def _above(row: Row, way: str, count: int) -> float:
+    """How far the loss of the other pictures, at the step chosen by so many held-out ones, is above the lowest of their
+    curve, relative to it."""
+    errors = {int(step): torch.tensor(values[:count]) for step, values in row["errors"].items()}
     other = {int(step): float(torch.tensor(values).mean()) for step, values in row["other"].items()}
     return other[WAYS[way](errors)] / min(other.values()) - 1
 

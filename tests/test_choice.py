@@ -16,13 +16,22 @@ def noisy(mean: float, spread: float = 0.0, seed: int = 0) -> Tensor:
     return mean + spread * torch.randn(2, 8, generator=generator("errors", seed), dtype=torch.float64)
 
 
-def test_the_standard_error_is_scipy_s() -> None:
-    """By the definition: the sample standard deviation of the differences over the root of their number."""
-    one, other = noisy(1.0, 0.3, 1), noisy(1.1, 0.3, 2)
-    pairs = (one - other).flatten().tolist()
+def test_the_standard_error_is_that_of_a_stratified_sample() -> None:
+    """The pictures are drawn, the sigmas are not: var = sum over sigmas of (1/8)^2 s^2 / 3."""
+    one = 1.0 + torch.randn(3, 8, generator=generator("a"), dtype=torch.float64)
+    other = 1.1 + torch.randn(3, 8, generator=generator("b"), dtype=torch.float64)
+    pairs = (one - other).T.tolist()  # by sigma
+    expected = math.sqrt(sum(statistics.variance(own) / 3 for own in pairs) / 64)
     mean, error = difference(one, other)
-    assert mean == pytest.approx(statistics.mean(pairs))
-    assert error == pytest.approx(statistics.stdev(pairs) / math.sqrt(16))
+    assert mean == pytest.approx(statistics.mean(statistics.mean(own) for own in pairs))
+    assert error == pytest.approx(expected)
+    # what is alike in all pictures is no error, however it differs between sigmas
+    by_sigma = torch.linspace(0, 5, 8, dtype=torch.float64)
+    assert difference(one + by_sigma, other)[1] == pytest.approx(expected)
+    # a single picture has only its sigmas
+    assert difference(one[:1], other[:1])[1] == pytest.approx(
+        statistics.stdev((one - other)[0].tolist()) / math.sqrt(8)
+    )
     assert difference(torch.ones(1, 1), torch.zeros(1, 1)) == (1.0, 0.0)
 
 
@@ -61,10 +70,10 @@ def test_verdicts() -> None:
     assert verdict([1.0, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5]) == "converged"
     assert verdict([1.0, 0.6, 0.5, 0.55, 0.6, 0.65, 0.7]) == "overfitting"
     assert verdict([1.0, 0.6]) == ""  # too few to say
-    # a rise of one and a half standard errors is no overfitting
+    # a rise of less than the standard error is no overfitting
     best, last = noisy(0.5), noisy(0.5) + 0.1 * noisy(0, 1, 9)
     higher, error = difference(last, best)
-    last = last + (1.5 * error - higher)
+    last = last + (0.9 * error - higher)
     found = choose({0: noisy(1.0), 10: best, 20: best, 30: last})
     assert found is not None and (found.step, found.verdict) == (10, "converged")
 

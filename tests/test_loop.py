@@ -323,7 +323,7 @@ class Held(Fit):
 
     def validate(self, step: int, tracker: Tracker) -> Measured:
         self.validated.append(step)
-        errors = torch.tensor(self.errors[step])
+        errors = torch.tensor([self.errors[step]])
         return Measured({"val_loss": float(errors.mean())}, errors)
 
 
@@ -366,7 +366,7 @@ def test_a_run_stopped_after_its_first_validation_goes_on_from_step_0(tmp_path: 
     """The seed may be the best: it is saved."""
     train_held(tmp_path, steps=2)
     saved = checkpoint.load(tmp_path / "checkpoints" / "step-00000000")
-    assert saved.state["errors"] == {"0": [9.0, 8.0]}
+    assert saved.state["errors"] == {"0": [[9.0, 8.0]]}
     assert all(torch.equal(saved.tensors[name], value) for name, value in Fit().tensors().items())
     for path in (tmp_path / "checkpoints").glob("step-*2"):
         shutil.rmtree(path)
@@ -379,7 +379,7 @@ def test_other_held_out_pictures_begin_the_choice_anew(tmp_path: Path) -> None:
 
     class Others(Held):
         def validate(self, step: int, tracker: Tracker) -> Measured:
-            return Measured({"val_loss": 0.5}, torch.tensor([9.0 - step, 3.0, 1.0]), ("other",))
+            return Measured({"val_loss": 0.5}, torch.tensor([[9.0 - step, 3.0, 1.0]]), ("other",))
 
     job = loop.Job(tmp_path, TrainConfig(steps=8), CheckpointConfig(), 2)
     result = loop.train(Others({}), job, Accelerator(), quiet=True, resume=True)

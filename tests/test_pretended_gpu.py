@@ -21,19 +21,19 @@ from trainer.hardware.memory import CONTEXT_BYTES, usable
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("qwen_image_12gb", "qwen_image_16gb", "qwen_image_24gb", "qwen_image_80gb")
-DAILY, SLOW = ("quick_24gb",), ("quick_12gb", "quick_16gb", "quick_80gb", "quick_prior")
+DAILY, SLOW = ("quick_24gb",), ("quick_12gb", "quick_16gb", "quick_80gb", "quick_prior", "quick_recipe")
 """The same with fewer experts."""
 RUNS = [*DAILY, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 OTHERS = ("merge", "compare", "i2l_style", "i2l_coarse", "i2l_fine")
 WHOLE = {
     "trying strengths": 6,
     "seeding": 1,
-    "stable losses": 2,
+    "stable losses": 4,
     "drawing samples": 2,
     "decoding samples": 2,
     "training": 2,
-    "saving": 1,
-    "export": 1,
+    "saving": 2,
+    "export": 2,
 }
 """Stages of a run, and how often each comes."""
 ROUNDED = 1.005

@@ -20,7 +20,7 @@ class Choice:
     val_loss: float
     val_loss_last: float
     standard_error: float
-    """That of the difference between the two losses, over pictures and sigmas."""
+    """That of the difference between the two losses: see `difference`."""
     waited: int
     """How many validations have come after the chosen step."""
     verdict: Verdict
@@ -29,7 +29,8 @@ class Choice:
 
 
 def choose(errors: Errors) -> Choice | None:
-    """Later steps replace the chosen one only where they are better by more than `margin`; None without validations."""
+    """A later step replaces the chosen one only where it is better by more than the standard error of the difference;
+    None without validations."""
     steps = sorted(errors)
     if not steps:
         return None
@@ -47,26 +48,32 @@ def choose(errors: Errors) -> Choice | None:
 
 
 def difference(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """How much higher the mean of `one` is, and the standard error of that over all pairs of entries.
+    """How much higher the mean of `one` is, and the standard error of that.
 
-    Both have the same pictures, noise and sigmas, so the pairs differ only by the model. The standard error of a mean
-    of n differences is their standard deviation (n - 1 in its divisor) / sqrt(n).
+    Both have the same pictures, noise and sigmas, so the pairs differ only by the model. The sigmas are always the same
+    eight, so that only the pictures are a sample: the variance of the differences is taken over pictures at each sigma,
+    as of a stratified sample (Cochran, Sampling Techniques, 1977, chapter 5). Of a single picture it is taken over its
+    sigmas.
     """
-    pairs = (one.double() - other.double()).flatten()
-    return float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+    pairs = one.double() - other.double()
+    num_pictures, num_sigmas = pairs.shape
+    if num_pictures > 1:
+        variance = float(pairs.var(dim=0).mean()) / num_pictures
+    else:
+        variance = float(pairs.var()) if num_sigmas > 1 else 0.0
+    return float(pairs.mean()), math.sqrt(variance / num_sigmas)
 
 
 def _verdict(errors: Errors, steps: list[int], chosen: int) -> Verdict:
-    """By differences of more than two standard errors, which noise reaches in one of twenty."""
     if len(steps) < 3:
         return ""
     last = steps[-1]
     higher, error = difference(errors[last], errors[chosen])
-    if higher > 2 * error:
+    if higher > error:
         return "overfitting"
     middle = steps[len(steps) * 2 // 3 - 1]  # what the last third has brought
     lower, error = difference(errors[middle], errors[last])
-    return "still learning" if lower > 2 * error else "converged"
+    return "still learning" if lower > error else "converged"
 
 
 def _text(chosen: int, last: int, loss: float, loss_last: float, error: float, verdict: Verdict) -> str:

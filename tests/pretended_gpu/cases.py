@@ -191,6 +191,15 @@ QUICK = [
     whole("quick_16gb", 16, STYLE),
     whole("quick_80gb", 80, STYLE),
     whole("quick_prior", 80, STYLE, 'prior.method="prediction"', 'prior.prompts=["a portrait"]'),
+    whole(
+        "quick_recipe",
+        80,
+        STYLE,
+        "train.ema=0.9",
+        "adapter.lora_plus_ratio=4",
+        'flow.loss_weighting="bell"',
+        'validation.unrelated_prompts=["a house"]',
+    ),
     Case("warm_start", 24, warm_start),
 ]
 """What the tests run by default; of several sizes only the first where that says enough."""

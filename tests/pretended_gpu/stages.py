@@ -24,7 +24,7 @@ STAGES: list[tuple[Any, str, str]] = [
     (objective.Trials, "__call__", "trying strengths"),
     (run, "install", "seeding"),
     (loop._Training, "update", "training"),
-    (measure.Passes, "share", "stable losses"),
+    (measure.Passes, "errors", "stable losses"),
     (qwen_image.Sampler, "latents", "drawing samples"),
     (qwen_image, "decode_latents", "decoding samples"),
     (loop._Training, "save", "saving"),
