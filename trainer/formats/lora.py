@@ -20,6 +20,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainer import lycoris
 from trainer.adapter import AdapterWeights, pattern_of_ranks
 from trainer.config import first_few
 from trainer.errors import UserError
@@ -93,7 +94,7 @@ class LoraFile:
         if not (math.isfinite(scale) and all(bool(tensor.isfinite().all()) for tensor in tensors.values())):
             return None
         if self.modules[name].parts:
-            return methods.factors(tensors, scale, rank)
+            return lycoris.factors(tensors, scale, rank)
         return LowRank(tensors["a"], tensors["b"] * scale), 0.0
 
 
