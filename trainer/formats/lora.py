@@ -148,6 +148,34 @@ def write_lora(
     write_tensors(path, tensors, {"format": "pt", **metadata})
 
 
+def write_parts(
+    path: Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    scales: Mapping[str, float],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+    *,
+    layout: str,
+) -> None:
+    """A LoHa or LoKr, its parts by PEFT's names, which are LyCORIS' names too, with the module names of a layout of
+    `LAYOUTS`. `read_lora` gives its dW.
+
+    scales: what PEFT multiplies each module's product by. Other programs take alpha / rank, and 1 for a LoKr of whole
+    matrices, where the scale goes into the first. FormatError if `dtype` cannot hold a value.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, own in parts.items():
+        divisor = methods.divisor({part: tuple(tensor.shape) for part, tensor in own.items()})
+        in_first = scales[name] if divisor is None else 1.0
+        for part, tensor in own.items():
+            key = f"{LAYOUTS[layout].stem(name)}.{part}"
+            tensors[key] = (tensor * in_first if part == "lokr_w1" else tensor).to(dtype)
+            if not bool(tensors[key].isfinite().all()):
+                raise FormatError(f"{path}: {name} has values that {dtype} cannot hold; write it in fp32 or bf16")
+        tensors[f"{LAYOUTS[layout].stem(name)}.alpha"] = torch.tensor(1.0 if divisor is None else scales[name] * divisor)
+    write_tensors(path, tensors, {"format": "pt", **metadata})
+
+
 def interface_metadata(
     layout: str, title: str, ranks: Collection[int], *, alpha: float | None = None, trigger: str = ""
 ) -> dict[str, str]:
