@@ -60,8 +60,8 @@ class AdapterConfig:
 
     kind: Literal["lora", "loha", "lokr"] = "lora"
     """"lora"; "loha": the elementwise product of two low-rank matrices, with twice as many parameters at a rank; "lokr":
-    a Kronecker product of two small matrices. The last two form the whole change of each layer's weights in each pass,
-    which takes memory and time, need an unquantised base, and are not read by diffusers."""
+    a Kronecker product of two small matrices. The last two need an unquantised base, and diffusers cannot read them;
+    a LoHa of a large rank takes memory and time, since it forms the whole change of each layer's weights."""
     rank: int = 16
     """The rank of the LoRA, or of each product of a LoHa; of a LoKr that of its larger matrix, which is whole where the
     rank is at least half of its side. 16 to 32 is common; a larger one can learn more, and overfits sooner."""
@@ -300,7 +300,7 @@ def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) ->
 
     `transformer` is a diffusers model. The global random state is as it was. Where the base computes in half precision,
     PEFT would raise each layer's whole input to fp32 and keep it for the backward pass; here the adapter's small
-    weights are lowered instead, or the dW of a LoHa or LoKr. With DoRA it stays as PEFT does it: the norms of the weights need fp32. AdapterError
+    weights are lowered instead. With DoRA it stays as PEFT does it: the norms of the weights need fp32. AdapterError
     if DoRA would divide by the norm of a row that is zero.
     """
     modules = target_modules(transformer, config)
@@ -321,7 +321,7 @@ def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) ->
         setattr(transformer.get_submodule(module), own, whole)
     for _, layer in layers(transformer, adapter_name):
         if config.kind != "lora":
-            layer._get_delta_activations = lycoris.Delta(layer)
+            layer.forward = lycoris.Forward(layer, adapter_name)
         elif not config.use_dora:
             layer.cast_input_dtype_enabled = False
             for factors in (layer.lora_A, layer.lora_B):
@@ -687,12 +687,9 @@ def _kind(layer: Any) -> str:
     return "loha" if isinstance(layer, LoHaLayer) else "lokr" if isinstance(layer, LoKrLayer) else "lora"
 
 
-def _parts(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
+def _parts(layer: Any, adapter_name: str) -> dict[str, Tensor]:
     """The parameters of a layer of a LoHa or LoKr by PEFT's names; empty of a LoRA."""
-    if _kind(layer) == "lora":
-        return {}
-    stores = {part: getattr(layer, part) for part in layer.adapter_layer_names}
-    return {part: store[adapter_name] for part, store in stores.items() if adapter_name in store}
+    return {} if _kind(layer) == "lora" else lycoris.parts_of(layer, adapter_name)
 
 
 def _on_cpu(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

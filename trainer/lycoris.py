@@ -7,7 +7,7 @@ Of a LoHa of ranks r1 and r2, the r1 r2 products of a column of w1_a and one of 
 the rows of a. With a second product of ones it is a LoRA: a start is exact. The singular values of a Kronecker product
 are the products of its parts' singular values, and so are its singular vectors: the best approximation is found from
 the small parts. The Kronecker product nearest to a given dW is a problem of rank one after the entries of dW are put in
-another order (Van Loan, Pitsianis 1993). dW is never formed, but where a LoHa's r1 r2 are more than its side.
+another order (Van Loan, Pitsianis 1993). dW is never formed, but where a LoHa's r1 r2 are too many.
 """
 
 import math
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lokr.layer import factorization
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import linear
 
 from trainer.lowrank import RESOLUTION, LowRank, energy, ordered, truncate
 
@@ -26,16 +27,46 @@ _ZERO = ("hada_w2_b", "lokr_w1", "lokr_w1_a")
 """The parts that PEFT starts at zero, so that dW is zero."""
 
 
-class Delta:
-    """How a layer of PEFT computes x dW^T: dW is made in fp32, as its parts are, and lowered to the input's type. PEFT
-    would raise the input to fp32, and keep it for the backward pass."""
+class Forward:
+    """The forward pass of a layer of PEFT. What is trained is in fp32, and lowered to the input's type here.
 
-    def __init__(self, layer: Any):
-        self._layer = layer
+    PEFT would form dW, raise the whole input to fp32 for it, and draw a random number in each pass, by which the layer
+    is left out once in 17 million. Here dW is formed only of a LoHa for which its low-rank factors would cost more.
+    """
 
-    def __call__(self, adapter_name: str, input: Tensor, *_: Any, **__: Any) -> Tensor:
-        weight: Tensor = self._layer.get_delta_weight(adapter_name)
-        return nn.functional.linear(input, weight.to(input.dtype))
+    def __init__(self, layer: Any, adapter_name: str):
+        self._layer, self._name = layer, adapter_name
+
+    def __call__(self, input: Tensor) -> Tensor:
+        result: Tensor = self._layer.base_layer(input)
+        if self._layer.disable_adapters:
+            return result
+        parts, scale = parts_of(self._layer, self._name), self._layer.scaling[self._name]
+        if "hada_w1_a" not in parts:
+            return result + scale * _times_kronecker(input, {part: x.to(input.dtype) for part, x in parts.items()})
+        out_features, rank = parts["hada_w1_a"].shape
+        if rank**2 * (input.shape[-1] + out_features) < input.shape[-1] * out_features:
+            a, b = _hadamard_factors(*(LowRank(parts[f"hada_w{i}_b"], parts[f"hada_w{i}_a"]) for i in (1, 2)))
+            return result + scale * linear(linear(input, a.to(input.dtype)), b.to(input.dtype))
+        weight: Tensor = self._layer.get_delta_weight(self._name)
+        return result + linear(input, weight.to(input.dtype))
+
+
+def _times_kronecker(input: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """input times the transposed kron(w1, w2): w1 on the blocks of features, w2 inside them."""
+    first, second = ([parts[name] for name in _names(stem) if name in parts] for stem in ("lokr_w1", "lokr_w2"))
+    found = input.unflatten(-1, (first[-1].shape[1], second[-1].shape[1]))
+    for matrix in reversed(second):
+        found = found @ matrix.T
+    for matrix in reversed(first):
+        found = matrix @ found
+    return found.flatten(-2)
+
+
+def parts_of(layer: Any, adapter_name: str) -> dict[str, Tensor]:
+    """The parameters of PEFT's layer of a LoHa or LoKr by its names, "hada_w1_a" or "lokr_w1"."""
+    stores = {part: getattr(layer, part) for part in layer.adapter_layer_names}
+    return {part: store[adapter_name] for part, store in stores.items() if adapter_name in store}
 
 
 def num_parameters(kind: str, rank: int, size: tuple[int, int], factor: int) -> int:
@@ -59,7 +90,7 @@ def factors(parts: Mapping[str, Tensor], scale: float, limit: int | None = None)
     their singular values.
     """
     first, second = (
-        [parts[name].double() for name in (stem, f"{stem}_a", f"{stem}_b") if name in parts] for stem in _stems(parts)
+        [parts[name].double() for name in _names(stem) if name in parts] for stem in _stems(parts)
     )
     if "hada_w1_a" not in parts:
         found, lost = _kronecker(_svd(first), _svd(second), limit)
@@ -76,6 +107,11 @@ def _stems(parts: Mapping[str, object]) -> tuple[str, str]:
     return f"{kind}_w1", f"{kind}_w2"
 
 
+def _names(stem: str) -> tuple[str, ...]:
+    """Of a whole matrix, or of the two whose product it is."""
+    return stem, f"{stem}_a", f"{stem}_b"
+
+
 def _alive(x: LowRank) -> LowRank:
     """Without what is zero in one of its halves: it is no part of dW."""
     alive = x.a.any(dim=1) & x.b.any(dim=0)
@@ -88,6 +124,11 @@ def _hadamard(first: LowRank, second: LowRank) -> LowRank:
         whole = (b1 @ a1) * (b2 @ a2)
         eye = torch.eye(min(whole.shape), dtype=whole.dtype)
         return LowRank(whole, eye) if len(whole) == len(eye) else LowRank(eye, whole)
+    return _hadamard_factors(first, second)
+
+
+def _hadamard_factors(first: LowRank, second: LowRank) -> LowRank:
+    (a1, b1), (a2, b2) = first, second
     return LowRank((a1[:, None] * a2).flatten(0, 1), (b1[:, :, None] * b2[:, None]).flatten(1))
 
 
