@@ -1,6 +1,5 @@
 """LoHa and LoKr as kinds of adapter, against PEFT's own layers and dense algebra in float64."""
 
-import copy
 import json
 import logging
 import math
@@ -9,17 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, PeftModel, inject_adapter_in_model
+from peft import PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.helpers import BAD_INPUT, FINISHED, adapter_bytes, run
+import train
+from tests.hardware.test_memory import BF16, FP32, SMALL, on_meta, on_the_cpu, request
+from tests.hardware.test_parallel import DDP, FSDP, both
+from tests.helpers import BAD_INPUT, FINISHED, adapter_bytes, metrics, run
 from tests.test_adapter import dense, gradients, output, random_seed, tiny
 from trainer import adapter, lycoris
 from trainer.adapter import AdapterConfig, AdapterError, AdapterWeights, Seed
 from trainer.flow import generator
 from trainer.formats import read_lora
-from trainer.lowrank import LowRank, truncate
+from trainer.hardware import memory
+from trainer.lowrank import LowRank
+from trainer.optimizer import TrainConfig
 
 CONFIGS = [
     AdapterConfig(kind="loha", rank=3, alpha=1.5),  # by low-rank factors
@@ -340,6 +344,84 @@ def test_a_random_run_says_what_it_is(run_toml: Path, tmp_path: Path, caplog: py
     assert "LoHa initialised at random: 24 layers" in caplog.text
     assert not (tmp_path / "out" / "adapter" / "pytorch_lora_weights.safetensors").exists()
     assert "no file here is named as it reads a LoHa" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_with_offloaded_blocks_and_accumulation_it_is_the_run_without(
+    kind: str, run_toml: Path, tmp_path: Path, lora: Path
+) -> None:
+    settings = (*SETTINGS[kind], f"init.method={lora}", "train.gradient_checkpointing=true")
+    assert run(run_toml, tmp_path / "a" / "x", *settings) == FINISHED
+    assert run(run_toml, tmp_path / "b" / "x", *settings, "model.offload_blocks=2") == FINISHED
+    assert adapter_bytes(tmp_path / "a" / "x") == adapter_bytes(tmp_path / "b" / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("env", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_two_processes_give_the_adapter_of_one(
+    env: dict[str, str], kind: str, run_toml: Path, tmp_path: Path, lora: Path
+) -> None:
+    settings = (*SETTINGS[kind], f"init.method={lora}", "train.gradient_checkpointing=true")
+    assert run(run_toml, tmp_path / "one", *settings, "train.gradient_accumulation_steps=2") == FINISHED
+    both(run_toml, tmp_path / "two", *settings, env=env)
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert all((first[name] - second[name]).norm() <= 1e-3 * first[name].norm() for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_compiled_it_is_nearly_the_same(kind: str, run_toml: Path, tmp_path: Path, lora: Path) -> None:
+    settings = (*SETTINGS[kind], f"init.method={lora}")
+    assert run(run_toml, tmp_path / "one", *settings) == FINISHED
+    assert run(run_toml, tmp_path / "two", *settings, "model.compile=true") == FINISHED
+    curves = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("one", "two")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=ids)
+def test_a_plan_counts_what_a_step_makes(config: AdapterConfig) -> None:
+    for checkpointing in (False, True):
+        thrifty = TrainConfig(batch_size=2, gradient_checkpointing=checkpointing)
+        estimated = memory.step_bytes(on_meta(**SMALL), FP32, thrifty, config, 64**2)
+        assert estimated == pytest.approx(on_the_cpu(thrifty, 64**2, config, True), rel=0.06)
+    parts = memory.resident_bytes(on_meta(**SMALL), FP32, config, TrainConfig())
+    assert parts["adapter"] == 4 * adapter.num_parameters(config, adapter.target_modules(on_meta(**SMALL), config))
+    keys = {key for ways, _ in memory.ways_to_fit(request(FP32, TrainConfig(), adapter=config)) for key in ways}
+    assert keys and not any("quantization" in key for key in keys)  # it would be refused
+
+
+def test_a_large_loha_forms_dw_and_a_lokr_does_not() -> None:
+    """At the real width, in half precision: beside a LoRA with as many numbers in its hidden layer, or fewer."""
+    whole = on_meta()
+
+    def count(**options: Any) -> float:
+        thrifty, settings = TrainConfig(gradient_checkpointing=True), AdapterConfig(target_modules=("to_q",), **options)
+        return memory.step_bytes(whole, BF16, thrifty, settings, 256**2)
+
+    dw = 2 * 3072 * 3072  # bytes of one layer's
+    assert count(kind="loha", rank=64) > count(rank=16) + 2 * dw
+    assert count(kind="lokr", rank=64) < count(rank=16) + dw / 2
+
+
+def test_the_plan_names_the_kind(run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(run_toml), "--output", str(tmp_path / "out"), "--plan"]
+    numbers = adapter.num_parameters(AdapterConfig(kind="loha", rank=4), adapter.target_modules(tiny(), AdapterConfig()))
+    assert train.main([*arguments, "--set", "adapter.kind=loha", "--set", "adapter.rank=4"]) == FINISHED
+    said = capsys.readouterr().out
+    assert "adapter      loha rank 4 on 24 modules" in said and numbers > 0
+
+
+def test_kinds_can_be_compared(run_toml: Path, tmp_path: Path, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = ["--config", str(run_toml), "--output", str(tmp_path / "out"), "--quiet", "--compare", "random", str(lora)]
+    arguments += ["--seeds", "1", "--learning-rates", "1e-3", "--set", "adapter.kind=loha"]
+    assert train.main(arguments) == FINISHED
+    results = [json.loads(file.read_text()) for file in (tmp_path / "out" / "runs").rglob("result.json")]
+    assert {row["arm"]: row["applied"]["seeded"] for row in results} == {"random": 0, "some": 24}
+    assert {row["applied"]["adapter"] for row in results} == {"LoHa"}
+    refused = [*arguments[:6], "random", "i2l", "--controls", "norm-matched", "--set", "adapter.kind=lokr"]
+    assert train.main(refused) == BAD_INPUT and "--controls norm-matched: the Kronecker" in caplog.text
 
 
 # --- problems -----------------------------------------------------------------------------------------------
