@@ -120,7 +120,8 @@ class _Base:
     def _plan(self, number: int, way: str, start: str, rate: float) -> plan.Plan:
         subject = creatures.paint(self._output / "creatures", "new", number)
         given = [f"data.images={subject}", f"data.held_out={subject / 'held_out'}", f"init.method={start}"]
-        given += [f"data.cache={self._output / 'cache'}", f"output={self._output / 'runs' / _name(number, way, start, rate)}"]
+        given += [f"data.cache={self._output / 'cache'}"]
+        given += [f"output={self._output / 'runs' / _name(number, way, start, rate)}"]
         given += [f"train.learning_rate={rate}", *SETTINGS, *WAYS[way]]
         return plan.prepare(*plan.load_config(creatures.CONFIG, given, initializers), resume=False)
 

@@ -232,14 +232,6 @@ def test_modules_without_a_seed_start_at_random_and_others_are_told() -> None:
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]], ids=ids)
 def test_a_seed_that_does_not_arrive_is_an_error(config: AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    for function in ("loha_start", "lokr_start"):
-        right = getattr(lycoris, function)
-
-        def halved(*given: Any, right: Any = right) -> Any:
-            found = right(*given)
-            return found
-
-        monkeypatch.setattr(lycoris, function, halved)
     model = tiny()
     adapter.inject(model, config)
     put = torch.Tensor.copy_
@@ -312,7 +304,8 @@ def test_what_is_exported_is_what_was_trained(
     for module, x in read_lora(folder / "pytorch_lora_weights.safetensors")[0].factors.items():
         values = torch.linalg.svdvals(expected[module])
         lost = float((dense(x) - expected[module]).norm() ** 2)
-        assert len(x.a) <= 3 and lost == pytest.approx(float(values[3:].square().sum()), abs=1e-6 * float(values[0]) ** 2)
+        expected_loss = float(values[3:].square().sum())
+        assert len(x.a) <= 3 and lost == pytest.approx(expected_loss, abs=1e-6 * float(values[0]) ** 2)
     card = (folder / "README.md").read_text()
     for part in (f"A {name} for", "merge_and_unload()", f"cannot read a {name}", "truncated to rank 3"):
         assert part in card
@@ -347,10 +340,9 @@ def test_a_random_run_says_what_it_is(run_toml: Path, tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_with_offloaded_blocks_and_accumulation_it_is_the_run_without(
-    kind: str, run_toml: Path, tmp_path: Path, lora: Path
-) -> None:
-    settings = (*SETTINGS[kind], f"init.method={lora}", "train.gradient_checkpointing=true")
+def test_with_offloaded_blocks_it_is_the_run_without(kind: str, run_toml: Path, tmp_path: Path, lora: Path) -> None:
+    few = ("train.gradient_checkpointing=true", "train.steps=2", "validation.prompts=[]")
+    settings = (*SETTINGS[kind], f"init.method={lora}", *few)
     assert run(run_toml, tmp_path / "a" / "x", *settings) == FINISHED
     assert run(run_toml, tmp_path / "b" / "x", *settings, "model.offload_blocks=2") == FINISHED
     assert adapter_bytes(tmp_path / "a" / "x") == adapter_bytes(tmp_path / "b" / "x")
@@ -380,12 +372,17 @@ def test_compiled_it_is_nearly_the_same(kind: str, run_toml: Path, tmp_path: Pat
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=ids)
 def test_a_plan_counts_what_a_step_makes(config: AdapterConfig) -> None:
     for checkpointing in (False, True):
         thrifty = TrainConfig(batch_size=2, gradient_checkpointing=checkpointing)
         estimated = memory.step_bytes(on_meta(**SMALL), FP32, thrifty, config, 64**2)
         assert estimated == pytest.approx(on_the_cpu(thrifty, 64**2, config, True), rel=0.06)
+
+
+def test_a_plan_counts_what_is_trained_and_proposes_nothing_that_is_refused() -> None:
+    config = CONFIGS[0]
     parts = memory.resident_bytes(on_meta(**SMALL), FP32, config, TrainConfig())
     assert parts["adapter"] == 4 * adapter.num_parameters(config, adapter.target_modules(on_meta(**SMALL), config))
     keys = {key for ways, _ in memory.ways_to_fit(request(FP32, TrainConfig(), adapter=config)) for key in ways}
@@ -393,7 +390,7 @@ def test_a_plan_counts_what_a_step_makes(config: AdapterConfig) -> None:
 
 
 def test_a_large_loha_forms_dw_and_a_lokr_does_not() -> None:
-    """At the real width, in half precision: beside a LoRA with as many numbers in its hidden layer, or fewer."""
+    """At the real width, in half precision, beside a LoRA."""
     whole = on_meta()
 
     def count(**options: Any) -> float:
@@ -407,21 +404,29 @@ def test_a_large_loha_forms_dw_and_a_lokr_does_not() -> None:
 
 def test_the_plan_names_the_kind(run_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", str(run_toml), "--output", str(tmp_path / "out"), "--plan"]
-    numbers = adapter.num_parameters(AdapterConfig(kind="loha", rank=4), adapter.target_modules(tiny(), AdapterConfig()))
     assert train.main([*arguments, "--set", "adapter.kind=loha", "--set", "adapter.rank=4"]) == FINISHED
-    said = capsys.readouterr().out
-    assert "adapter      loha rank 4 on 24 modules" in said and numbers > 0
+    assert "adapter      loha rank 4 on 24 modules" in capsys.readouterr().out
 
 
 def test_kinds_can_be_compared(run_toml: Path, tmp_path: Path, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
-    arguments = ["--config", str(run_toml), "--output", str(tmp_path / "out"), "--quiet", "--compare", "random", str(lora)]
-    arguments += ["--seeds", "1", "--learning-rates", "1e-3", "--set", "adapter.kind=loha"]
+    arguments = ["--config", str(run_toml), "--output", str(tmp_path / "out"), "--quiet"]
+    arguments += [
+        "--compare",
+        "random",
+        str(lora),
+        "--seeds",
+        "1",
+        "--learning-rates",
+        "1e-3",
+        "--set",
+        "adapter.kind=loha",
+    ]
     assert train.main(arguments) == FINISHED
     results = [json.loads(file.read_text()) for file in (tmp_path / "out" / "runs").rglob("result.json")]
     assert {row["arm"]: row["applied"]["seeded"] for row in results} == {"random": 0, "some": 24}
     assert {row["applied"]["adapter"] for row in results} == {"LoHa"}
     refused = [*arguments[:6], "random", "i2l", "--controls", "norm-matched", "--set", "adapter.kind=lokr"]
-    assert train.main(refused) == BAD_INPUT and "--controls norm-matched: the Kronecker" in caplog.text
+    assert train.main(refused) == BAD_INPUT and "--controls norm-matched: [adapter] kind" in caplog.text
 
 
 # --- problems -----------------------------------------------------------------------------------------------
@@ -459,5 +464,5 @@ def test_i2l_s_own_keys_that_do_not_go_with_a_kind(tmp_path: Path) -> None:
         return " ".join(initializer.check_run(initializer.Config(**options), facts))
 
     assert 'mode = "merge" with [adapter] kind = "loha"' in told("loha", mode="merge")
-    assert "energy chooses a rank by truncation" in told("lokr", energy=0.9)
+    assert "energy chooses the rank of a truncation" in told("lokr", energy=0.9)
     assert told("loha", energy=0.9) == told("lora", mode="merge") == told("lokr") == ""

@@ -1,8 +1,8 @@
 """The LoRA, LoHa or LoKr on the transformer, through PEFT: inject, seed, verify the seed, read back.
 
 Everywhere outside this file factors are *effective*: dW = b a. PEFT multiplies b a by its scale (alpha / rank, or
-alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by the scale and what is read is multiplied. What LoHa and LoKr are made of
-is in `trainer.lycoris`.
+alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by the scale and what is read is multiplied.
+What LoHa and LoKr are made of is in `trainer.lycoris`.
 """
 
 import difflib
@@ -59,15 +59,15 @@ class AdapterConfig:
     """`[adapter]`"""
 
     kind: Literal["lora", "loha", "lokr"] = "lora"
-    """"lora"; "loha": the elementwise product of two low-rank matrices, with twice as many parameters at a rank; "lokr":
-    a Kronecker product of two small matrices. The last two need an unquantised base, and diffusers cannot read them;
-    a LoHa of a large rank takes memory and time, since it forms the whole change of each layer's weights."""
+    """"lora"; "loha", the elementwise product of two low-rank matrices, with twice as many parameters at a rank; or
+    "lokr", a Kronecker product of two small matrices. The last two need an unquantised base, and diffusers cannot read
+    them. A LoHa of a large rank takes memory and time, since it forms the whole change of each layer's weights."""
     rank: int = 16
     """The rank of the LoRA, or of each product of a LoHa; of a LoKr that of its larger matrix, which is whole where the
     rank is at least half of its side. 16 to 32 is common; a larger one can learn more, and overfits sooner."""
     alpha: float | None = None
-    """The effect of the adapter is alpha / rank times its product. By default alpha is the rank (with use_rslora its square root), so
-    that the scale is 1. A seed keeps its effect whatever alpha is."""
+    """The effect of the adapter is alpha / rank times its product. By default alpha is the rank (with use_rslora its
+    square root), so that the scale is 1. A seed keeps its effect whatever alpha is."""
     dropout: float = 0.0
     """The probability that an input of the adapter is set to zero while training."""
     target_modules: str | tuple[str, ...] = "i2l"
@@ -438,7 +438,7 @@ def _put(transformer: nn.Module, fitted: Mapping[str, _Fitted], adapter_name: st
         _write(found, requested, adapter_name)
     if requested:
         return verify(transformer, AdapterWeights(requested), adapter_name)
-    actual = {name: _on_cpu(_parts(layer, adapter_name)) for name, layer in found.items()}
+    actual = parts(transformer, adapter_name)
     return _largest({name: lycoris.difference(given, actual[name]) for name, given in wanted.items()})
 
 

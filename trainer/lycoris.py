@@ -89,9 +89,7 @@ def factors(parts: Mapping[str, Tensor], scale: float, limit: int | None = None)
     parts: by PEFT's names, "hada_w1_a" or "lokr_w1"; limit: the result has at most this rank, rows in the order of
     their singular values.
     """
-    first, second = (
-        [parts[name].double() for name in _names(stem) if name in parts] for stem in _stems(parts)
-    )
+    first, second = ([parts[name].double() for name in _names(stem) if name in parts] for stem in _stems(parts))
     if "hada_w1_a" not in parts:
         found, lost = _kronecker(_svd(first), _svd(second), limit)
     else:

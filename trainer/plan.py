@@ -411,8 +411,8 @@ def plan_text(plan: Plan) -> str:
         f"buckets      {', '.join(f'{w}x{h}: {n}' for (w, h), n in sorted(sizes.items()))}",
         *_mask_lines(plan),
         f"base         {run.model.base}: {base_parameters / 1e6:,.1f} M parameters in {run.model.dtype}",
-        f"adapter      {run.adapter.kind} rank {run.adapter.rank} on {len(plan.modules)} modules, {trainable:,} trainable "
-        "parameters",
+        f"adapter      {run.adapter.kind} rank {run.adapter.rank} on {len(plan.modules)} modules, "
+        f"{trainable:,} trainable parameters",
         f"start        {plan.start.method}",
         *(
             f"stage        {number}, steps {one.begin + 1} to {one.end}: {stages.describe(own)}"

@@ -138,10 +138,10 @@ def check_run(config: Config, facts: RunFacts) -> list[str]:
     kind = facts.adapter.kind
     if config.mode == "merge" and kind != "lora":
         found.append(
-            f'mode = "merge" with [adapter] kind = "{kind}": what is saved could hold only one of them; use mode = "seed"'
+            f'mode = "merge" with [adapter] kind = "{kind}": what is saved could hold only one of them; use "seed"'
         )
     if config.energy is not None and kind == "lokr":
-        found.append('energy chooses a rank by truncation, which a LoKr has not: with [adapter] kind = "lokr" leave it out')
+        found.append('energy chooses the rank of a truncation, and [adapter] kind = "lokr" has none: leave it out')
     try:
         chosen = _choose_pictures(facts.images, config.pictures)
     except ValueError as error:

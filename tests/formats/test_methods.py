@@ -16,8 +16,8 @@ from initializers import warm_start
 from tests.formats.test_layouts import Blocks, write
 from tests.helpers import FINISHED, run
 from tests.test_adapter import tiny
-from trainer.files import write_json
 from trainer import lycoris
+from trainer.files import write_json
 from trainer.formats import FormatError, read_lora
 from trainer.formats.lora import open_lora
 from trainer.lowrank import LowRank, energy

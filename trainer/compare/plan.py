@@ -218,8 +218,8 @@ def _arms(
         problems.append("--controls bias-only: i2l has no other expert, so it is the same start; leave it out")
     if "norm-matched" in request.controls and settings is not None and settings.adapter.kind == "lokr":
         problems.append(
-            '--controls norm-matched: the Kronecker products nearest to random directions are far smaller, so that with '
-            '[adapter] kind = "lokr" no norm would match; leave it out'
+            '--controls norm-matched: [adapter] kind = "lokr" keeps little of random directions, so that no norm would '
+            "match; leave it out"
         )
     return settings, arms
 

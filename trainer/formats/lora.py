@@ -172,7 +172,8 @@ def write_parts(
             tensors[key] = (tensor * in_first if part == "lokr_w1" else tensor).to(dtype)
             if not bool(tensors[key].isfinite().all()):
                 raise FormatError(f"{path}: {name} has values that {dtype} cannot hold; write it in fp32 or bf16")
-        tensors[f"{LAYOUTS[layout].stem(name)}.alpha"] = torch.tensor(1.0 if divisor is None else scales[name] * divisor)
+        alpha = 1.0 if divisor is None else scales[name] * divisor
+        tensors[f"{LAYOUTS[layout].stem(name)}.alpha"] = torch.tensor(alpha)
     write_tensors(path, tensors, {"format": "pt", **metadata})
 
 
