@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.adapter import AdapterWeights, InitContext, Seed
+from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed
 from trainer.flow import generator
 from trainer.lowrank import LowRank
 
@@ -12,6 +12,12 @@ from trainer.lowrank import LowRank
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """`[init.gaussian]`: there are no keys."""
+
+
+def check_run(config: Config, facts: RunFacts) -> list[str]:
+    """What is wrong in a run of which the adapter is known."""
+    kind = facts.adapter.kind
+    return [] if kind == "lora" else [f'it has no effect with [adapter] kind = "{kind}"; use [init] method = "random"']
 
 
 def initialize(context: InitContext, config: Config) -> Seed:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 import initializers
-from trainer import adapter, config, lycoris
+from trainer import adapter, config
 from trainer.adapter import NAME, AdapterConfig, InitContext, Seed
 from trainer.data.pictures import SUFFIXES, DataError, pictures_in, upright
 from trainer.formats.origin import BASE_CHANGING
@@ -196,11 +196,8 @@ def _apply(model: nn.Module, seed: Seed, target: _Adapter, random_seed: int) -> 
             if isinstance(layer, LoraLayer):
                 layer.cast_input_dtype_enabled = True  # PEFT's own value: the script may add other adapters
     raised = _raise_to_fp32(model, target.name)
-    if any(True for _ in lycoris.layers(model, target.name)):
-        report = lycoris.apply_seed(model, seed.weights, random_seed=random_seed, adapter_name=target.name)
-        return {**report, "raised_to_fp32": raised}
     report = adapter.apply_seed(model, seed, random_seed=random_seed, adapter_name=target.name)
-    return {"adapter": "LoRA", **report, "raised_to_fp32": raised}
+    return {**report, "raised_to_fp32": raised}
 
 
 def _raise_to_fp32(model: nn.Module, name: str) -> int:
@@ -234,8 +231,8 @@ def _unfit(model: nn.Module, name: str, kinds: set[type]) -> list[str]:
     for kind in kinds:
         if not issubclass(kind, LoraLayer | LoHaLayer | LoKrLayer) or issubclass(kind, AdaLoraLayer):
             problems.append(f"{kind.__name__}: only LoRA, LoHa and LoKr can take a low-rank start")
-    for _, layer in lycoris.layers(model, name):
-        if not layer.get_base_layer().weight.is_floating_point():
+    for _, layer in adapter.layers(model, name):
+        if not isinstance(layer, LoraLayer) and not layer.get_base_layer().weight.is_floating_point():
             problems.append("LoHa and LoKr of PEFT do not work on a quantised base: take a LoRA")
             break
     found = getattr(model, "peft_config", {}).get(name)
@@ -249,20 +246,13 @@ def _unfit(model: nn.Module, name: str, kinds: set[type]) -> list[str]:
 
 def _sizes(model: nn.Module, name: str) -> dict[str, tuple[int, int]]:
     """in_features and out_features of the layers that have this adapter."""
-    found = {}
-    for module, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and name in layer.lora_A:
-            found[module] = (layer.lora_A[name].weight.shape[1], layer.lora_B[name].weight.shape[0])
-    for module, layer in lycoris.layers(model, name):
-        base = layer.get_base_layer()
-        found[module] = (base.in_features, base.out_features)
-    return found
+    bases = ((module, layer.get_base_layer()) for module, layer in adapter.layers(model, name))
+    return {module: (base.in_features, base.out_features) for module, base in bases}
 
 
 def _ranks(model: nn.Module, name: str) -> dict[str, int]:
     """The rank of each layer that has this adapter."""
-    layers = ((module, layer) for module, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
-    return {module: layer.r[name] for module, layer in layers if name in layer.r}
+    return {module: layer.r[name] for module, layer in adapter.layers(model, name)}
 
 
 def _picture_paths(images: Images | None, folder: Path, problems: list[str]) -> tuple[Path, ...]:

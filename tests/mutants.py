@@ -957,8 +957,8 @@ MUTANTS = (
         ),
         (
             "what a seed lost when it was read counts as kept",
-            "left + cut, share * left / (left + cut)",
-            "left, share * left / left",
+            "kept=share * read, padded",
+            "kept=share, padded",
             "tests/formats/test_methods.py::test_modules_of_a_smaller_rank_are_truncated_further",
         ),
         (
@@ -1074,7 +1074,7 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "trainer/formats/methods.py",
+        "trainer/lycoris.py",
         (
             "a LoKr is truncated to its least singular values",
             ".sort(descending=True)",
@@ -1082,16 +1082,19 @@ MUTANTS = (
             "tests/formats/test_methods.py::test_a_truncated_read_is_the_svd_of_dw",
         ),
         (
-            "alpha has an effect on whole matrices",
-            "return None\n\n\n@torch.no_grad()",
-            "return 1\n\n\n@torch.no_grad()",
-            "tests/formats/test_methods.py::test_dw_is_that_of_the_formula",
-        ),
-        (
             "what truncation takes from a LoKr is not told",
             "values[keep:].square()",
             "values[len(values) :].square()",
             "tests/formats/test_methods.py::test_a_truncated_read_is_the_svd_of_dw",
+        ),
+    ),
+    *_mutants(
+        "trainer/formats/methods.py",
+        (
+            "alpha has an effect on whole matrices",
+            "shapes[part][0]\n    return None",
+            "shapes[part][0]\n    return 1",
+            "tests/formats/test_methods.py::test_dw_is_that_of_the_formula",
         ),
     ),
     *_mutants(

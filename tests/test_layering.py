@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ("trainer.errors",),
+    0: ("trainer.errors", "trainer.lowrank"),
     1: (
         "trainer.compare.statistics",
         "trainer.config",
@@ -22,7 +22,7 @@ FLOORS = {
         "trainer.hardware.parallel",
         "trainer.hardware.threads",
         "trainer.hub.hubs",
-        "trainer.lowrank",
+        "trainer.lycoris",
     ),
     2: (
         "trainer.adapter",
@@ -43,7 +43,6 @@ FLOORS = {
         "trainer.data.audit.find",
         "trainer.data.audit.verdicts",
         "trainer.data.captions",
-        "trainer.lycoris",
         "trainer.qwen_image",
     ),
     4: (

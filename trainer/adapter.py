@@ -1,24 +1,29 @@
-"""The LoRA on the transformer, through PEFT: inject, seed, verify the seed, read back.
+"""The LoRA, LoHa or LoKr on the transformer, through PEFT: inject, seed, verify the seed, read back.
 
 Everywhere outside this file factors are *effective*: dW = b a. PEFT multiplies b a by its scale (alpha / rank, or
 alpha / sqrt(rank) with rslora), so here, and only here, a seed is divided by the scale and what is read is multiplied.
+What LoHa and LoKr are made of is in `trainer.lycoris`.
 """
 
 import difflib
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig
+from peft.tuners.loha.layer import LoHaLayer
+from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trainer import lycoris
 from trainer.config import first_few
 from trainer.errors import UserError
 from trainer.flow import generator
@@ -28,6 +33,8 @@ from trainer.lowrank import LowRank, energy, energy_kept, pad, rank, relative_di
 
 NAME = "default"  # of the adapter in PEFT
 NAMED = 5  # names in `rank_pattern` without effect that an error gives with what is near
+KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+"""The adapters that can be trained, as `[adapter] kind` and in words."""
 TOLERANCE = 1e-5  # of `verify`: fp32 rounds at 6e-8, a wrong scale or a swapped module is off by far more
 
 _IMAGE_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
@@ -51,11 +58,16 @@ class AdapterError(UserError):
 class AdapterConfig:
     """`[adapter]`"""
 
+    kind: Literal["lora", "loha", "lokr"] = "lora"
+    """"lora"; "loha", the elementwise product of two low-rank matrices, with twice as many parameters at a rank; or
+    "lokr", a Kronecker product of two small matrices. The last two need an unquantised base, and diffusers cannot read
+    them. A LoHa of a large rank takes memory and time, since it forms the whole change of each layer's weights."""
     rank: int = 16
-    """The rank of the LoRA. 16 to 32 is common; a larger one can learn more, and overfits sooner."""
+    """The rank of the LoRA, or of each product of a LoHa; of a LoKr that of its larger matrix, which is whole where the
+    rank is at least half of its side. 16 to 32 is common; a larger one can learn more, and overfits sooner."""
     alpha: float | None = None
-    """The effect of the LoRA is alpha / rank * b a. By default alpha is the rank (with use_rslora its square root), so
-    that the scale is 1. A seed keeps its effect whatever alpha is."""
+    """The effect of the adapter is alpha / rank times its product. By default alpha is the rank (with use_rslora its
+    square root), so that the scale is 1. A seed keeps its effect whatever alpha is."""
     dropout: float = 0.0
     """The probability that an input of the adapter is set to zero while training."""
     target_modules: str | tuple[str, ...] = "i2l"
@@ -70,13 +82,17 @@ class AdapterConfig:
     use_dora: bool = False
     """Train the magnitude and the direction of the weights separately (DoRA, arXiv:2402.09353). Slower, and most other
     programs cannot read the result."""
-
+    lokr_factor: int = -1
+    """How a LoKr divides the sides of a layer: its smaller matrix has at most this many rows and columns. -1 divides
+    each side as evenly as can be, which takes the fewest parameters."""
     lora_plus_ratio: float = 1.0
     """The learning rate of b is that of a times this (LoRA+, arXiv:2402.12354, which proposes 16 for a random start
     with a lower learning rate). 1 is the same for both."""
 
     def problems(self) -> list[str]:
-        found = []
+        found = self._without_effect()
+        if self.lokr_factor < 1 and self.lokr_factor != -1:
+            found.append(f"lokr_factor must be at least 1, or -1, not {self.lokr_factor}")
         if not self.lora_plus_ratio > 0:
             found.append(f"lora_plus_ratio must be above 0, not {self.lora_plus_ratio:g}")
         if self.rank < 1:
@@ -95,6 +111,16 @@ class AdapterConfig:
         elif not self.target_modules or not all(self.target_modules):
             found.append("target_modules must name at least one module type, and no empty one")
         return found
+
+    def _without_effect(self) -> list[str]:
+        """A problem for each key that is set and does nothing for this kind of adapter."""
+        defaults = {"dropout": 0.0, "use_rslora": False, "use_dora": False, "lora_plus_ratio": 1.0}
+        if self.kind == "lora":
+            defaults = {}
+        if self.kind != "lokr":
+            defaults["lokr_factor"] = -1
+        unused = [name for name, value in defaults.items() if getattr(self, name) != value]
+        return [f'{name} has no effect with kind = "{self.kind}": leave it out' for name in unused]
 
     @property
     def module_types(self) -> tuple[str, ...]:
@@ -247,6 +273,16 @@ def target_modules(transformer: nn.Module, config: AdapterConfig) -> dict[str, t
     return {name: size for name, size in sizes.items() if name in found}
 
 
+def num_parameters(config: AdapterConfig, modules: Mapping[str, tuple[int, int]]) -> int:
+    """How many numbers are trained; modules: as from `target_modules`. Without DoRA's magnitudes."""
+    if config.kind == "lora":
+        return sum(config.rank_of(name) * sum(size) for name, size in modules.items())
+    return sum(
+        lycoris.num_parameters(config.kind, config.rank_of(name), size, config.lokr_factor)
+        for name, size in modules.items()
+    )
+
+
 def _without_effect(pattern: Mapping[str, int], trained: set[str], ends: Mapping[str, list[str]]) -> list[str]:
     """A problem for each of the first names in `rank_pattern` that get no adapter, and one for the others together."""
     unused, problems = sorted(pattern.keys() - trained), []
@@ -290,8 +326,10 @@ def inject(transformer: Any, config: AdapterConfig, adapter_name: str = NAME) ->
         module, _, own = name.rpartition(".")
         whole = nn.Parameter(parameter.detach().to(device, torch.float32))
         setattr(transformer.get_submodule(module), own, whole)
-    if not config.use_dora:
-        for _, layer in _layers(transformer, adapter_name):
+    for _, layer in layers(transformer, adapter_name):
+        if config.kind != "lora":
+            layer.forward = lycoris.Forward(layer, adapter_name)
+        elif not config.use_dora:
             layer.cast_input_dtype_enabled = False
             for factors in (layer.lora_A, layer.lora_B):
                 factors[adapter_name] = _Factor(factors[adapter_name])
@@ -313,62 +351,102 @@ class _Factor(nn.Linear):
         return nn.functional.linear(input, self.weight.to(input.dtype))
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """A module's part of a seed, as its layer takes it."""
+
+    problem: str | None = None
+    energy: float = 0.0
+    """Before anything is lost."""
+    kept: float = 1.0
+    padded: bool = False
+    factors: LowRank | None = None
+    """What dW must be in the layer, at the layer's rank; None of a LoKr, where `parts` say it."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of a LoHa or LoKr, by PEFT's names."""
+
+
 @torch.no_grad()
 def apply_seed(transformer: nn.Module, seed: Seed, *, random_seed: int, adapter_name: str = NAME) -> dict[str, Any]:
     """Write the seed into the adapter, at the adapter's ranks, and verify it: the report says what became of it.
 
     A larger rank is truncated exactly; a smaller one is balanced, and filled with rows that change nothing until they
-    are trained; an equal one is taken as it is. Then dW is read back and compared, module by module. AdapterError if
-    it differs, if no module of the seed is trained here, or if the seed has other sizes or NaN.
+    are trained; an equal one is taken as it is. A LoKr takes the nearest Kronecker product. Then dW is read back and
+    compared, module by module. What has no energy starts as PEFT's default. AdapterError if dW differs, if no module of
+    the seed is trained here, or if the seed has other sizes or NaN.
     """
     start = time.perf_counter()
     sizes = linears(transformer)
-    layers = dict(_layers(transformer, adapter_name))
-    given = seed.weights.factors
-    if given and not given.keys() & layers.keys():
+    found = dict(layers(transformer, adapter_name))
+    given, cut = seed.weights.factors, seed.weights.lost
+    if given and not given.keys() & found.keys():
         raise AdapterError(
             f"the seed has none of the modules that are to be trained. It has {first_few(sorted(given))}; "
-            f"to be trained are {first_few(sorted(layers))}"
+            f"to be trained are {first_few(sorted(found))}"
         )
-    requested, problems, padded = dict[str, LowRank](), list[str](), 0
-    kept, energies, lost = dict[str, float](), dict[str, float](), dict[str, float]()
 
-    def fit(name: str) -> tuple[str | None, float, float, LowRank]:
-        """What is wrong with the module's part of the seed, its energy, the share kept, and the truncated factors."""
+    def fit(name: str) -> _Fitted:
         whole = given[name] if name in given else zeros(*sizes[name])
         if problem := _misfit(whole, sizes[name]):
-            return problem, 0.0, 0.0, whole
-        factors, share = _at_most(whole, layers[name].r[adapter_name])
-        left, cut = energy(whole), seed.weights.lost.get(name, 0.0)
-        return None, left + cut, share * left / (left + cut) if cut else share, factors
+            return _Fitted(f"{name} {problem}")
+        random = generator(random_seed, "adapter", name)
+        return _fit(found[name], whole, cut.get(name, 0.0), random, adapter_name)
 
     # each is asked for once: a seed may be made as it is asked for, and fill no memory
-    for name, (problem, before, share, factors) in zip(layers, parallel_map(fit, layers), strict=True):
-        if problem:
-            problems.append(f"{name} {problem}")
-            continue
-        wanted = layers[name].r[adapter_name]
-        if before:
-            energies[name], kept[name] = before, share
-            padded += rank(factors) < wanted
-        requested[name] = pad(factors, wanted, generator(random_seed, "adapter", name))
-    if problems:
+    fitted = dict(zip(found, parallel_map(fit, found), strict=True))
+    if problems := [one.problem for one in fitted.values() if one.problem]:
         raise AdapterError(f"the seed does not fit: {first_few(problems, '; ')}")
-    _write(layers, requested, adapter_name)
-    largest = verify(transformer, AdapterWeights(requested), adapter_name)
+    largest = _put(transformer, fitted, adapter_name)
+    energies = {name: one.energy for name, one in fitted.items() if one.energy}
+    kept = {name: fitted[name].kept for name in energies}
+    lost = dict[str, float]()
     for name in given:
-        if name not in layers and (before := energy(given[name]) + seed.weights.lost.get(name, 0.0)):
+        if name not in found and (before := energy(given[name]) + cut.get(name, 0.0)):
             lost[name] = energies[name] = before
     total = sum(energies.values())
     return {
+        "adapter": KINDS[_kind(next(iter(found.values())))],
         "seeded": len(kept),
-        "padded": padded,
-        "random": len(layers) - len(kept),
+        "padded": sum(fitted[name].padded for name in kept),
+        "random": len(found) - len(kept),
         "dropped": {name: value / total for name, value in sorted(lost.items())},
         "energy_kept": energy_kept(kept, energies) if kept else None,
         "largest_error": largest,
         "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def _fit(layer: Any, whole: LowRank, cut: float, random: torch.Generator, adapter_name: str) -> _Fitted:
+    """cut: the energy that `whole` has lost before, by truncation."""
+    kind, limit, scaling, left = _kind(layer), layer.r[adapter_name], layer.scaling[adapter_name], energy(whole)
+    shapes = {part: tuple(parameter.shape) for part, parameter in _parts(layer, adapter_name).items()}
+    before, read = left + cut, left / (left + cut) if left else 0.0
+    if kind != "lora" and not left:
+        nothing = zeros(whole.a.shape[1], len(whole.b)) if kind == "loha" else None
+        return _Fitted(energy=before, kept=read, factors=nothing, parts=lycoris.default_start(shapes, random))
+    if kind == "lokr":
+        parts, share = lycoris.lokr_start(whole, shapes, scaling, random)
+        return _Fitted(energy=before, kept=share * read, parts=parts)
+    factors, share = _at_most(whole, limit)
+    wanted = pad(factors, limit, random)
+    parts = lycoris.loha_start(wanted, scaling, random) if kind == "loha" else {}
+    return _Fitted(energy=before, kept=share * read, padded=rank(factors) < limit, factors=wanted, parts=parts)
+
+
+def _put(transformer: nn.Module, fitted: Mapping[str, _Fitted], adapter_name: str) -> float:
+    """Into the layers, and verified, as `verify` does it; of a LoKr the product of the parts is compared."""
+    found = dict(layers(transformer, adapter_name))
+    requested = {name: one.factors for name, one in fitted.items() if one.factors is not None}
+    wanted = {name: one.parts for name, one in fitted.items() if one.parts}
+    for name, given in wanted.items():
+        for part, parameter in _parts(found[name], adapter_name).items():
+            parameter.copy_(given[part])
+    if not wanted:
+        _write(found, requested, adapter_name)
+    if requested:
+        return verify(transformer, AdapterWeights(requested), adapter_name)
+    actual = parts(transformer, adapter_name)
+    return _largest({name: lycoris.difference(given, actual[name]) for name, given in wanted.items()})
 
 
 def verify(transformer: nn.Module, requested: AdapterWeights, adapter_name: str = NAME) -> float:
@@ -378,7 +456,11 @@ def verify(transformer: nn.Module, requested: AdapterWeights, adapter_name: str 
         raise AdapterError(f"the seed is not in the adapter: its modules differ, as in {first_few(different)}")
     names = list(requested.factors)
     compared = parallel_map(lambda name: relative_difference(requested.factors[name], actual[name]), names)
-    errors = dict(zip(names, compared, strict=True))
+    return _largest(dict(zip(names, compared, strict=True)))
+
+
+def _largest(errors: Mapping[str, float]) -> float:
+    """The largest of the modules' errors. AdapterError if above 1e-5."""
     if wrong := [name for name, error in errors.items() if not error <= TOLERANCE]:
         worst = max(wrong, key=lambda name: errors[name])
         raise AdapterError(
@@ -388,16 +470,27 @@ def verify(transformer: nn.Module, requested: AdapterWeights, adapter_name: str 
     return max(errors.values())
 
 
-def read(transformer: nn.Module, adapter_name: str = NAME) -> AdapterWeights:
-    """The adapter's effective factors, on the CPU, in fp32. With DoRA: of the direction."""
-    factors = {}
-    for name, layer in _layers(transformer, adapter_name):
+def read(transformer: nn.Module, adapter_name: str = NAME, limit: int | None = None) -> AdapterWeights:
+    """The adapter's effective factors, on the CPU, in fp32. With DoRA: of the direction.
+
+    limit: what a LoHa or LoKr, whose rank may be thousands, is truncated to, exactly; the weights say what is lost.
+    """
+    factors, lost = dict[str, LowRank](), dict[str, float]()
+    for name, layer in layers(transformer, adapter_name):
+        scaling = layer.scaling[adapter_name]
+        if _kind(layer) != "lora":
+            factors[name], lost[name] = lycoris.factors(_on_cpu(_parts(layer, adapter_name)), scaling, limit)
+            continue
         a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        scaled = b.detach().float().cpu() * layer.scaling[adapter_name]
-        factors[name] = LowRank(a.detach().float().cpu().clone(), scaled)
+        factors[name] = LowRank(a.detach().float().cpu().clone(), b.detach().float().cpu() * scaling)
     if not factors:
         raise AdapterError("this transformer has no adapter")
-    return AdapterWeights(factors)
+    return AdapterWeights(factors, lost)
+
+
+def parts(transformer: nn.Module, adapter_name: str = NAME) -> dict[str, dict[str, Tensor]]:
+    """The parts of each module of a LoHa or LoKr, on the CPU, by PEFT's names; what they are scaled by: `scales`."""
+    return {name: _on_cpu(_parts(layer, adapter_name)) for name, layer in layers(transformer, adapter_name)}
 
 
 def attach_frozen(transformer: nn.Module, weights: AdapterWeights) -> list[RemovableHandle]:
@@ -446,12 +539,12 @@ def switched_off(transformer: nn.Module) -> Iterator[None]:
 
     PEFT's own switch would also tell the factors that they need no gradient.
     """
-    layers = [layer for _, layer in _layers(transformer)]
+    adapted = [layer for _, layer in layers(transformer)]
     hooks = [hook for module in transformer.modules() for hook in module._forward_hooks.values()]
     added = [hook for hook in hooks if isinstance(hook, _Constant)]
 
     def switch(on: bool) -> None:
-        for layer in layers:
+        for layer in adapted:
             layer._disable_adapters = not on
         for hook in added:
             hook.on = on
@@ -470,7 +563,7 @@ def remove(transformer: Any) -> None:
 
 def module_of(parameter: str) -> str:
     """The adapted module that a trained tensor belongs to, by the tensor's name."""
-    return parameter.partition(".lora_")[0]
+    return re.split(r"\.(?:lora|hada|lokr)_", parameter, maxsplit=1)[0]
 
 
 def lr_factor(config: AdapterConfig, parameter: str) -> float:
@@ -479,8 +572,8 @@ def lr_factor(config: AdapterConfig, parameter: str) -> float:
 
 
 def scales(transformer: nn.Module) -> dict[str, float]:
-    """What PEFT multiplies b a by, of each module."""
-    return {name: float(layer.scaling[NAME]) for name, layer in _layers(transformer)}
+    """What PEFT multiplies b a by, or the product of a LoHa or LoKr, of each module."""
+    return {name: float(layer.scaling[NAME]) for name, layer in layers(transformer)}
 
 
 def tensors(transformer: nn.Module) -> dict[str, Tensor]:
@@ -507,19 +600,27 @@ def load_tensors(transformer: nn.Module, saved: Mapping[str, Tensor]) -> None:
         parameter.copy_(sharded_like(saved[name], parameter))
 
 
-def peft_config(config: AdapterConfig) -> LoraConfig:
+def peft_config(config: AdapterConfig) -> LoraConfig | LoHaConfig | LoKrConfig:
     """PEFT's form of it."""
     ranks = pattern_of_ranks(config.rank_pattern)
     alphas = {pattern: config.alpha_of(rank) for pattern, rank in ranks.items()}
+    options: dict[str, Any] = {
+        "r": config.rank,
+        "target_modules": list(config.module_types),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas if config.alpha is None else {},
+    }
+    alpha: Any = config.alpha_of(config.rank)  # PEFT says int and takes any number
+    if config.kind == "loha":
+        return LoHaConfig(alpha=alpha, **options)
+    if config.kind == "lokr":
+        return LoKrConfig(alpha=alpha, decompose_factor=config.lokr_factor, **options)
     return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha_of(config.rank),  # PEFT says int and takes any number
+        lora_alpha=alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.module_types),
-        rank_pattern=ranks,
-        alpha_pattern=alphas if config.alpha is None else {},
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        **options,
     )
 
 
@@ -535,7 +636,7 @@ def pattern_of_ranks(ranks: Mapping[str, int]) -> dict[str, int]:
 def linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
     """in_features and out_features of Linear layers, quantised ones too (all are subclasses), by the names they
     have without an adapter."""
-    adapted = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
+    adapted = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, _LAYERS)}
     inside = tuple(f"{name}." for name in adapted)
     return {
         name: (module.in_features, module.out_features)
@@ -545,11 +646,11 @@ def linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _other_names(transformer: nn.Module) -> list[str]:
-    inside = tuple(f"{name}." for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer))
+    inside = tuple(f"{name}." for name, layer in transformer.named_modules() if isinstance(layer, _LAYERS))
     return [
         name
         for name, module in transformer.named_modules()
-        if not isinstance(module, nn.Linear | LoraLayer) and not name.startswith(inside)
+        if not isinstance(module, (nn.Linear, *_LAYERS)) and not name.startswith(inside)
     ]
 
 
@@ -578,20 +679,37 @@ def _nearest_names(wanted: str, names: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(wanted, sorted(names), n=3, cutoff=0.5)
 
 
-def _layers(transformer: nn.Module, adapter_name: str = NAME) -> Iterator[tuple[str, Any]]:
-    """Names and PEFT's layers, whose attributes no type checker can follow."""
+def layers(transformer: nn.Module, adapter_name: str = NAME) -> Iterator[tuple[str, Any]]:
+    """Names and PEFT's layers of a LoRA, LoHa or LoKr, whose attributes no type checker can follow."""
     for name, module in transformer.named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+        if isinstance(module, _LAYERS) and adapter_name in module.r:
             yield name, module
 
 
+_LAYERS = (LoraLayer, LoHaLayer, LoKrLayer)
+
+
+def _kind(layer: Any) -> str:
+    """One of `KINDS`."""
+    return "loha" if isinstance(layer, LoHaLayer) else "lokr" if isinstance(layer, LoKrLayer) else "lora"
+
+
+def _parts(layer: Any, adapter_name: str) -> dict[str, Tensor]:
+    """The parameters of a layer of a LoHa or LoKr by PEFT's names; empty of a LoRA."""
+    return {} if _kind(layer) == "lora" else lycoris.parts_of(layer, adapter_name)
+
+
+def _on_cpu(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {part: tensor.detach().float().cpu() for part, tensor in parts.items()}
+
+
 def _parameters(transformer: nn.Module, adapter_name: str = NAME) -> dict[str, nn.Parameter]:
-    """a, b and, with DoRA, the magnitude of every adapted module."""
+    """a, b and, with DoRA, the magnitude of every adapted module, or the parts of its LoHa or LoKr."""
     return {
         f"{name}.{part}": parameter
-        for name, layer in _layers(transformer, adapter_name)
+        for name, layer in layers(transformer, adapter_name)
         for part, parameter in layer.named_parameters()
-        if part.startswith("lora_")
+        if part.startswith(("lora_", "hada_", "lokr_"))
     }
 
 

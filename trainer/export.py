@@ -1,10 +1,10 @@
-"""The result of a run: the LoRA for PEFT and diffusers, in further layouts if asked for, with a model card."""
+"""The result of a run: the adapter for PEFT and diffusers, in further layouts if asked for, with a model card."""
 
 import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,15 @@ from trainer.config import first_few
 from trainer.files import DTYPES, new_folder, write_json, write_tensors, write_text
 from trainer.flow import generator
 from trainer.formats.layouts import LAYOUTS
-from trainer.formats.lora import interface_metadata, peft_description, plain, write_lora
+from trainer.formats.lora import interface_metadata, peft_description, plain, write_lora, write_parts
 from trainer.formats.origin import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
 from trainer.hub.sources import plain_id, repository
 from trainer.lowrank import concatenate, energy, energy_kept, ordered, rank, truncate
 
 log = logging.getLogger("trainer")
 
+METHOD_LAYOUTS = ("diffusion_model", "kohya")
+"""In which programs read a LoHa or LoKr."""
 CARD = Path(__file__).with_name("model_card.md.jinja")
 
 
@@ -36,11 +38,13 @@ class ExportConfig:
 
     layouts: tuple[str, ...] = ()
     """More layouts to write the LoRA in, besides those for PEFT and diffusers: "diffusion_model" (for ComfyUI and
-    ai-toolkit), "kohya" (musubi-tuner, OneTrainer), "transformer", "bare", "bare.default"."""
+    ai-toolkit), "kohya" (musubi-tuner, OneTrainer), "transformer", "bare", "bare.default". A LoHa or LoKr is written as
+    LyCORIS names its parts, in the first two alone."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """The precision of the files in those layouts."""
     rank: int | None = None
-    """Truncate the saved LoRA to this rank. The log says how much of its energy is kept. By default the rank stays."""
+    """Truncate the saved LoRA to this rank. The log says how much of its energy is kept. By default the rank stays. A
+    LoHa or LoKr stays whole, and a LoRA of this rank is written beside it, for diffusers, which cannot read it."""
     push_to_hub: str = ""
     """A Hugging Face repository, such as "me/my-character", to which the finished LoRA is uploaded. If there is none, a
     private one is made. By default nothing leaves this machine."""
@@ -75,39 +79,95 @@ def export(
     pictures = [entry["sha256"] for entry in report["data"]["train"]]
     metadata = origin(base, report["init"], share, pictures, report["steps"])
     name = Path(report["config"]["output"]).name
-    whole = None
-    if frozen is not None or config.rank is not None:
-        whole = _truncated(_whole(transformer, frozen), config.rank)
-        description = peft_description(whole, base)
-        halves = {
-            f"{module}.lora_{half}.weight": tensor
-            for module, factors in whole.factors.items()
-            for half, tensor in zip("AB", factors, strict=True)
-        }
-        peft, diffusers = halves, halves
-    else:
-        own = {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(settings.module_types)}
-        description = plain({**adapter.peft_config(settings).to_dict(), **own})
-        peft, diffusers = _as_it_is(transformer, settings)
-    if bad := [key for key, tensor in (peft | diffusers).items() if not bool(tensor.isfinite().all())]:
+    if bad := [key for key, tensor in adapter.tensors(transformer).items() if not bool(tensor.isfinite().all())]:
         raise adapter.AdapterError(
             f"NaN or infinity in {first_few(bad)}: nothing was exported. Run again with a lower learning rate, or "
             f"delete the newest folder in {folder.parent / 'checkpoints'} and continue with --resume"
         )
+    saved = _saved(transformer, config, settings, frozen, base)
     with new_folder(folder) as partial:
-        named = {f"base_model.model.{key}": tensor for key, tensor in peft.items()}
+        named = {f"base_model.model.{key}": tensor for key, tensor in saved.peft.items()}
         write_tensors(partial / PEFT_FILE, named, {"format": "pt", **metadata})
-        named = {f"transformer.{key}": tensor for key, tensor in diffusers.items()}
-        write_tensors(partial / DIFFUSERS_FILE, named, {"format": "pt", **metadata})
-        write_json(partial / PEFT_CONFIG, description)
+        if saved.diffusers:
+            named = {f"transformer.{key}": tensor for key, tensor in saved.diffusers.items()}
+            write_tensors(partial / DIFFUSERS_FILE, named, {"format": "pt", **metadata})
+        write_json(partial / PEFT_CONFIG, saved.description)
         for layout in config.layouts:
-            weights = _ordered(_whole(transformer, None) if whole is None else whole)
-            ranks = {len(factors.a) for factors in weights.factors.values()}
-            shown = interface_metadata(layout, name, ranks, trigger=report["config"]["data"]["trigger"])
-            entries = {**metadata, **shown}
-            write_lora(partial / f"{name}-{layout}.safetensors", weights, entries, DTYPES[config.dtype], layout=layout)
+            file, form = partial / f"{name}-{layout}.safetensors", DTYPES[config.dtype]
+            shown = {**metadata, **_shown(layout, name, saved, settings, report["config"]["data"]["trigger"])}
+            if saved.parts:
+                write_parts(file, saved.parts, adapter.scales(transformer), shown, form, layout=layout)
+            else:
+                assert saved.weights is not None
+                write_lora(file, _ordered(saved.weights), shown, form, layout=layout)
         samples = _samples(Path(report["config"]["output"]), report["steps"], partial)
         write_text(partial / "README.md", model_card(report, samples, config.layouts, name))
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What is written, and how PEFT describes it; keys are without the prefixes of PEFT and diffusers."""
+
+    peft: Mapping[str, Tensor]
+    description: Mapping[str, Any]
+    diffusers: Mapping[str, Tensor]
+    weights: AdapterWeights | None = None
+    """What further layouts hold."""
+    parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """The same of a LoHa or LoKr."""
+
+
+def _saved(
+    transformer: QwenImageTransformer2DModel,
+    config: ExportConfig,
+    settings: AdapterConfig,
+    frozen: AdapterWeights | None,
+    base: str,
+) -> _Saved:
+    if settings.kind == "lora" and (frozen is not None or config.rank is not None):
+        whole = _truncated(_whole(transformer, frozen), config.rank)
+        return _Saved(_halves(whole), peft_description(whole, base), _halves(whole), whole)
+    own = {"base_model_name_or_path": base, "inference_mode": True, "target_modules": sorted(settings.module_types)}
+    description = plain({**adapter.peft_config(settings).to_dict(), **own})
+    if settings.kind == "lora":
+        peft, diffusers = _as_it_is(transformer, settings)
+        return _Saved(peft, description, diffusers, _whole(transformer, None) if config.layouts else None)
+    assert frozen is None
+    parts = adapter.parts(transformer)
+    peft = {f"{module}.{part}": tensor for module, found in parts.items() for part, tensor in found.items()}
+    halves = {} if config.rank is None else _halves(_as_lora(transformer, config.rank, adapter.KINDS[settings.kind]))
+    return _Saved(peft, description, halves, parts=parts)
+
+
+def _halves(weights: AdapterWeights) -> dict[str, Tensor]:
+    return {
+        f"{module}.lora_{half}.weight": tensor
+        for module, factors in weights.factors.items()
+        for half, tensor in zip("AB", factors, strict=True)
+    }
+
+
+def _as_lora(transformer: QwenImageTransformer2DModel, limit: int, kind: str) -> AdapterWeights:
+    """A LoHa or LoKr, truncated to the rank."""
+    found = adapter.read(transformer, limit=limit)
+    left = {name: energy(factors) for name, factors in found.factors.items()}
+    energies = {name: value + found.lost[name] for name, value in left.items()}
+    shares = {name: value / energies[name] if energies[name] else 1.0 for name, value in left.items()}
+    kept = energy_kept(shares, energies)["total"]
+    log.info("the LoRA of rank %d beside the %s keeps %.2f %% of its energy", limit, kind, 100 * kept)
+    return AdapterWeights({name: factors for name, factors in found.factors.items() if len(factors.a)})
+
+
+def _shown(layout: str, name: str, saved: _Saved, settings: AdapterConfig, trigger: str) -> dict[str, str]:
+    """What interfaces show of a file."""
+    if saved.weights is not None:
+        ranks = {len(factors.a) for factors in saved.weights.factors.values()}
+        return interface_metadata(layout, name, ranks, trigger=trigger)
+    ranks = {settings.rank_of(module) for module in saved.parts}
+    found = interface_metadata(layout, name, ranks, alpha=settings.alpha, trigger=trigger)
+    if "ss_network_module" in found:
+        found |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": settings.kind})}
+    return found
 
 
 def _whole(transformer: QwenImageTransformer2DModel, frozen: AdapterWeights | None) -> AdapterWeights:
@@ -181,17 +241,20 @@ def model_card(report: Mapping[str, Any], samples: list[tuple[str, str]], layout
     config = report["config"]
     base, trigger = config["model"]["base"], config["data"]["trigger"]
     base, is_id = plain_id(base), repository(base) is not None
+    kind = config["adapter"].get("kind", "lora")
     data = ModelCardData(
         base_model=base if is_id else None,
-        library_name="diffusers",
+        library_name="diffusers" if kind == "lora" else "peft",
         pipeline_tag="text-to-image",
-        tags=["lora", "qwen-image", "text-to-image", "diffusers"],
+        tags=[kind, "qwen-image", "text-to-image", "diffusers" if kind == "lora" else "peft"],
         instance_prompt=trigger or None,
     )
     card = ModelCard.from_template(
         data,
         template_str=CARD.read_text(encoding="utf-8"),
         name=name,
+        kind=adapter.KINDS[kind],
+        lora_rank=config.get("export", {}).get("rank"),
         base=base,
         trigger=trigger,
         config=config,

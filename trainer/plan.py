@@ -21,7 +21,7 @@ from trainer.data.epoch import course_of_folders, folder_lines, items
 from trainer.data.pictures import DataError
 from trainer.data.prior import Prior, PriorConfig, drawing_keys
 from trainer.data.prior import prepare as prepare_prior
-from trainer.export import ExportConfig
+from trainer.export import METHOD_LAYOUTS, ExportConfig
 from trainer.files import size
 from trainer.flow import FlowConfig
 from trainer.hardware import memory, offload, parallel
@@ -309,6 +309,7 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
         for name in ("layouts", "rank"):
             if getattr(run.export, name):
                 problems.append(f"[export] {name}: with [adapter] use_dora the effect is no low-rank change")
+    problems += _kind_problems(run)
     transformer, dataset, prior, modules, multiple = None, None, None, {}, 16
     try:
         wrong = sources.check(qwen_image.need(run.model.base))
@@ -360,6 +361,24 @@ def _resized(run: RunConfig, dataset: Dataset | None, multiple: int, problems: l
     return found
 
 
+def _kind_problems(run: RunConfig) -> list[str]:
+    """What does not go with a LoHa or LoKr."""
+    kind = run.adapter.kind
+    if kind == "lora":
+        return []
+    found, name = [], adapter.KINDS[kind]
+    if run.model.quantization != "none":
+        found.append(
+            f'[adapter] kind: PEFT\'s {name} needs the base unquantised; set [model] quantization = "none", or '
+            'kind = "lora"'
+        )
+    if wrong := [layout for layout in run.export.layouts if layout not in METHOD_LAYOUTS]:
+        found.append(
+            f"[export] layouts: a {name} has no form in {', '.join(wrong)}, only in {' and '.join(METHOD_LAYOUTS)}"
+        )
+    return found
+
+
 def _validation_problems(run: RunConfig, start: Start, dataset: Dataset | None) -> list[str]:
     found = []
     if run.validation.patience and dataset is not None and not dataset.held_out:
@@ -395,7 +414,8 @@ def plan_text(plan: Plan) -> str:
         f"buckets      {', '.join(f'{w}x{h}: {n}' for (w, h), n in sorted(sizes.items()))}",
         *_mask_lines(plan),
         f"base         {run.model.base}: {base_parameters / 1e6:,.1f} M parameters in {run.model.dtype}",
-        f"adapter      rank {run.adapter.rank} on {len(plan.modules)} modules, {trainable:,} trainable parameters",
+        f"adapter      {run.adapter.kind} rank {run.adapter.rank} on {len(plan.modules)} modules, "
+        f"{trainable:,} trainable parameters",
         f"start        {plan.start.method}",
         *(
             f"stage        {number}, steps {one.begin + 1} to {one.end}: {stages.describe(own)}"
@@ -462,7 +482,7 @@ def notes(plan: Plan) -> list[str]:
 
 
 def _trainable(plan: Plan) -> int:
-    return sum(plan.config.adapter.rank_of(name) * (i + o) for name, (i, o) in plan.modules.items())
+    return adapter.num_parameters(plan.config.adapter, plan.modules)
 
 
 def pixels(plan: Plan) -> int:

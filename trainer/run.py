@@ -202,13 +202,13 @@ def init_context(plan: Plan, device: torch.device, trials: Trials | None, text_e
 
 def start_line(method: str, applied: Mapping[str, Any], frozen: AdapterWeights | None) -> str:
     """One line on what the adapter starts from; applied: the report of `adapter.apply_seed`."""
-    layers = applied["seeded"] + applied["random"]
+    layers, kind = applied["seeded"] + applied["random"], applied["adapter"]
     if frozen is not None:
         kept = f"the whole prediction of {method} stays on {len(frozen.factors)} layers, frozen"
         return f"{kept}; on top of it a new LoRA on {layers} layers, initialised at random"
     if not applied["seeded"]:
-        return f"LoRA initialised at random: {layers} layers"
-    parts = [f"LoRA initialised from {method}: {applied['seeded']} of {layers} layers"]
+        return f"{kind} initialised at random: {layers} layers"
+    parts = [f"{kind} initialised from {method}: {applied['seeded']} of {layers} layers"]
     if applied["padded"]:
         parts.append(f"{applied['padded']} of them filled up to the rank with rows that change nothing yet")
     if applied["dropped"]:
@@ -217,7 +217,8 @@ def start_line(method: str, applied: Mapping[str, Any], frozen: AdapterWeights |
         share = f"{100 * lost:.1f} % of the energy"
         parts.append(f"left out: {count} layers that are not trained here, with {share} ({names})")
     total, least = (f"{100 * applied['energy_kept'][name]:.1f} %" for name in ("total", "min"))
-    kept = f"truncation kept {total} of the energy (at least {least} in each layer)"
+    cut = "the nearest Kronecker products" if kind == "LoKr" else "truncation"
+    kept = f"{cut} kept {total} of the energy (at least {least} in each layer)"
     parts.append("nothing was truncated" if least == "100.0 %" else kept)
     return "; ".join([*parts, f"verified (largest error {applied['largest_error']:.0e})"])
 

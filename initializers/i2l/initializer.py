@@ -135,6 +135,13 @@ def check_run(config: Config, facts: RunFacts) -> list[str]:
     found = []
     if config.mode == "merge" and facts.adapter.use_dora:
         found.append('mode = "merge" with [adapter] use_dora: what is saved could hold only one of them; choose one')
+    kind = facts.adapter.kind
+    if config.mode == "merge" and kind != "lora":
+        found.append(
+            f'mode = "merge" with [adapter] kind = "{kind}": what is saved could hold only one of them; use "seed"'
+        )
+    if config.energy is not None and kind == "lokr":
+        found.append('energy chooses the rank of a truncation, and [adapter] kind = "lokr" has none: leave it out')
     try:
         chosen = _choose_pictures(facts.images, config.pictures)
     except ValueError as error:

@@ -16,8 +16,9 @@ from initializers import warm_start
 from tests.formats.test_layouts import Blocks, write
 from tests.helpers import FINISHED, run
 from tests.test_adapter import tiny
+from trainer import lycoris
 from trainer.files import write_json
-from trainer.formats import FormatError, methods, read_lora
+from trainer.formats import FormatError, read_lora
 from trainer.formats.lora import open_lora
 from trainer.lowrank import LowRank, energy
 
@@ -136,7 +137,7 @@ def test_a_lokr_of_full_size_is_truncated_without_dw(ending: str) -> None:
     """A layer of 3072 -> 12288 with factor 16."""
     second = {"lokr_w2": (768, 192)} if not ending else {"lokr_w2_a": (768, 16), "lokr_w2_b": (16, 192)}
     with _Largest() as largest:
-        factors, lost = methods.factors(parts(lokr_w1=(16, 16), **second), 1.0, 32)
+        factors, lost = lycoris.factors(parts(lokr_w1=(16, 16), **second), 1.0, 32)
     assert (factors.a.shape, factors.b.shape) == ((32, 3072), (12288, 32))
     assert lost > 0
     assert largest.numbers <= 768 * 768 < 3072 * 12288 / 60

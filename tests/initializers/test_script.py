@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from initializers import warm_start
 from tests.formats.test_trainers import deltas, modules, weights
 from tests.test_adapter import gradients, layers, output, tiny
-from trainer import adapter, lycoris
+from trainer import adapter
 from trainer.adapter import TARGETS, AdapterConfig, AdapterError, Seed
 from trainer.config import ConfigError
 from trainer.formats import write_lora
@@ -128,13 +128,13 @@ def test_half_precision_is_raised(lora: str) -> None:
 def test_lycoris_in_half_precision_is_raised_too(kind: Any, lora: str) -> None:
     model = tiny(torch.bfloat16)
     inject_adapter_in_model(kind(r=6, target_modules=TWELVE), model)
-    for _, layer in lycoris.layers(model, "default"):
+    for _, layer in adapter.layers(model, "default"):
         for name, parameter in layer.named_parameters():
             if name.endswith(".default"):
                 parameter.data = parameter.data.bfloat16()
     assert warm_start(model, init=lora)["raised_to_fp32"] > 0
     kinds = {
-        x.dtype for _, layer in lycoris.layers(model, "default") for n, x in layer.named_parameters() if "default" in n
+        x.dtype for _, layer in adapter.layers(model, "default") for n, x in layer.named_parameters() if "default" in n
     }
     assert kinds == {torch.float32} and output(model).isfinite().all()
 
@@ -143,7 +143,7 @@ def test_a_loha_is_the_lora_exactly(lora: str) -> None:
     model = tiny()
     inject_adapter_in_model(LoHaConfig(r=6, alpha=3, target_modules=TWELVE), model)
     report = warm_start(model, init=lora)
-    found = dict(lycoris.layers(model, "default"))
+    found = dict(adapter.layers(model, "default"))
     assert report["seeded"] == len(found) == 24 and report["energy_kept"]["min"] > 1 - 1e-12
     expected = deltas(weights())
     for name, layer in found.items():
@@ -170,7 +170,7 @@ def test_a_lokr_is_the_nearest_kronecker_product(both: bool, tmp_path: Path) -> 
     report = warm_start(model, init=str(tmp_path / "x.safetensors"))
     assert report["seeded"] == 2 and len(report["dropped"]) == 22
     expected = deltas(weights())
-    for name, layer in lycoris.layers(model, "default"):
+    for name, layer in adapter.layers(model, "default"):
         with torch.no_grad():
             x = layer.get_delta_weight("default").double()
         lost = float((x - expected[name]).norm() ** 2 / expected[name].norm() ** 2)
@@ -187,7 +187,7 @@ def test_a_lokr_with_a_low_rank_second_factor_states_its_error(lora: str) -> Non
     inject_adapter_in_model(LoKrConfig(r=2, alpha=4, target_modules=TWELVE, decompose_both=True), model)
     report = warm_start(model, init=lora)
     expected, lost, total = deltas(weights()), 0.0, 0.0
-    for name, layer in lycoris.layers(model, "default"):
+    for name, layer in adapter.layers(model, "default"):
         with torch.no_grad():
             lost += float((layer.get_delta_weight("default").double() - expected[name]).norm() ** 2)
         total += float(expected[name].norm() ** 2)

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer import plan
+from trainer import adapter, plan
 from trainer.files import DTYPES
 from trainer.hardware import machine, memory
 from trainer.plan import Plan
@@ -40,9 +39,10 @@ def profile(prepared: Plan, device: torch.device) -> dict[str, Any]:
         for way in (BASE, PEFT, HERE)
     }
     blocks[BASE].requires_grad_(False)
-    layers = [layer for layer in blocks[PEFT].modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for _, layer in adapter.layers(blocks[PEFT])]
     for layer in layers:
         layer.cast_input_dtype_enabled = True
+        vars(layer).pop("forward", None)
     rows = {way: _counts(block, run.train.batch_size, area, way == BASE) for way, block in blocks.items()}
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in blocks}
     for _ in range(REPETITIONS + 1):

@@ -220,6 +220,11 @@ def _arms(
     starts = {arm.name: arm.start.options for arm in arms}
     if "bias-only" in starts and starts["bias-only"] == starts.get(CONTROLLED):
         problems.append("--controls bias-only: i2l has no other expert, so it is the same start; leave it out")
+    if "norm-matched" in request.controls and settings is not None and settings.adapter.kind == "lokr":
+        problems.append(
+            '--controls norm-matched: [adapter] kind = "lokr" keeps little of random directions, so that no norm would '
+            "match; leave it out"
+        )
     return settings, arms
 
 

@@ -46,9 +46,13 @@ class Layout:
     alpha: bool = False
     """Each module has an `.alpha`: the file's dW is alpha / rank * b a. Without it, b a."""
 
+    def stem(self, module: str) -> str:
+        """What the keys of a module begin with, by its name in the transformer."""
+        return self.prefix + (module.replace(".", "_") if self.flat else module)
+
     def keys(self, module: str) -> tuple[str, str, str]:
         """The keys of a, b and alpha of a module, by its name in the transformer."""
-        stem = self.prefix + (module.replace(".", "_") if self.flat else module)
+        stem = self.stem(module)
         return f"{stem}.{self.halves[0]}", f"{stem}.{self.halves[1]}", f"{stem}.alpha"
 
 

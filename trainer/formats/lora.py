@@ -20,6 +20,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainer import lycoris
 from trainer.adapter import AdapterWeights, pattern_of_ranks
 from trainer.config import first_few
 from trainer.errors import UserError
@@ -93,7 +94,7 @@ class LoraFile:
         if not (math.isfinite(scale) and all(bool(tensor.isfinite().all()) for tensor in tensors.values())):
             return None
         if self.modules[name].parts:
-            return methods.factors(tensors, scale, rank)
+            return lycoris.factors(tensors, scale, rank)
         return LowRank(tensors["a"], tensors["b"] * scale), 0.0
 
 
@@ -144,6 +145,35 @@ def write_lora(
     if layout == "peft":
         assert path.name == PEFT_FILE and alpha is None
         write_json(path.with_name(PEFT_CONFIG), peft_description(weights))
+    write_tensors(path, tensors, {"format": "pt", **metadata})
+
+
+def write_parts(
+    path: Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    scales: Mapping[str, float],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+    *,
+    layout: str,
+) -> None:
+    """A LoHa or LoKr, its parts by PEFT's names, which are LyCORIS' names too, with the module names of a layout of
+    `LAYOUTS`. `read_lora` gives its dW.
+
+    scales: what PEFT multiplies each module's product by. Other programs take alpha / rank, and 1 for a LoKr of whole
+    matrices, where the scale goes into the first. FormatError if `dtype` cannot hold a value.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, own in parts.items():
+        divisor = methods.divisor({part: tuple(tensor.shape) for part, tensor in own.items()})
+        in_first = scales[name] if divisor is None else 1.0
+        for part, tensor in own.items():
+            key = f"{LAYOUTS[layout].stem(name)}.{part}"
+            tensors[key] = (tensor * in_first if part == "lokr_w1" else tensor).to(dtype)
+            if not bool(tensors[key].isfinite().all()):
+                raise FormatError(f"{path}: {name} has values that {dtype} cannot hold; write it in fp32 or bf16")
+        alpha = 1.0 if divisor is None else scales[name] * divisor
+        tensors[f"{LAYOUTS[layout].stem(name)}.alpha"] = torch.tensor(alpha)
     write_tensors(path, tensors, {"format": "pt", **metadata})
 
 

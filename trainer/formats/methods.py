@@ -1,20 +1,7 @@
-"""LoHa and LoKr as low-rank factors: exact, or the best of a rank.
-
-    LoHa    dW = scale * (w1_a w1_b) o (w2_a w2_b)      o elementwise
-    LoKr    dW = scale * kron(w1, w2)                   w1 and w2 whole, or products w_a w_b
-
-Of a LoHa of ranks r1 and r2, the r1 r2 products of a column of w1_a and one of w2_a are the columns of b, those of rows
-the rows of a. The singular values of a Kronecker product are the products of its parts' singular values, and so are its
-singular vectors: the best approximation is found from the small parts, and dW is never formed.
-"""
+"""LoHa and LoKr in files: which parts a module needs, and what its alpha is divided by. See `trainer.lycoris`."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
-from trainer.lowrank import RESOLUTION, LowRank, energy, truncate
 
 Shape = tuple[int, ...]
 NAMES = {"hada": "LoHa", "lokr": "LoKr"}
@@ -77,71 +64,3 @@ def divisor(shapes: Mapping[str, Shape]) -> int | None:
         if part in shapes:
             return shapes[part][0]
     return None
-
-
-@torch.no_grad()
-def factors(parts: Mapping[str, Tensor], scale: float, limit: int | None = None) -> tuple[LowRank, float]:
-    """dW as low-rank factors in fp32, and the energy that the limit takes away.
-
-    limit: the result has at most this rank, rows in the order of their singular values.
-    """
-    kind = next(iter(parts))[:4]
-    first, second = (
-        [parts[name].double() for name in (stem, f"{stem}_a", f"{stem}_b") if name in parts]
-        for stem in (f"{kind}_w1", f"{kind}_w2")
-    )
-    if kind == "lokr":
-        found, lost = _kronecker(_svd(first), _svd(second), limit)
-    else:
-        found, lost = _hadamard(LowRank(first[1], first[0]), LowRank(second[1], second[0])), 0.0
-        if limit is not None:
-            found, kept = truncate(found, limit)
-            lost = energy(found) * (1 - kept) / kept
-    return LowRank(found.a.float(), (found.b * scale).float()), lost * scale**2
-
-
-def _hadamard(first: LowRank, second: LowRank) -> LowRank:
-    (a1, b1), (a2, b2) = first, second
-    if len(a1) * len(a2) >= min(a1.shape[1], len(b1)):  # then dW is not larger than its factors
-        whole = (b1 @ a1) * (b2 @ a2)
-        eye = torch.eye(min(whole.shape), dtype=whole.dtype)
-        return LowRank(whole, eye) if len(whole) == len(eye) else LowRank(eye, whole)
-    return LowRank((a1[:, None] * a2).flatten(0, 1), (b1[:, :, None] * b2[:, None]).flatten(1))
-
-
-class _Svd(NamedTuple):
-    """u s vh: columns of u and rows of vh have length 1 and are orthogonal."""
-
-    u: Tensor
-    s: Tensor
-    vh: Tensor
-
-
-def _kronecker(first: _Svd, second: _Svd, limit: int | None) -> tuple[LowRank, float]:
-    values, order = torch.outer(first.s, second.s).flatten().sort(descending=True)
-    keep = min(int((values > values[0] * RESOLUTION).sum()), len(values) if limit is None else limit)
-    i, j = order[:keep] // len(second.s), order[:keep] % len(second.s)
-    root = values[:keep].sqrt()
-    a = (first.vh[i][:, :, None] * second.vh[j][:, None]).flatten(1) * root[:, None]
-    b = (first.u[:, None, i] * second.u[:, j]).flatten(0, 1) * root
-    return LowRank(a, b), float(values[keep:].square().sum())
-
-
-def _svd(parts: list[Tensor]) -> _Svd:
-    """Singular values and vectors of a matrix, or of the product of two.
-
-    u are the eigenvectors of m m^T, and s vh = u^T m: several times as fast as an SVD, and whatever the rounding of u,
-    u s vh is m.
-    """
-    if len(parts) == 2:
-        q, r = torch.linalg.qr(parts[0])
-        u, s, vh = _svd([r @ parts[1]])
-        return _Svd(q @ u, s, vh)
-    (m,) = parts
-    if len(m) > m.shape[1]:
-        u, s, vh = _svd([m.T])
-        return _Svd(vh.T, s, u.T)
-    u = torch.linalg.eigh(m @ m.T).eigenvectors.flip(1)
-    rows = u.T @ m
-    s = rows.norm(dim=1)
-    return _Svd(u, s, rows / s.clamp_min(torch.finfo(m.dtype).tiny)[:, None])

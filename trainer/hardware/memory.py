@@ -124,7 +124,7 @@ def resident_bytes(
 ) -> dict[str, float]:
     """Bytes of what stays on the GPU from the first step to the last, by arithmetic on shapes."""
     modules = adapter.target_modules(transformer, settings)
-    trained = sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())
+    trained = adapter.num_parameters(settings, modules)
     return {
         "weights": placed_bytes(transformer, model)[0],
         "adapter": 4.0 * trained,
@@ -211,7 +211,7 @@ def step_bytes(
     sizes, whole = (train.batch_size, *pixels), 0.0
     if train.gradient_accumulation_steps > 1:  # those of the first batch are there while the second one is computed
         modules = adapter.target_modules(transformer, settings)
-        whole = 4.0 * sum(settings.rank_of(name) * (a + b) for name, (a, b) in modules.items())
+        whole = 4.0 * adapter.num_parameters(settings, modules)
     kinds = DTYPES[model.dtype], train.gradient_checkpointing, train.offload_activations
     return whole + _carried_on(transformer, *kinds, sizes, settings, backward=True)
 
@@ -352,9 +352,9 @@ def ways_to_fit(run: Request) -> list[tuple[list[str], Needs]]:
         savings.append(("train.optimizer=adamw8bit", "train", {"optimizer": "adamw8bit"}))
     if run.train.batch_size > 1:
         savings.append(("train.batch_size=1", "train", {"batch_size": 1}))
-    if run.model.quantization != "nf4":
+    if run.adapter.kind == "lora" and run.model.quantization != "nf4":
         savings.append(("model.quantization=nf4", "model", {"quantization": "nf4"}))
-    if run.model.quantization_skip != (few := qwen_image.LEFT_WHOLE_OF_SMALL):
+    if run.adapter.kind == "lora" and run.model.quantization_skip != (few := qwen_image.LEFT_WHOLE_OF_SMALL):
         text = ",".join(f'"{name}"' for name in few)
         savings.append((f"model.quantization_skip=[{text}]", "model", {"quantization_skip": few}))
     total = int(run.transformer.config["num_layers"])

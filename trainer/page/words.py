@@ -89,7 +89,8 @@ def seed(left: Left) -> list[str]:
     found = [_what(init)]
     if (rank := at(init, "adapter", "rank")) is not None:
         pattern = ", some layers with a rank of their own" if at(init, "adapter", "rank_pattern") else ""
-        found.append(f"The adapter has rank {rank}{pattern}, on {seeded + random} layers.")
+        kind = at(init, "applied", "adapter") or "LoRA"
+        found.append(f"The adapter is a {kind}. It has rank {rank}{pattern}, on {seeded + random} layers.")
     if init.get("frozen"):
         found.append("The whole prediction stays frozen; a new LoRA is trained on top of it.")
     if seeded:
@@ -122,8 +123,9 @@ def _applied(applied: Mapping[str, Any], seeded: int, random: int) -> Iterator[s
     kept = {name: number(at(applied, "energy_kept", name)) for name in ("total", "min")}
     if kept["total"] is not None and kept["min"] is not None:
         least = f"{100 * kept['min']:.1f} %"
-        told = f"truncation to the rank kept {100 * kept['total']:.1f} % of its energy, at least {least} in each layer"
-        yield ("Nothing of it was truncated." if least == "100.0 %" else told[:1].upper() + told[1:] + ".")
+        cut = "The nearest Kronecker products" if applied.get("adapter") == "LoKr" else "Truncation to the rank"
+        told = f"{cut} kept {100 * kept['total']:.1f} % of its energy, at least {least} in each layer."
+        yield "Nothing of it was truncated." if least == "100.0 %" else told
     if (error := number(applied.get("largest_error"))) is not None:
         yield f"The adapter was read back and holds what was asked for: the largest relative error is {error:.0e}."
 
