@@ -17,6 +17,7 @@ OUTPUT/report.json and OUTPUT/report.md.
 import argparse
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -88,6 +89,7 @@ class _Base:
         """The errors of both groups of pictures at each validation."""
         subject = creatures.paint(self._output / "creatures", tier, index)
         name, device = f"{tier}-{index}-{start}-{seed}", self._accelerator.device
+        shutil.rmtree(self._output / "runs" / name, ignore_errors=True)  # of one that was killed
         prepared = self._plan(subject, subject / "held_out", start, seed, name)
         encoded = objective.encode(prepared, device, self._text_encoder, quiet=True)
         others = self._plan(subject, paint_others(self._output / "others", tier, index), start, seed, name)

@@ -10,6 +10,7 @@ A run that is done is not done again. The report is written to OUTPUT/report.jso
 import argparse
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -96,6 +97,7 @@ class _Base:
 
     def train(self, number: int, way: str, start: str, rate: float) -> dict[str, Any]:
         """A run of a creature: its losses relative to the base's."""
+        shutil.rmtree(self._output / "runs" / _name(number, way, start, rate), ignore_errors=True)  # if it was killed
         prepared, device = self._plan(number, way, start, rate), self._accelerator.device
         encoded = objective.encode(prepared, device, self._text_encoder, quiet=True)
         if number not in self._base_losses:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import train as program
-from demo import build, captions, choice, creatures, diagnosis, experts, figure, masks, priors, strengths
+from demo import build, captions, choice, creatures, diagnosis, experts, figure, kinds, masks, priors, strengths
 from initializers.i2l import __main__ as i2l
 from initializers.i2l.layout import FILES
 from tests import mutants
@@ -36,6 +36,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "demo.diagnosis": diagnosis.main,
     "demo.experts": experts.main,
     "demo.figure": figure.main,
+    "demo.kinds": kinds.main,
     "demo.masks": masks.main,
     "demo.priors": priors.main,
     "demo.strengths": strengths.main,

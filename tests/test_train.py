@@ -48,7 +48,7 @@ def test_help_names_every_argument_and_exit_code(capsys: pytest.CaptureFixture[s
 def test_help_config_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--help-config"]) == 0
     text = capsys.readouterr().out
-    sections = {field.name for field in fields(RunConfig)} - {"output", "seed"}
+    sections = {field.name for field in fields(RunConfig)} - {"output", "seed", "stages"}
     runs = {"data", "prior", "adapter", "init", "train", "flow", "validation", "checkpoint", "export"}
     assert sections == {"model", *runs}
     for section in sections:
@@ -59,6 +59,7 @@ def test_help_config_explains_every_key(capsys: pytest.CaptureFixture[str]) -> N
             assert f"\n{field.name} = " in text
     for name in initializers.names():
         assert f"[init.{name}]" in text
+    assert "[[stages]]" in text and "sigma_range = (not set)" in text
     assert "strength = 1.0" in text
 
 

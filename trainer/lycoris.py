@@ -106,7 +106,7 @@ def _stems(parts: Mapping[str, object]) -> tuple[str, str]:
 
 
 def _names(stem: str) -> tuple[str, ...]:
-    """Of a whole matrix, or of the two whose product it is."""
+    """That of a whole matrix, or of the two whose product it is."""
     return stem, f"{stem}_a", f"{stem}_b"
 
 
