@@ -363,7 +363,7 @@ class _Fitted:
     factors: LowRank | None = None
     """What dW must be in the layer, at the layer's rank; None of a LoKr, where `parts` say it."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    """Of a LoHa or LoKr, by PEFT's names."""
+    """Those of a LoHa or LoKr, by PEFT's names."""
 
 
 @torch.no_grad()
