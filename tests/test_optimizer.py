@@ -62,12 +62,9 @@ def test_schedules_are_those_of_transformers(floor: float, warmup: int) -> None:
         ),
     }
     for name, schedule in references.items():
-        own: dict[str, Any] = {"trapezoid": {"decay_steps": 12}, "cosine_with_restarts": {"num_cycles": 3}}.get(
-            name, {}
-        )
-        config = TrainConfig(
-            steps=40, warmup_steps=warmup, learning_rate=2.0, lr_schedule=name, min_lr_ratio=floor, **own.get(name, {})  # type: ignore[arg-type]
-        )  # fmt: skip
+        own: dict[str, Any] = {"trapezoid": {"decay_steps": 12}, "cosine_with_restarts": {"num_cycles": 3}}
+        shared: dict[str, Any] = {"lr_schedule": name, "min_lr_ratio": floor, **own.get(name, {})}
+        config = TrainConfig(steps=40, warmup_steps=warmup, learning_rate=2.0, **shared)
         assert config.problems() == []
         expected = shares(schedule, 40)
         if name == "cosine_with_restarts":  # which has no floor there

@@ -21,7 +21,10 @@ from trainer.hardware.memory import CONTEXT_BYTES, usable
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("qwen_image_12gb", "qwen_image_16gb", "qwen_image_24gb", "qwen_image_80gb")
-DAILY, SLOW = ("quick_24gb",), ("quick_12gb", "quick_16gb", "quick_80gb", "quick_prior", "quick_recipe")
+DAILY, SLOW = (
+    ("quick_24gb",),
+    ("quick_12gb", "quick_16gb", "quick_80gb", "quick_prior", "quick_recipe", "quick_loha", "quick_lokr"),
+)
 """The same with fewer experts."""
 RUNS = [*DAILY, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 OTHERS = ("merge", "compare", "i2l_style", "i2l_coarse", "i2l_fine")

@@ -145,7 +145,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...], str]] = [
     ("a learning rate in quotes", ('train.learning_rate="1e-4"',), "write 1e-4, without quotes"),
     ("a schedule misspelt", ("train.lr_schedule=cosin",), 'did you mean "cosine"?'),
     ("a warm-up longer than the run", ("train.warmup_steps=9",), "[train] warmup_steps = 9 leaves nothing of steps"),
-    ("an optimizer that is none", ("train.optimizer=adam",), '[train] optimizer: "adam" is not one of'),
+    ("an optimizer that is none", ("train.optimizer=adam",), '[train] optimizer: "adam" is not adamw'),
     ("a paged optimizer without a GPU", ("train.optimizer=paged_adamw8bit",), "needs a CUDA GPU"),
     ("a negative weight decay", ("train.weight_decay=-1",), "[train] weight_decay must not be negative"),
     ("a negative norm", ("train.max_grad_norm=-1",), "[train] max_grad_norm must not be negative"),

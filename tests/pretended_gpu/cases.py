@@ -200,6 +200,8 @@ QUICK = [
         'flow.loss_weighting="bell"',
         'validation.unrelated_prompts=["a house"]',
     ),
+    whole("quick_loha", 80, STYLE, 'adapter.kind="loha"', 'export.layouts=["kohya"]'),
+    whole("quick_lokr", 80, STYLE, 'adapter.kind="lokr"'),
     Case("warm_start", 24, warm_start),
 ]
 """What the tests run by default; of several sizes only the first where that says enough."""
