@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import replace
 from itertools import product
@@ -34,6 +35,7 @@ from initializers.i2l.expert import read_geometry
 from initializers.i2l.layout import FILES, module_shapes
 from trainer import plan
 from trainer.diagnosis import Diagnosis, PictureDiagnosis
+from trainer.diagnosis import read as read_diagnosis
 from trainer.formats import check_lora
 
 DEMO = Path("demo")
@@ -417,6 +419,22 @@ def test_a_diagnosis_is_judged_by_the_ranks_of_the_bad_pictures() -> None:
     lines = diagnosis.table(report).splitlines()
     assert len(lines) == 8 and len({line.count("|") for line in lines}) == 1
     assert "| 0 of 1 | 1; 3 | 1 of 1, 0 of 1 | 1 of 1 | 5.0 |" in lines[4] and "| 0 of 1 | 5.0 |" in lines[2]
+
+
+def test_a_run_names_the_two_bad_pictures_of_twelve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By the command, from i2l: in the log, in diagnosis.json and on the page."""
+    caplog.set_level(logging.INFO)
+    folder = diagnosis.Folder.of(417, diagnosis.FAULTS[1])
+    settings = [f"data.images={folder.paint(tmp_path)}", "data.held_out=0", "train.steps=2", "validation.every=2"]
+    settings += ["train.batch_size=2", "validation.num_pictures=1", "init.i2l.strength=1.0"]
+    settings += ["validation.prompts=[]", "validation.unrelated_prompts=[]"]
+    arguments = ["--config", "configs/creatures.toml", "--output", str(tmp_path / "out"), "--quiet"]
+    assert program.main([*arguments, *(word for one in settings for word in ("--set", one))]) == 0
+    bad = [f"{folder.bad_caption}.png", f"{folder.bad_subject}.png"]
+    found = read_diagnosis(tmp_path / "out")
+    assert {one.picture for one in found.pictures[:2]} == {one.picture for one in found.doubtful} == {*bad}
+    assert f"look at {bad[0]}: its caption" in caplog.text and f"look at {bad[1]}: the seed of the other" in caplog.text
+    assert "is the caption right?" in (tmp_path / "out" / "run.html").read_text()
 
 
 @pytest.mark.slow
