@@ -292,13 +292,14 @@ class _Training:
                 tracker.warn("other held-out pictures than before: from step %d on the best step is chosen anew", step)
                 self.result.errors.clear()
             self.result.errors[step], self.result.errors_of = found.errors, found.of
-            if step == 0:
-                self.save(0)
-        self._note_choice()
         tracker.scalars(step, values)
-        if self._accelerator.is_main_process:
-            if step:
-                checkpoint.add_to_state(self._saved, self._history())
+        main = self._accelerator.is_main_process
+        if step == 0 and found.errors is not None:
+            self.save(0)  # which knows of this validation: its line is written before
+        elif step and main:
+            checkpoint.add_to_state(self._saved, self._history())
+        self._note_choice()
+        if main:
             self._job.validated(self.result)
 
     @contextmanager
