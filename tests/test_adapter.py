@@ -612,6 +612,7 @@ def test_a_folder_with_ranks_by_module_loads_in_plain_peft(use_rslora: bool, tmp
     assert torch.allclose(output(again), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_for_each_module_costs_no_more_than_one_for_all() -> None:
     """PEFT tries every pattern on every module."""
     with torch.device("meta"):

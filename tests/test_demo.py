@@ -421,6 +421,7 @@ def test_a_diagnosis_is_judged_by_the_ranks_of_the_bad_pictures() -> None:
     assert "| 0 of 1 | 1; 3 | 1 of 1, 0 of 1 | 1 of 1 | 5.0 |" in lines[4] and "| 0 of 1 | 5.0 |" in lines[2]
 
 
+@pytest.mark.slow
 def test_a_run_names_the_two_bad_pictures_of_twelve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """By the command, from i2l: in the log, in diagnosis.json and on the page."""
     caplog.set_level(logging.INFO)

@@ -170,6 +170,7 @@ def test_the_model_card_says_how_to_load_it_and_shows_samples(run_toml: Path, tm
     assert (folder / "samples" / "step-000004-0.png").exists()
 
 
+@pytest.mark.slow
 def test_nothing_leaves_the_machine_unless_asked(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

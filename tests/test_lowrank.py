@@ -72,6 +72,7 @@ def test_truncation_is_optimal_on_full_size_shapes(in_features: int, out_feature
     assert kept == pytest.approx(squared[:32].sum() / squared.sum(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_optimum_of_a_full_size_shape_from_a_dense_gram_matrix() -> None:
     x = factors(3072, 3072, 96)
     whole = dense(x)

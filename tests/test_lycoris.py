@@ -339,6 +339,7 @@ def test_a_random_run_says_what_it_is(run_toml: Path, tmp_path: Path, caplog: py
     assert "no file here is named as it reads a LoHa" in (tmp_path / "out" / "adapter" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_with_offloaded_blocks_it_is_the_run_without(kind: str, run_toml: Path, tmp_path: Path, lora: Path) -> None:
     few = ("train.gradient_checkpointing=true", "train.steps=2", "validation.prompts=[]")
@@ -408,6 +409,7 @@ def test_the_plan_names_the_kind(run_toml: Path, tmp_path: Path, capsys: pytest.
     assert "adapter      loha rank 4 on 24 modules" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_kinds_can_be_compared(run_toml: Path, tmp_path: Path, lora: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = ["--config", str(run_toml), "--output", str(tmp_path / "out"), "--quiet"]
     arguments += [

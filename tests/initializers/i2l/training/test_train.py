@@ -213,6 +213,7 @@ def test_resume_is_exact(toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_training_with_gradient_checkpointing_is_the_same(toml: Path, tmp_path: Path) -> None:
     """With validations and samples between the steps, and several backward passes in each."""
     curves = []
