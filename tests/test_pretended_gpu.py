@@ -90,8 +90,8 @@ def in_order(found: Any) -> None:
 
 def in_half_precision(found: Any) -> None:
     """Nothing of the transformer's is large in fp32, except what diffusers raises for a moment in norms and positions,
-    head by head, and the sums of attention's backward pass."""
-    by_head = re.compile(r"\w+ \(\d+, (\d+, 24|24, \d+), 128\)")
+    head by head, the sums of attention's backward pass, and the factors of a LoHa's product."""
+    by_head = re.compile(r"\w+ \(\d+, (\d+, 24|24, \d+), 128\)|mul \(\d+, 32, 32\)")
     for size in found["sizes"]:
         for stage in ("trying strengths", "stable losses", "drawing samples", "training"):
             told = size["stages"].get(stage, {"large": {}})["large"]

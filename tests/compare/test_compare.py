@@ -92,6 +92,7 @@ def test_arms_are_paired_and_do_not_disturb_one_another(run_toml: Path, tmp_path
     assert report_of(tmp_path / "turned")["baseline"] == "random"
 
 
+@pytest.mark.slow
 def test_a_run_of_a_comparison_is_the_run_that_train_does(run_toml: Path, tmp_path: Path) -> None:
     assert go(run_toml, tmp_path / "compared", "--compare", "random", "gaussian") == FINISHED
     alone = ["--config", str(run_toml), "--init", "gaussian", "--output", str(tmp_path / "alone"), "--quiet"]
