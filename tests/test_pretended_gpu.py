@@ -21,12 +21,14 @@ from trainer.hardware.memory import CONTEXT_BYTES, usable
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("qwen_image_12gb", "qwen_image_16gb", "qwen_image_24gb", "qwen_image_80gb")
-DAILY, SLOW = (
-    ("quick_24gb",),
-    ("quick_12gb", "quick_16gb", "quick_80gb", "quick_prior", "quick_recipe", "quick_loha", "quick_lokr"),
-)
+DAILY, SLOW = ("quick_24gb",), ("quick_12gb", "quick_16gb", "quick_80gb", "quick_prior")
 """The same with fewer experts."""
-RUNS = [*DAILY, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+LONG = ("quick_recipe", "quick_loha", "quick_lokr")
+RUNS = [
+    *DAILY,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+    *(pytest.param(name, marks=pytest.mark.long) for name in LONG),
+]
 OTHERS = ("merge", "compare", "i2l_style", "i2l_coarse", "i2l_fine")
 WHOLE = {
     "trying strengths": 6,
