@@ -150,7 +150,7 @@ def test_it_notices_what_it_is_there_for(shared: Path) -> None:
     in_order(quick(shared, "itself"))
 
 
-@pytest.mark.parametrize("name", [*RUNS, pytest.param("warm_start", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*runs(), pytest.param("warm_start", marks=pytest.mark.slow)])
 def test_nothing_raises(shared: Path, name: str) -> None:
     in_order(quick(shared, name))
 
