@@ -90,7 +90,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def run(options: argparse.Namespace) -> None:
     import initializers  # here, so that --help answers at once
-    from trainer import config, plan, run
+    from trainer import config, plan, plan_words, run
     from trainer.hardware import seconds
 
     if options.help_config:
@@ -110,10 +110,10 @@ def run(options: argparse.Namespace) -> None:
     run_config, start = plan.load_config(options.config, overrides, initializers)
     prepared = plan.prepare(run_config, start, resume=options.resume)
     if options.plan:
-        print(plan.plan_text(prepared))
+        print(plan_words.plan_text(prepared))
         print(seconds.text(prepared, card, options.disk))
         if vram := options.vram or (card and card.gigabytes):
-            print("\n" + plan.fit_text(prepared, vram))
+            print("\n" + plan_words.fit_text(prepared, vram))
     else:
         run.execute(prepared, resume=options.resume, quiet=options.quiet)
 

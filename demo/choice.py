@@ -17,7 +17,6 @@ OUTPUT/report.json and OUTPUT/report.md.
 import argparse
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -30,13 +29,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import initializers
 from demo import creatures, painter
-from trainer import adapter, choice, loop, measure, objective, plan, qwen_image, run
+from demo.workbench import Workbench
+from trainer import choice, measure
 from trainer.cli import guarded
 from trainer.data.cache import key
 from trainer.files import new_folder, write_json, write_text
-from trainer.hardware import parallel
 from trainer.tracking import Tracker
 
 TIERS: tuple[painter.Tier, ...] = ("new", "trait")
@@ -62,63 +60,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_all(output: Path, count: int, seeds: int) -> None:
-    base, indices = _Base(output), range(creatures.FIRST_CREATURE, creatures.FIRST_CREATURE + count)
+    bench, indices = Workbench(output), range(creatures.FIRST_CREATURE, creatures.FIRST_CREATURE + count)
     rows: list[Row] = []
     cells = [*product(indices, range(seeds), TIERS, RATES)]
     for index, seed, tier, start in tqdm(cells, "runs", unit="run"):
         file = output / "rows" / f"{tier}-{index}-{start}-{seed}.json"
         wanted = key(SETTINGS, RATES[start])
         if not file.exists() or json.loads(file.read_text(encoding="utf-8"))["key"] != wanted:
-            write_json(file, {"key": wanted, **base.train(tier, index, start, seed)})
+            write_json(file, {"key": wanted, **train(bench, tier, index, start, seed)})
         rows.append(json.loads(file.read_text(encoding="utf-8")))
     write_json(output / "report.json", rows)
     write_text(output / "report.md", text := table(rows))
     print(text)
 
 
-class _Base:
-    """The demo's base, on which LoRAs are trained one after another."""
+def train(bench: Workbench, tier: painter.Tier, index: int, start: str, seed: int) -> dict[str, Any]:
+    """The errors of both groups of pictures at each validation of a run."""
+    subject, name = creatures.paint(bench.output / "creatures", tier, index), f"{tier}-{index}-{start}-{seed}"
+    settings = (f"init.method={start}", f"seed={seed}", f"train.learning_rate={RATES[start]}", *SETTINGS)
+    others = paint_others(bench.output / "others", tier, index)
+    judging = bench.plan(f"{name}-judges", subject, f"data.held_out={others}", *settings)
+    items = [bench.encode(judging).item(example) for example in judging.dataset.held_out]
+    passes, judged = measure.Passes(bench.transformer, bench.accelerator, torch.float32, 12), dict[int, Tensor]()
 
-    def __init__(self, output: Path):
-        self._output, self._accelerator = output, parallel.make_accelerator("fp32")
-        config, _ = plan.load_config(creatures.CONFIG, [], initializers)
-        self._text_encoder = qwen_image.TextEncoder(config.model.base, self._accelerator.device)
-        self._transformer = qwen_image.load_transformer(config.model, self._accelerator.device)
+    def judge(step: int, tracker: Tracker) -> Mapping[str, float]:
+        judged[step] = passes.errors(items)[..., 0]
+        return {"other_loss": float(judged[step].mean())}
 
-    def train(self, tier: painter.Tier, index: int, start: str, seed: int) -> dict[str, Any]:
-        """The errors of both groups of pictures at each validation."""
-        subject = creatures.paint(self._output / "creatures", tier, index)
-        name, device = f"{tier}-{index}-{start}-{seed}", self._accelerator.device
-        shutil.rmtree(self._output / "runs" / name, ignore_errors=True)  # of one that was killed
-        prepared = self._plan(subject, subject / "held_out", start, seed, name)
-        encoded = objective.encode(prepared, device, self._text_encoder, quiet=True)
-        others = self._plan(subject, paint_others(self._output / "others", tier, index), start, seed, name)
-        judging = objective.encode(others, device, self._text_encoder, quiet=True)
-        items = [judging.item(example) for example in others.dataset.held_out]
-        passes, judged = measure.Passes(self._transformer, self._accelerator, torch.float32, 12), dict[int, Tensor]()
-
-        def judge(step: int, tracker: Tracker) -> Mapping[str, float]:
-            judged[step] = passes.errors(items)[..., 0]
-            return {"other_loss": float(judged[step].mean())}
-
-        context = run.init_context(prepared, device, None, self._text_encoder)
-        given = prepared.start.initialize(context, prepared.start.options)
-        run.install(self._transformer, given, prepared.config.adapter, random_seed=seed)
-        try:
-            training = objective.LoraObjective(prepared, self._transformer, encoded, self._accelerator, judge)
-            result = loop.train(training, prepared.job(), self._accelerator, quiet=True, nested=True)
-        finally:
-            adapter.remove(self._transformer)
-            self._accelerator.free_memory()
-        errors = {str(step): values.tolist() for step, values in result.errors.items()}
-        other = {str(step): values.tolist() for step, values in judged.items()}
-        return {"tier": tier, "creature": index, "start": start, "seed": seed, "errors": errors, "other": other}
-
-    def _plan(self, subject: Path, held_out: Path, start: str, seed: int, name: str) -> plan.Plan:
-        given = [f"data.images={subject}", f"data.held_out={held_out}", f"init.method={start}", f"seed={seed}"]
-        given += [f"output={self._output / 'runs' / name}", f"data.cache={self._output / 'cache'}"]
-        given += [f"train.learning_rate={RATES[start]}", *SETTINGS]
-        return plan.prepare(*plan.load_config(creatures.CONFIG, given, initializers), resume=False)
+    prepared = bench.plan(name, subject, f"data.held_out={subject / 'held_out'}", *settings)
+    encoded = bench.encode(prepared)
+    result, _ = bench.train(prepared, encoded, bench.seed(prepared, encoded), judge)
+    errors = {str(step): values.tolist() for step, values in result.errors.items()}
+    other = {str(step): values.tolist() for step, values in judged.items()}
+    return {"tier": tier, "creature": index, "start": start, "seed": seed, "errors": errors, "other": other}
 
 
 def paint_others(folder: Path, tier: painter.Tier, index: int) -> Path:

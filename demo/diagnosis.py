@@ -11,12 +11,9 @@ run.
 """
 
 import argparse
-import json
 import logging
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -24,20 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-import initializers
-from demo import creatures, painter
+from demo import painter
 from demo.painter import Identity, Scene
-from initializers.i2l import initializer as i2l
-from initializers.i2l.predictions import predict_pictures
-from trainer import adapter, diagnosis, loop, objective, plan, qwen_image, run, validation
-from trainer.adapter import AdapterWeights, InitContext
+from demo.workbench import Workbench
+from trainer import diagnosis
 from trainer.cli import guarded
 from trainer.files import new_folder, write_json, write_text
-from trainer.tracking import Tracker
 
 FIRST_CREATURE = 500  # index in the tier "new"; the diagnosis was made with creatures 400 to 415
 NUM_PICTURES, NUM_SCENES = 12, 30
@@ -46,8 +38,8 @@ FAULTS = ("none", "another scene, another creature", "another place, a like crea
 STARTS = ("i2l", "random")
 STEPS, EVERY = 100, 20
 RUN = (f"train.steps={STEPS}", f"validation.every={EVERY}", f"checkpoint.every={STEPS}", "train.batch_size=3",
-       "validation.prompts=[]", "validation.unrelated_prompts=[]", "validation.num_pictures=1", "data.held_out=0",
-       "data.trigger=zorp")  # fmt: skip
+       "validation.prompts=[]", "validation.unrelated_prompts=[]", f"validation.num_pictures={NUM_PICTURES}",
+       "validation.diagnose=true", "data.held_out=0", "data.trigger=zorp")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,11 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure_all(numbers: Sequence[int], output: Path, rate: float) -> None:
     torch.set_num_threads(1)  # more are slower with models of this size
-    base, rows = _Base(output, rate), list[dict[str, Any]]()
+    bench, rows = Workbench(output), list[dict[str, Any]]()
     cells = [*product(numbers, FAULTS, STARTS)]
     for number, fault, start in tqdm(cells, "runs", unit="run"):
         folder = Folder.of(number, fault)
-        found = base.diagnosed(folder, start)
+        found = diagnosed(bench, folder, start, rate)
         rows.append({"creature": number, "fault": fault, "start": start, **judged(folder, found)})
         write_json(output / "report.json", rows)
     text = table(rows)
@@ -133,93 +125,14 @@ def _like(own: Identity, first: int) -> Identity:
         number += 1
 
 
-class _Base:
-    """The demo's base, on which creatures are trained one after another."""
-
-    def __init__(self, output: Path, rate: float):
-        self._output, self._rate, self._accelerator = output, rate, Accelerator(cpu=True)
-        config, _ = plan.load_config(creatures.CONFIG, [], initializers)
-        self._device = self._accelerator.device
-        self._text_encoder = qwen_image.TextEncoder(config.model.base, self._device)
-        self._transformer = qwen_image.load_transformer(config.model, self._device)
-
-    def diagnosed(self, folder: Folder, start: str) -> diagnosis.Diagnosis:
-        """What a short run tells of its pictures."""
-        kept = self._output / "runs" / f"{folder.name}-{start}"
-        pictures = folder.paint(self._output / "pictures")
-        with tempfile.TemporaryDirectory() as temporary:
-            given = [f"data.images={pictures}", f"data.cache={self._output / 'cache'}", f"init.method={start}", *RUN]
-            given += [f"output={temporary}/run", f"train.learning_rate={self._rate}"]
-            prepared = plan.prepare(*plan.load_config(creatures.CONFIG, given, initializers), resume=False)
-            records = self._records(prepared)
-        write_text(kept / diagnosis.RECORDS_FILE, "".join(f"{json.dumps(record)}\n" for record in records))
-        return diagnosis.write_diagnosis(kept)
-
-    def _records(self, prepared: plan.Plan) -> list[dict[str, Any]]:
-        encoded = objective.encode(prepared, self._device, self._text_encoder, quiet=True)
-        trials = objective.Trials(prepared, encoded, self._text_encoder, lambda: self._transformer)
-        context = run.init_context(prepared, self._device, trials, self._text_encoder)
-        context = replace(context, log=lambda message: None)
-        items = [encoded.item(example) for example in prepared.dataset.train]
-        empty = encoded.prompts[qwen_image.EMPTY_PROMPT]
-        self._transformer.eval()
-        records = _records(0, "base", items, self._errors(items))
-        records += _records(0, "no caption", items, self._errors([replace(item, prompt=empty) for item in items]))
-        seed = prepared.start.initialize(context, prepared.start.options)
-        if prepared.start.method == "i2l":
-            records += _records(0, "others' seed", items, self._with_others_seeds(context, prepared, items))
-        run.install(self._transformer, seed, prepared.config.adapter, random_seed=prepared.config.seed)
-
-        def record(step: int, tracker: Tracker) -> Mapping[str, float]:
-            records.extend(_records(step, "adapter", items, self._errors(items)))
-            return {}
-
-        try:
-            training = objective.LoraObjective(prepared, self._transformer, encoded, self._accelerator, record)
-            job = loop.Job(prepared.output, prepared.config.train, prepared.config.checkpoint, EVERY, {})
-            loop.train(training, job, self._accelerator, quiet=True, nested=True)
-        finally:
-            adapter.remove(self._transformer)
-            self._accelerator.free_memory()
-        return records
-
-    def _errors(self, items: Sequence[validation.Item]) -> list[list[float]]:
-        found: list[list[float]] = validation.stable_errors(
-            self._transformer, items, self._device, torch.float32
-        ).tolist()
-        return found
-
-    def _with_others_seeds(
-        self, context: InitContext, prepared: plan.Plan, items: Sequence[validation.Item]
-    ) -> list[list[float]]:
-        """The errors of each picture with the whole seed of the other ones, at strength 1."""
-        options, found = prepared.start.options, list[list[float]]()
-        located = i2l._locate(context, options)
-        predictions = predict_pictures(context, options.encoders, located, context.images, {})
-        for place, item in enumerate(items):
-            others = [other for other in range(len(items)) if other != place]
-            with self._attached(AdapterWeights(dict(predictions.combine(options.expert_weights, others)))):
-                found += self._errors([item])
-        return found
-
-    @contextmanager
-    def _attached(self, weights: AdapterWeights) -> Iterator[None]:
-        handles = adapter.attach_frozen(self._transformer, weights)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _records(
-    step: int, what: str, items: Sequence[validation.Item], errors: Sequence[Sequence[float]]
-) -> list[dict[str, Any]]:
-    """As a run writes them into pictures.jsonl."""
-    return [
-        {"step": step, "part": "train", "picture": item.name, "what": what, "errors": row}
-        for item, row in zip(items, errors, strict=True)
-    ]
+def diagnosed(bench: Workbench, folder: Folder, start: str, rate: float) -> diagnosis.Diagnosis:
+    """What a short run tells of its pictures."""
+    pictures = folder.paint(bench.output / "pictures")
+    settings = (f"init.method={start}", f"train.learning_rate={rate}", *RUN)
+    prepared = bench.plan(f"{folder.name}-{start}", pictures, *settings)
+    encoded = bench.encode(prepared)
+    bench.train(prepared, encoded, bench.seed(prepared, encoded))
+    return diagnosis.write_diagnosis(prepared.output)
 
 
 def judged(folder: Folder, found: diagnosis.Diagnosis) -> dict[str, Any]:

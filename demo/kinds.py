@@ -10,10 +10,8 @@ A run that is done is not done again. The report is written to OUTPUT/report.jso
 import argparse
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,13 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-import initializers
 from demo import creatures
-from trainer import adapter, loop, objective, plan, qwen_image, run
+from demo.workbench import Workbench
+from trainer import adapter, objective
 from trainer.cli import guarded
 from trainer.data.cache import key
 from trainer.files import write_json, write_text
-from trainer.hardware import parallel
 
 STEPS, EVERY = 60, 10
 SETTINGS = (
@@ -63,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_all(count: int, output: Path) -> None:
-    base, rows = _Base(output), list[Row]()
+    bench, rows = Workbench(output), list[Row]()
     numbers = range(creatures.FIRST_CREATURE, creatures.FIRST_CREATURE + count)
     cells = [
         (number, way, start, rate)
@@ -74,7 +71,7 @@ def measure_all(count: int, output: Path) -> None:
         wanted = key(SETTINGS, WAYS[way], start, rate)
         file = output / "rows" / f"{_name(number, way, start, rate)}.json"
         if not file.exists() or json.loads(file.read_text(encoding="utf-8"))["key"] != wanted:
-            write_json(file, {"key": wanted, **base.train(number, way, start, rate)})
+            write_json(file, {"key": wanted, **train(bench, number, way, start, rate)})
         rows.append(json.loads(file.read_text(encoding="utf-8")))
     write_json(output / "report.json", rows)
     write_text(output / "report.md", text := table(rows))
@@ -85,47 +82,18 @@ def _name(number: int, way: str, start: str, rate: float) -> str:
     return f"{number}-{way.replace(',', '').replace(' ', '-')}-{start}-{rate:g}"
 
 
-class _Base:
-    """The demo's base, on which adapters are trained one after another."""
-
-    def __init__(self, output: Path):
-        self._output, self._accelerator = output, parallel.make_accelerator("fp32")
-        config, _ = plan.load_config(creatures.CONFIG, [], initializers)
-        self._text_encoder = qwen_image.TextEncoder(config.model.base, self._accelerator.device)
-        self._transformer = qwen_image.load_transformer(config.model, self._accelerator.device)
-        self._base_losses: dict[int, float] = {}
-
-    def train(self, number: int, way: str, start: str, rate: float) -> dict[str, Any]:
-        """A run of a creature: its losses relative to the base's."""
-        shutil.rmtree(self._output / "runs" / _name(number, way, start, rate), ignore_errors=True)  # if it was killed
-        prepared, device = self._plan(number, way, start, rate), self._accelerator.device
-        encoded = objective.encode(prepared, device, self._text_encoder, quiet=True)
-        if number not in self._base_losses:
-            losses = objective.stable_losses(prepared, self._transformer.eval(), encoded, self._accelerator)
-            self._base_losses[number] = losses["val_loss"]
-        context = run.init_context(prepared, device, None, self._text_encoder)
-        seed = prepared.start.initialize(replace(context, log=lambda message: None), prepared.start.options)
-        _, applied = run.install(self._transformer, seed, prepared.config.adapter, random_seed=0)
-        try:
-            training = objective.LoraObjective(
-                prepared, self._transformer, encoded, self._accelerator, lambda step, tracker: {}
-            )
-            points = loop.train(training, prepared.job(), self._accelerator, quiet=True, nested=True).validations
-        finally:
-            adapter.remove(self._transformer)
-            self._accelerator.free_memory()
-        curve = {str(point["step"]): point["val_loss"] / self._base_losses[number] for point in points}
-        return {"creature": number, "way": way, "start": start, "rate": rate, "curve": curve,
-                "parameters": adapter.num_parameters(prepared.config.adapter, prepared.modules),
-                "energy_kept": (applied["energy_kept"] or {}).get("total")}  # fmt: skip
-
-    def _plan(self, number: int, way: str, start: str, rate: float) -> plan.Plan:
-        subject = creatures.paint(self._output / "creatures", "new", number)
-        given = [f"data.images={subject}", f"data.held_out={subject / 'held_out'}", f"init.method={start}"]
-        given += [f"data.cache={self._output / 'cache'}"]
-        given += [f"output={self._output / 'runs' / _name(number, way, start, rate)}"]
-        given += [f"train.learning_rate={rate}", *SETTINGS, *WAYS[way]]
-        return plan.prepare(*plan.load_config(creatures.CONFIG, given, initializers), resume=False)
+def train(bench: Workbench, number: int, way: str, start: str, rate: float) -> dict[str, Any]:
+    """A run of a creature: its losses relative to the base's."""
+    subject = creatures.paint(bench.output / "creatures", "new", number)
+    given = (f"data.held_out={subject / 'held_out'}", f"init.method={start}", f"train.learning_rate={rate}")
+    prepared = bench.plan(_name(number, way, start, rate), subject, *given, *SETTINGS, *WAYS[way])
+    encoded = bench.encode(prepared)
+    base = objective.stable_losses(prepared, bench.transformer.eval(), encoded, bench.accelerator)["val_loss"]
+    result, applied = bench.train(prepared, encoded, bench.seed(prepared, encoded), lambda step, tracker: {})
+    curve = {str(point["step"]): point["val_loss"] / base for point in result.validations}
+    return {"creature": number, "way": way, "start": start, "rate": rate, "curve": curve,
+            "parameters": adapter.num_parameters(prepared.config.adapter, prepared.modules),
+            "energy_kept": (applied["energy_kept"] or {}).get("total")}  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -32,12 +32,12 @@ from tqdm import tqdm
 import initializers
 from demo import creatures, painter
 from demo.painter import Scene
-from trainer import adapter, loop, objective, plan, qwen_image, run, validation
+from demo.workbench import Workbench
+from trainer import objective, plan, qwen_image, validation
 from trainer.cli import guarded
 from trainer.data import masks
 from trainer.data.dataset import Example
 from trainer.files import new_folder, write_json, write_text
-from trainer.hardware import parallel
 from trainer.tracking import Tracker
 
 OUTSIDE = (1.0, 0.1, 0.01, 0.0)
@@ -65,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_all(output: Path, count: int, seeds: int) -> None:
-    began, base, rows = time.monotonic(), _Base(output), list[dict[str, Any]]()
+    began, masked, rows = time.monotonic(), _Masks(output), list[dict[str, Any]]()
     indices = range(FIRST_CREATURE, FIRST_CREATURE + count)
     cells = [*product((ROOM, NAMED), indices, range(seeds), OUTSIDE)]
     for pictures, index, seed, outside in tqdm(cells, "runs", unit="run"):
         folder = paint(output / "pictures", pictures, index)
-        rows.append({**base.train(folder, seed, outside), "pictures": pictures, "creature": index})
+        rows.append({**masked.train(folder, seed, outside), "pictures": pictures, "creature": index})
     write_json(output / "report.json", {"seconds": time.monotonic() - began, "rows": rows})
     write_text(output / "report.md", text := table(rows))
     print(text)
@@ -101,51 +101,38 @@ def _save(folder: Path, index: int, where: Scene, caption: str) -> None:
     write_text(folder / f"{name}.txt", caption)
 
 
-class _Base:
-    """The demo's base, on which LoRAs are trained one after another."""
+class _Masks:
+    """What runs of differently weighed masks share: the base's own samples."""
 
     def __init__(self, output: Path):
-        self._output, self._accelerator = output, parallel.make_accelerator("fp32")
-        self._device = self._accelerator.device
+        self._bench = Workbench(output)
         config, _ = plan.load_config(creatures.CONFIG, [], initializers)
-        self._settings = config.validation
-        self._text_encoder = qwen_image.TextEncoder(config.model.base, self._device)
-        self._transformer = qwen_image.load_transformer(config.model, self._device)
         self._sampler = qwen_image.Sampler(config.model.base)
-        encode = qwen_image.PromptEncoder(self._text_encoder, torch.float32)
-        self._prompts = encode(self._settings.unrelated_prompts)
+        encode = qwen_image.PromptEncoder(self._bench.text_encoder, torch.float32)
+        self._prompts = encode(config.validation.unrelated_prompts)
         self._plain = self._samples()
 
     def train(self, pictures: Path, seed: int, outside: float) -> dict[str, Any]:
         """What a run has come to, step by step."""
-        name = f"{pictures.parent.name}-{pictures.name}-{seed}-{outside:g}"
-        given = [f"data.images={pictures}", f"data.held_out={pictures / 'held_out'}", f"data.mask_outside={outside}"]
-        given += [f"output={self._output / 'runs' / name}", f"data.cache={self._output / 'cache'}", f"seed={seed}"]
-        prepared = plan.prepare(*plan.load_config(creatures.CONFIG, [*given, *SETTINGS], initializers), resume=False)
-        encoded = objective.encode(prepared, self._device, self._text_encoder, quiet=True)
+        bench, name = self._bench, f"{pictures.parent.name}-{pictures.name}-{seed}-{outside:g}"
+        given = (f"data.held_out={pictures / 'held_out'}", f"data.mask_outside={outside}", f"seed={seed}")
+        prepared = bench.plan(name, pictures, *given, *SETTINGS)
+        encoded = bench.encode(prepared)
         items = [_halves(encoded, example) for example in prepared.dataset.held_out]
 
         def measure(step: int, tracker: Tracker) -> Mapping[str, float]:
-            errors = validation.weighted_errors(self._transformer, items, self._device, torch.float32)
+            errors = validation.weighted_errors(bench.transformer, items, bench.device, torch.float32)
             _, inside, around = errors.mean(dim=(0, 1)).tolist()
             drift = {"drift": float((self._samples() - self._plain).square().mean())} if step in (0, STEPS) else {}
             return {"inside": inside, "outside": around, **drift}
 
-        context = run.init_context(prepared, self._device, None, self._text_encoder)
-        start = prepared.start.initialize(context, prepared.start.options)
-        run.install(self._transformer, start, prepared.config.adapter, random_seed=seed)
-        try:
-            trained = objective.LoraObjective(prepared, self._transformer, encoded, self._accelerator, measure)
-            curve = loop.train(trained, prepared.job(), self._accelerator, quiet=True, nested=True).validations
-        finally:
-            adapter.remove(self._transformer)
-            self._accelerator.free_memory()
-        return {"seed": seed, "mask_outside": outside, "curve": curve}
+        result, _ = bench.train(prepared, encoded, bench.seed(prepared, encoded), measure)
+        return {"seed": seed, "mask_outside": outside, "curve": result.validations}
 
     def _samples(self) -> Tensor:
         """Latents of the unrelated prompts."""
         return self._sampler.latents(
-            self._transformer.eval(),
+            self._bench.transformer.eval(),
             self._prompts,
             size=(painter.SIZE, painter.SIZE),
             seeds=range(len(self._prompts)),

@@ -12,20 +12,18 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-import initializers
 from demo import creatures, painter
-from trainer import adapter, flow, loop, objective, plan, qwen_image, run
+from demo.workbench import Workbench
+from trainer import flow, objective, plan, qwen_image
 from trainer.cli import guarded
 from trainer.files import write_json, write_text
 
@@ -53,76 +51,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_all(count: int, output: Path) -> None:
-    base = _Base(output)
+    bench = Workbench(output)
     numbers = range(creatures.FIRST_CREATURE, creatures.FIRST_CREATURE + count)
     subjects = [creatures.paint(output / "creatures", "new", number) for number in numbers]
     cells, rows = [*product(subjects, STARTS)], list[dict[str, Any]]()
     for subject, start in tqdm(cells, "creatures and starts", unit="pair"):
-        rows += base.measure(subject, start)
+        rows += measure(bench, subject, start)
         write_json(output / "report.json", rows)
     text = table(rows)
     write_text(output / "report.md", text)
     print(text)
 
 
-class _Base:
-    """The demo's base, on which creatures are trained one after another."""
+def measure(bench: Workbench, subject: Path, start: str) -> Iterator[dict[str, Any]]:
+    """A row for each way."""
+    plans = [_plan(bench, subject, start, way) for way in WAYS]
+    encoded = [bench.encode(one) for one in plans]
+    seed = bench.seed(plans[0], encoded[0])
+    unrelated = _unrelated(plans[0], encoded[0], bench.transformer.eval())
+    plain = _velocity(bench.transformer, unrelated)
+    losses = objective.stable_losses(plans[0], bench.transformer, encoded[0], bench.accelerator)
+    base_loss = losses["val_loss"]
 
-    def __init__(self, output: Path):
-        self._output, self._accelerator = output, Accelerator(cpu=True)
-        config, _ = plan.load_config(creatures.CONFIG, [], initializers)
-        self._text_encoder = qwen_image.TextEncoder(config.model.base, self._accelerator.device)
-        self._transformer = qwen_image.load_transformer(config.model, self._accelerator.device)
+    def drift(step: int, tracker: Any) -> Mapping[str, float]:
+        distance = _velocity(bench.transformer, unrelated) - plain
+        return {"drift": float(distance.square().mean() / plain.square().mean())}
 
-    def measure(self, subject: Path, start: str) -> Iterator[dict[str, Any]]:
-        """A row for each way."""
-        plans = [self._plan(subject, start, way) for way in WAYS]
-        device = self._accelerator.device
-        encoded = [objective.encode(one, device, self._text_encoder, quiet=True) for one in plans]
-        trials = objective.Trials(plans[0], encoded[0], self._text_encoder, lambda: self._transformer)
-        context = run.init_context(plans[0], device, trials, self._text_encoder)
-        seed = plans[0].start.initialize(replace(context, log=lambda message: None), plans[0].start.options)
-        unrelated = _unrelated(plans[0], encoded[0], self._transformer.eval())
-        plain = self._velocity(unrelated)
-        base_loss = objective.stable_losses(plans[0], self._transformer, encoded[0], self._accelerator)["val_loss"]
-        for (method, weight), prepared, given in zip(WAYS, plans, encoded, strict=True):
-            objective.draw_prior(prepared, self._transformer, given, self._accelerator, quiet=True)
-            run.install(self._transformer, seed, prepared.config.adapter, random_seed=0)
+    for (method, weight), prepared, given in zip(WAYS, plans, encoded, strict=True):
+        points = bench.train(prepared, given, seed, drift)[0].validations
+        relative = [{"held_out": one["val_loss"] / base_loss, "drift": one["drift"]} for one in points]
+        yield {"subject": subject.name, "start": start, "method": method, "weight": weight,
+               "before": relative[0], "after": relative[-1]}  # fmt: skip
 
-            def drift(step: int, tracker: Any) -> Mapping[str, float]:
-                distance = self._velocity(unrelated) - plain
-                return {"drift": float(distance.square().mean() / plain.square().mean())}
 
-            training = objective.LoraObjective(prepared, self._transformer, given, self._accelerator, drift)
-            points = loop.train(training, prepared.job(), self._accelerator, quiet=True, nested=True).validations
-            adapter.remove(self._transformer)
-            self._accelerator.free_memory()
-            relative = [{"held_out": one["val_loss"] / base_loss, "drift": one["drift"]} for one in points]
-            yield {"subject": subject.name, "start": start, "method": method, "weight": weight,
-                   "before": relative[0], "after": relative[-1]}  # fmt: skip
+def _plan(bench: Workbench, subject: Path, start: str, way: Way) -> plan.Plan:
+    method, weight = way
+    given = [f"data.held_out={subject / 'held_out'}", f"init.method={start}", *RUN]
+    if method != "none":
+        given += [f"prior.method={method}", f"prior.weight={weight}"]
+    if method == "pictures":
+        given += [f"prior.prompts={prior_prompts()}", *DRAWING]
+    return bench.plan(f"{subject.name}-{start}-{method}-{weight:g}", subject, *given)
 
-    def _plan(self, subject: Path, start: str, way: Way) -> plan.Plan:
-        method, weight = way
-        name = f"{subject.name}-{start}-{method}-{weight:g}"
-        given = [f"data.images={subject}", f"data.held_out={subject / 'held_out'}", f"init.method={start}", *RUN]
-        given += [f"data.cache={self._output / 'cache'}", f"output={self._output / 'runs' / name}"]
-        if method != "none":
-            given += [f"prior.method={method}", f"prior.weight={weight}"]
-        if method == "pictures":
-            given += [f"prior.prompts={prior_prompts()}", *DRAWING]
-        return plan.prepare(*plan.load_config(creatures.CONFIG, given, initializers), resume=False)
 
-    @torch.no_grad()
-    def _velocity(self, inputs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """At all sigmas, for each latents (C 1 h w) and prompt (L D), always with the same noise."""
-        found = []
-        for number, (latents, prompt) in enumerate(inputs):
-            shape = len(SIGMAS), *latents.shape
-            noise = torch.randn(shape, generator=flow.generator("drift", number))
-            noisy = flow.interpolate(latents.expand(shape), noise, SIGMAS)
-            prompts = prompt.expand(len(SIGMAS), -1, -1)
-            found.append(qwen_image.predict_velocity(self._transformer, noisy, SIGMAS, prompts, None))
-        return torch.cat(found)
+@torch.no_grad()
+def _velocity(transformer: Any, inputs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """At all sigmas, for each latents (C 1 h w) and prompt (L D), always with the same noise."""
+    found = []
+    for number, (latents, prompt) in enumerate(inputs):
+        shape = len(SIGMAS), *latents.shape
+        noise = torch.randn(shape, generator=flow.generator("drift", number))
+        noisy = flow.interpolate(latents.expand(shape), noise, SIGMAS)
+        prompts = prompt.expand(len(SIGMAS), -1, -1)
+        found.append(qwen_image.predict_velocity(transformer, noisy, SIGMAS, prompts, None))
+    return torch.cat(found)
 
 
 def prior_prompts() -> list[str]:

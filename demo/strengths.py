@@ -25,12 +25,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-import initializers
-from demo import creatures
 from demo.experts import DEVICE, NOISE_SEEDS
+from demo.workbench import Workbench
 from initializers.i2l import initializer as i2l
 from initializers.i2l.predictions import predict_pictures
-from trainer import adapter, plan, qwen_image, run, validation
+from trainer import adapter, plan, run, validation
 from trainer.adapter import AdapterWeights
 from trainer.cli import guarded
 from trainer.files import read_json, write_json, write_text
@@ -118,22 +117,19 @@ class _Base:
     """The demo's base, on which seeds are measured one after another."""
 
     def __init__(self, output: Path):
-        self._output = output
-        config, _ = plan.load_config(creatures.CONFIG, [], initializers)
-        self._text_encoder = qwen_image.TextEncoder(config.model.base, DEVICE)
-        self._transformer = qwen_image.load_transformer(config.model, DEVICE)
+        self._bench = Workbench(output)
+        self._transformer = self._bench.transformer
 
-    def _plan(self, subject: Path, *overrides: str) -> plan.Plan:
-        given = [f"data.images={subject}", f"data.held_out={subject / 'held_out'}", "init.method=i2l"]
-        given += [f"data.cache={self._output / 'cache'}", f"output={self._output / 'plan'}", *overrides]
-        return plan.prepare(*plan.load_config(creatures.CONFIG, given, initializers), resume=False)
+    def _plan(self, name: str, subject: Path, *overrides: str) -> plan.Plan:
+        given = (f"data.held_out={subject / 'held_out'}", "init.method=i2l", *overrides)
+        return self._bench.plan(name, subject, *given)
 
     def measure(self, subject: Path, shown: Path) -> dict[str, Any]:
         """Errors with the seeds of the pictures in `shown`, what each way chooses by them, and held-out losses."""
-        prepared = self._plan(subject)
-        encoded = run.encode(prepared, DEVICE, self._text_encoder, quiet=True)
-        trials = run.Trials(prepared, encoded, self._text_encoder, lambda: self._transformer)
-        context = run.init_context(prepared, DEVICE, trials, self._text_encoder)
+        prepared, bench = self._plan("plan", subject), self._bench
+        encoded = bench.encode(prepared)
+        trials = bench.trials(prepared, encoded)
+        context = run.init_context(prepared, DEVICE, trials, bench.text_encoder)
         context = replace(context, images=tuple(sorted(shown.glob("*.png"))), log=lambda message: None)
         options = prepared.start.options
         located = i2l._locate(context, options)
@@ -170,8 +166,7 @@ class _Base:
     def train(self, subject: Path, strength: float, rate: float) -> list[float]:
         """The held-out losses of a run from that strength."""
         name = f"{subject.parent.name}-{subject.name}-{strength:g}-{rate:g}"
-        settings = (f"output={self._output / 'runs' / name}", f"init.i2l.strength={strength}")
-        prepared = self._plan(subject, *RUN, *settings, f"train.learning_rate={rate}")
+        prepared = self._plan(name, subject, *RUN, f"init.i2l.strength={strength}", f"train.learning_rate={rate}")
         run.execute(prepared, resume=False, quiet=True)
         report: dict[str, Any] = read_json(prepared.output / "run.json")
         return [point["val_loss"] for point in report["validations"]]

@@ -25,10 +25,11 @@ def run(config: Path, output: Path, *settings: str, resume: bool = False, quiet:
 
 
 def adapter_bytes(output: Path) -> dict[str, bytes]:
-    """The result's files; its model card names the run's folder."""
+    """The result's files, of the best step and of the last one; their model cards name the run's folder."""
     kept = (".safetensors", ".json")
-    files = {path.name: path.read_bytes() for path in (output / "adapter").iterdir() if path.suffix in kept}
-    assert "adapter_model.safetensors" in files
+    paths = [path for folder in output.glob("adapter*") for path in folder.iterdir() if path.suffix in kept]
+    files = {path.relative_to(output).as_posix(): path.read_bytes() for path in paths}
+    assert "adapter/adapter_model.safetensors" in files
     return files
 
 

@@ -71,7 +71,13 @@ FLOORS = {
         "trainer.stages",
     ),
     7: ("trainer.data.audit.picture", "trainer.plan"),
-    8: ("trainer.data.audit.judge", "trainer.data.audit.masks", "trainer.hardware.machine", "trainer.page"),
+    8: (
+        "trainer.plan_words",
+        "trainer.data.audit.judge",
+        "trainer.data.audit.masks",
+        "trainer.hardware.machine",
+        "trainer.page",
+    ),
     9: (
         "trainer.data.audit.run",
         "trainer.data.caption.run",

@@ -265,7 +265,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(kind: str, run_toml: Path
     assert run(run_toml, tmp_path / "b" / "x", *settings, "train.steps=2") == FINISHED
     assert run(run_toml, tmp_path / "b" / "x", *settings, resume=True) == FINISHED
     assert adapter_bytes(tmp_path / "a" / "x") == adapter_bytes(tmp_path / "b" / "x")
-    assert len(adapter_bytes(tmp_path / "a" / "x")) == 4
+    assert len(adapter_bytes(tmp_path / "a" / "x")) == 8
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

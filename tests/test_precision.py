@@ -71,7 +71,9 @@ def test_a_quantised_base_is_seeded_trained_and_exported(
     assert run(run_toml, tmp_path / "out", *settings) == FINISHED
     assert run(run_toml, tmp_path / "two", *settings, "train.steps=2") == FINISHED
     assert run(run_toml, tmp_path / "two", *settings, resume=True) == FINISHED
-    whole, resumed = (adapter_bytes(tmp_path / name)["adapter_model.safetensors"] for name in ("out", "two"))
+    whole, resumed = (
+        adapter_bytes(tmp_path / name)["adapter_last/adapter_model.safetensors"] for name in ("out", "two")
+    )
     assert whole == resumed
     trained = read_lora(tmp_path / "out" / "adapter" / "out-transformer.safetensors")[0].factors
     moved = [relative_difference(wanted[name], trained[name]) for name in wanted]

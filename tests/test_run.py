@@ -40,7 +40,8 @@ from trainer import adapter, checkpoint, diagnosis, export, qwen_image, tracking
 from trainer import objective as program
 from trainer.adapter import InitContext, Seed
 from trainer.objective import LoraObjective
-from trainer.plan import Plan, load_config, plan_text, prepare
+from trainer.plan import Plan, load_config, prepare
+from trainer.plan_words import plan_text
 from trainer.qwen_image import TextEncoder
 
 PLAIN = ("validation.prompts=[]",)  # without sample pictures, where they do not matter
@@ -92,6 +93,9 @@ COURSES = {
     "dora": ("adapter.use_dora=true", "adapter.use_rslora=true", "adapter.alpha=8", "init.method=gaussian"),
     "8 bit": ("train.optimizer=adamw8bit", "flow.sigma_sampling=resolution_shift"),
     "checkpointing": ("train.gradient_checkpointing=true", "adapter.dropout=0.3"),
+    "Muon": ("train.optimizer=torch.optim.Muon", "train.learning_rate=0.01", "train.ema=0.9"),
+    "Prodigy": ("train.optimizer=prodigyopt.Prodigy", "train.learning_rate=1", "train.optimizer_options={d_coef = 2}"),
+    "CAME": ("train.optimizer=pytorch_optimizer.CAME", "adapter.lora_plus_ratio=4", "flow.loss_weighting=bell"),
 }
 
 

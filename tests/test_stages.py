@@ -15,7 +15,7 @@ from torch import Tensor
 import initializers
 from tests.faults.world import no_model_loads
 from tests.helpers import BAD_INPUT, FINISHED, INTERRUPTED, adapter_bytes, metrics, run
-from trainer import adapter, flow, loop, objective, plan, qwen_image
+from trainer import adapter, flow, loop, objective, plan, plan_words, qwen_image
 from trainer.config import ConfigError
 from trainer.data import masks
 from trainer.objective import LoraObjective
@@ -230,7 +230,7 @@ def test_bad_input_is_told_at_once_before_a_model_loads(
 
 
 def test_the_plan_lists_them(run_toml: Path) -> None:
-    text = plan.plan_text(make_plan(run_toml, *PLAIN, STAGES))
+    text = plan_words.plan_text(make_plan(run_toml, *PLAIN, STAGES))
     assert "stage        0, steps 1 to 2: sigma_range 0.5, 1.0" in text
     assert "stage        2, steps 5 to 6: resolution 32" in text
     assert "training     6 steps" in text

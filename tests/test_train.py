@@ -137,7 +137,7 @@ def test_folders_may_have_any_name(word: str, run_toml: Path, tmp_path: Path, mo
     """--output is text, and no TOML value."""
     monkeypatch.chdir(tmp_path)
     seen: list[RunConfig] = []
-    monkeypatch.setattr("trainer.plan.plan_text", lambda plan: seen.append(plan.config) or "")
+    monkeypatch.setattr("trainer.plan_words.plan_text", lambda plan: seen.append(plan.config) or "")
     assert train.main(["--config", str(run_toml), "--output", word, "--plan"]) == FINISHED
     assert seen[0].output == word
 

@@ -26,7 +26,7 @@ from trainer.hardware import parallel
 from trainer.loop import Loss, Measured
 from trainer.plan import Plan
 from trainer.qwen_image import TextEncoder
-from trainer.stages import Stage
+from trainer.stages import StagePlan
 from trainer.tracking import Tracker
 
 
@@ -145,7 +145,7 @@ class Inputs:
     """For the adapter's dropout."""
     names: list[str]
     """Paths of the pictures, for messages."""
-    stage: Stage
+    stage: StagePlan
     weights: Tensor | None = None  # B 1 1 h w
     loss_weights: Tensor | None = None  # B
     prior: "Inputs | None" = None
@@ -206,7 +206,7 @@ class LoraObjective:
         return replace(inputs, prior=replace(inputs, prompt_embeds=embeds, mask=mask, random=random))
 
     def _noised(
-        self, stage: Stage, examples: Sequence[Example], texts: Sequence[str], random: torch.Generator
+        self, stage: StagePlan, examples: Sequence[Example], texts: Sequence[str], random: torch.Generator
     ) -> Inputs:
         """Pictures with prompts, and noise and sigmas from `random`."""
         latents = torch.stack([self._encoded.latents_of(e) for e in examples])  # B C 1 h w

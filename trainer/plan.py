@@ -1,6 +1,5 @@
 """A run before it starts: its configuration, read and checked, what it would do, what it would need."""
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,14 +14,12 @@ from torch import Tensor
 from trainer import adapter, config, folder, qwen_image, stages
 from trainer.adapter import AdapterConfig, Initializer, RunFacts, Work
 from trainer.checkpoint import CheckpointConfig, course
-from trainer.data.cache import Cache
 from trainer.data.dataset import DataConfig, Dataset, scan
-from trainer.data.epoch import course_of_folders, folder_lines, items
+from trainer.data.epoch import course_of_folders
 from trainer.data.pictures import DataError
-from trainer.data.prior import Prior, PriorConfig, drawing_keys
+from trainer.data.prior import Prior, PriorConfig
 from trainer.data.prior import prepare as prepare_prior
 from trainer.export import METHOD_LAYOUTS, ExportConfig
-from trainer.files import size
 from trainer.flow import FlowConfig
 from trainer.hardware import memory, offload, parallel
 from trainer.hub import sources
@@ -30,7 +27,7 @@ from trainer.hub.sources import Need
 from trainer.loop import Job
 from trainer.optimizer import TrainConfig
 from trainer.qwen_image import ModelConfig
-from trainer.stages import Stage, StageConfig
+from trainer.stages import StageConfig, StagePlan
 from trainer.validation import ValidationConfig
 
 
@@ -137,16 +134,16 @@ class Plan:
     """The pictures of stages that have a resolution of their own, by their number."""
 
     @cached_property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[StagePlan, ...]:
         """At least one."""
-        run, found, begin = self.config, list[Stage](), 0
+        run, found, begin = self.config, list[StagePlan](), 0
         for number, own in enumerate(run.stages or (StageConfig(steps=run.train.steps),)):
             weight = own.prior_weight
             if weight is None:
                 weight = run.prior.weight if run.prior else 0.0
             outside = run.data.mask_outside if own.mask_outside is None else own.mask_outside
             found.append(
-                Stage(
+                StagePlan(
                     begin=begin,
                     end=begin + own.steps,
                     train=stages.train_of(own, run.train),
@@ -160,7 +157,7 @@ class Plan:
             begin += own.steps
         return tuple(found)
 
-    def stage_at(self, step: int) -> Stage:
+    def stage_at(self, step: int) -> StagePlan:
         """The one of update `step`, from 0."""
         return next((stage for stage in self.stages if step < stage.end), self.stages[-1])
 
@@ -401,59 +398,6 @@ def _quantization_problems(model: ModelConfig, transformer: QwenImageTransformer
     ]
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan in words: data, modules, parameters, steps, memory, downloads."""
-    run, data = plan.config, plan.dataset
-    images_per_step = run.train.batch_size * run.train.gradient_accumulation_steps
-    sizes = {bucket: len(members) for bucket, members in items(data.train).items()}
-    trainable = _trainable(plan)
-    base_parameters = sum(p.numel() for p in plan.transformer.parameters())
-    lines = [
-        f"pictures     {len(data.train)} for training, {len(data.held_out)} held out",
-        *(f"folder       {line}" for line in folder_lines(run.data, data)),
-        f"buckets      {', '.join(f'{w}x{h}: {n}' for (w, h), n in sorted(sizes.items()))}",
-        *_mask_lines(plan),
-        f"base         {run.model.base}: {base_parameters / 1e6:,.1f} M parameters in {run.model.dtype}",
-        f"adapter      {run.adapter.kind} rank {run.adapter.rank} on {len(plan.modules)} modules, "
-        f"{trainable:,} trainable parameters",
-        f"start        {plan.start.method}",
-        *(
-            f"stage        {number}, steps {one.begin + 1} to {one.end}: {stages.describe(own)}"
-            for number, (own, one) in enumerate(zip(run.stages, plan.stages, strict=False))
-        ),
-        f"training     {run.train.steps} steps of {images_per_step} pictures: "
-        f"{run.train.steps * images_per_step / sum(sizes.values()):.1f} times through the data",
-        *(f"prior        {line}" for line in _prior_lines(plan)),
-        *(f"memory       {line}" for line in memory_lines(plan)),
-        *(f"download     {line}" for line in sources.download_lines(plan.needs)),
-        *(f"note         {note}" for note in notes(plan)),
-    ]
-    return "\n".join(lines)
-
-
-def _mask_lines(plan: Plan) -> list[str]:
-    data, outside = plan.dataset, plan.config.data.mask_outside
-    counts = [sum(example.mask is not None for example in examples) for examples in (data.train, data.held_out)]
-    if not any(counts):
-        return []
-    return [f"masks        of {counts[0]} pictures for training, {counts[1]} held out; black counts {outside:g}"]
-
-
-def _prior_lines(plan: Plan) -> list[str]:
-    if (prior := plan.prior) is None:
-        return []
-    weight = f"weight {prior.config.weight:g}"
-    if prior.config.method == "prediction":
-        texts = sorted(prior.texts)
-        return [f'{weight}: the base\'s own velocity for {len(texts)} prompts, such as "{texts[0]}"']
-    if not prior.drawn:
-        return [f"{weight}: {len(prior.pictures)} pictures in {prior.config.images}"]
-    missing = len(prior.drawn)
-    if sources.is_here(qwen_image.need(plan.config.model.base)):
-        missing = Cache(plan.cache).count_missing(drawing_keys(prior, plan.config.model))
-    return [f"{weight}: {len(prior.drawn)} pictures, of which {missing} must be drawn before the training"]
-
-
 def notes(plan: Plan) -> list[str]:
     """What is worth a word in pictures, captions, the start and the model; how captions are cut, if the tokenizer is on
     this machine."""
@@ -479,10 +423,6 @@ def notes(plan: Plan) -> list[str]:
             names = [e.path.name for e in examples if text in e.captions] or ["[validation] prompts"]
             found.append(f'too long for the text encoder, which reads only up to "{end}": {config.first_few(names)}')
     return found
-
-
-def _trainable(plan: Plan) -> int:
-    return adapter.num_parameters(plan.config.adapter, plan.modules)
 
 
 def pixels(plan: Plan) -> int:
@@ -511,53 +451,3 @@ def memory_request(plan: Plan) -> memory.Request:
         prior_pixels=prior_pixels(plan),
         draws_prior=bool(plan.prior and plan.prior.drawn),
     )
-
-
-def memory_lines(plan: Plan) -> list[str]:
-    """Estimates: nothing is loaded."""
-    run = memory_request(plan)
-    needs, waiting = memory.estimate(run), memory.waiting_bytes(run)
-    lines = [f"on the GPU, stage by stage, {size(memory.CONTEXT_BYTES)} for CUDA included:"]
-    for stage in needs.stages:
-        way = "" if stage.instead is None else f"   without room for it: {stage.how}"
-        mark = "   the most that is needed" if stage is needs.highest else ""
-        lines.append(f"  {stage.name:<28}{size(stage.num_bytes):>9}{way}{mark}")
-    parts = ", ".join(f"{name} {size(value)}" for name, value in needs.parts.items())
-    if waiting:
-        lines.append(f"in the CPU's memory, beside them: {size(waiting)} that come when they are needed")
-    return [*lines, f"while training: {parts}"]
-
-
-def fit_text(plan: Plan, vram: float) -> str:
-    """Which settings would fit a card with so many GB, the smallest change first."""
-    ways, usable = memory.ways_to_fit(memory_request(plan)), memory.usable(vram)
-    lines = [
-        f"on a card with {vram:g} GB, by estimates (it has {size(2**30 * vram)}; what is above {size(usable)} is left "
-        "for cuDNN's workspaces and fragmentation):"
-    ]
-
-    def tell(num_bytes: float, stage: str, what: str) -> bool:
-        verdict = "fits" if num_bytes <= usable else "does not fit"
-        lines.append(f"  {verdict:<13}{size(num_bytes):>9} while {stage}: {what}")
-        return num_bytes <= usable
-
-    for keys, needs in ways:
-        change = " ".join(f"--set {shlex.quote(key)}" for key in _for_each_folder(plan, keys)) or "as it is"
-        if tell(needs.peak, needs.highest.name, change):
-            moved = [stage for stage in needs.stages if stage.num_bytes > usable]
-            lines += [f"  {stage.name}: {stage.how}, since it would need {size(stage.num_bytes)}" for stage in moved]
-            break
-    else:
-        lines.append("  nothing here fits: a smaller [adapter] rank or fewer target_modules help a little")
-    if plan.config.model.quantization == "none" and ways[0][1].peak > usable:
-        offloaded = memory.offloaded_bytes(plan.transformer, plan.config.model, ways[0][1])
-        where = "as it is, the weights in the CPU's memory, slower: accelerate launch --config_file "
-        tell(offloaded, "training", f"{where}configs/accelerate/fsdp2_offload.yaml train.py ...")
-    return "\n".join(lines)
-
-
-def _for_each_folder(plan: Plan, keys: Sequence[str]) -> list[str]:
-    """The keys, with the resolutions that folders have of their own."""
-    own = [number for number, folder in enumerate(plan.config.data.folders) if folder.resolution is not None]
-    lower = [key.split("=")[1] for key in keys if key.startswith("data.resolution=")]
-    return [*keys, *(f"data.folders.{number}.resolution={side}" for side in lower for number in own)]

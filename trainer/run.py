@@ -6,11 +6,11 @@ check everything -> encode pictures and captions -> ask the initializer -> injec
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from trainer import adapter, checkpoint, config, diagnosis, export, folder, loop
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointError
 from trainer.data.dataset import Dataset, Example
+from trainer.errors import UserError
 from trainer.files import content_hash, remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.hardware import machine, parallel
@@ -32,6 +33,7 @@ from trainer.qwen_image import TextEncoder
 from trainer.tracking import duration
 
 log = logging.getLogger("trainer")
+T = TypeVar("T")
 
 CHOICE_FILE = "choice.json"  # in the output
 FROZEN_FILE = "frozen.safetensors"  # in the output: a LoRA beside the one that is trained, to resume and to export
@@ -257,16 +259,21 @@ def _watch(plan: Plan, result: Result) -> None:
     if result.choice is not None:
         write_json(plan.output / CHOICE_FILE, asdict(result.choice))
     if plan.config.validation.diagnose:
-        diagnosis.write_diagnosis(plan.output)
+        _to_look_at(diagnosis.DIAGNOSIS_FILE, lambda: diagnosis.write_diagnosis(plan.output))
     _write_page(plan.output)
 
 
 def _write_page(output: Path) -> None:
-    """A page is no reason to lose a training."""
+    _to_look_at(page.PAGE, lambda: page.write_page(output))
+
+
+def _to_look_at(name: str, write: Callable[[], T]) -> T | None:
+    """What it returns; None, and a warning, where it fails: what is only looked at is no reason to lose a training."""
     try:
-        page.write_page(output)
-    except OSError as error:
-        log.warning("%s was not written: %s", output / page.PAGE, error)
+        return write()
+    except (OSError, UserError) as error:
+        log.warning("%s was not written: %s", name, error)
+        return None
 
 
 def _write_last_page(output: Path) -> None:
@@ -299,7 +306,8 @@ def _finish(plan: Plan, started: _Started, result: Result, report: Mapping[str, 
     else:
         log.info("%s", choice.text)
     if plan.config.validation.diagnose:
-        for one in diagnosis.read(plan.output).doubtful:
+        found = _to_look_at(diagnosis.DIAGNOSIS_FILE, lambda: diagnosis.write_diagnosis(plan.output))
+        for one in found.doubtful if found else ():
             log.info("look at %s: %s", one.picture, "; ".join(one.reasons))
     log.info("done in %s: %s", duration(total), result_folder)
     if settings.push_to_hub:

@@ -58,7 +58,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StagePlan:
     """A part of a run, with all that it takes from above."""
 
     begin: int

@@ -42,7 +42,7 @@ class ValidationConfig:
     """Decides the noise of the samples."""
     patience: int = 0
     """The run ends when so many validations in a row have found no better step. It needs held-out pictures. 0: it goes
-    on to its last step."""
+    on to its last step. `--compare` trains all runs to the end."""
     diagnose: bool = False
     """Name training pictures that may have a wrong caption, or show another subject: before the first step, the errors
     of each are computed with the base, without its caption, and, with i2L, with the seed of the others. This takes

@@ -27,7 +27,8 @@ from trainer.data.epoch import batch, drawn_caption
 from trainer.data.folders import FolderConfig
 from trainer.data.pictures import DataError
 from trainer.flow import generator
-from trainer.plan import RunConfig, load_config, plan_text
+from trainer.plan import RunConfig, load_config
+from trainer.plan_words import plan_text
 from trainer.qwen_image import TextEncoder, prompt_tokens
 
 CPU = torch.device("cpu")
@@ -236,7 +237,7 @@ def test_a_start_sees_each_picture_once(two: Path, tmp_path: Path) -> None:
 
 
 def test_the_plan_names_folders_and_counts_items(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.plan.memory_lines", lambda plan: [])  # which takes two seconds
+    monkeypatch.setattr("trainer.plan_words.memory_lines", lambda plan: [])  # which takes two seconds
     said = plan_text(make_plan(two, "train.steps=30", "train.batch_size=1")).splitlines()
     assert said[:4] == [
         "pictures     5 for training, 0 held out",

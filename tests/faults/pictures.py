@@ -12,7 +12,7 @@ from tests.data.made import claiming, encoded, flipped, noise, png16, with_chunk
 from tests.faults.table import Fault
 from tests.faults.world import Outcome, no_model_loads, patched, run
 from tests.helpers import BAD_INPUT, FINISHED
-from trainer import plan
+from trainer import plan_words
 from trainer.data import pictures
 
 KIND = "a picture"
@@ -23,7 +23,7 @@ def _scan(name: str, make: Maker) -> Outcome:
     """Put the picture among the others and look at the plan, which reads them all."""
     make(Path("pictures") / name)
     (Path("pictures") / name).with_suffix(".txt").write_text("a creature")
-    with no_model_loads(), patched(plan, "memory_lines", lambda _: []):
+    with no_model_loads(), patched(plan_words, "memory_lines", lambda _: []):
         done = run("run.toml", "output=new", plan=True)
     return Outcome(done.code, done.message.replace("note         ", ""))
 

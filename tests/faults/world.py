@@ -60,7 +60,8 @@ def output_of(toml: str) -> Path:
 
 
 def adapter(output: Path) -> bytes:
-    return (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    """Of the best step and of the last one."""
+    return b"".join((output / name / "adapter_model.safetensors").read_bytes() for name in ("adapter", "adapter_last"))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from trainer import config, folder, plan, qwen_image
+from trainer import config, folder, plan, plan_words, qwen_image
 from trainer.adapter import RunFacts
 from trainer.data.cache import key
 from trainer.data.pictures import SUFFIXES, pictures_in
@@ -437,6 +437,6 @@ def plan_text(comparison: Comparison) -> str:
             f"pictures     drawn at steps {', '.join(map(str, comparison.sample_steps))}, for the first seed",
             "",
             "each run:",
-            plan.plan_text(comparison.subjects[0].plan),
+            plan_words.plan_text(comparison.subjects[0].plan),
         ]
     )

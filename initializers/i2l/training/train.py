@@ -26,14 +26,14 @@ from initializers.i2l.training import hypernetwork
 from initializers.i2l.training.batch_lora import BatchLora
 from initializers.i2l.training.hypernetwork import ExpertConfig, Hypernetwork, StaticLora
 from initializers.i2l.training.subjects import Encoding, SubjectData, SubjectsConfig, read_subjects
-from trainer import checkpoint, flow, folder, loop, plan, qwen_image, validation
+from trainer import checkpoint, flow, folder, loop, qwen_image, validation
 from trainer import config as configuration
 from trainer.adapter import AdapterConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.cli import add_run_arguments, guarded
 from trainer.data.cache import Cache
 from trainer.data.dataset import Example, load_picture
-from trainer.files import DTYPES, content_hash, remove_leftovers, write_json
+from trainer.files import DTYPES, content_hash, remove_leftovers, size, write_json
 from trainer.flow import FlowConfig
 from trainer.hardware import machine, memory, offload, parallel
 from trainer.hub import sources
@@ -139,13 +139,12 @@ def plan_text(settings: HypernetworkConfig, subjects: Sequence[Sequence[Example]
         f"{len(layout.module_names(geometry))} modules, rank {settings.expert.rank}",
         f"base         {settings.model.base}: {base / 1e6:,.1f} M parameters in {settings.model.dtype}, frozen",
         f"training     {settings.train.steps} steps of {batch * settings.train.gradient_accumulation_steps} samples",
-        f"memory       base {plan.size(weights)}, predicted factors {plan.size(factors)}, "
-        f"activations about {plan.size(activations)}",
+        f"memory       base {size(weights)}, predicted factors {size(factors)}, activations about {size(activations)}",
     ]
     for name, per_parameter in states.items():
         lines.append(
-            f"             expert with gradients and {name} {plan.size(parameters * per_parameter)}; "
-            f"with FSDP over 8 GPUs {plan.size(parameters * per_parameter / 8)} on each"
+            f"             expert with gradients and {name} {size(parameters * per_parameter)}; "
+            f"with FSDP over 8 GPUs {size(parameters * per_parameter / 8)} on each"
         )
     lines += [f"download     {line}" for line in sources.download_lines(_needs(settings))]
     return "\n".join(lines)
