@@ -18,7 +18,7 @@ from torch import Tensor
 import initializers
 from tests.faults.world import no_model_loads
 from tests.helpers import BAD_INPUT, FINISHED, INTERRUPTED, adapter_bytes, metrics, run
-from trainer import adapter, loop, objective, plan, qwen_image
+from trainer import adapter, loop, objective, plan, plan_words, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights
 from trainer.config import ConfigError
 from trainer.data.captions import has_trigger, without_trigger
@@ -270,13 +270,13 @@ def test_drawing_goes_on_where_it_was_stopped_and_the_plan_says_what_is_left(
         drawn.append(options["seeds"][0])
         return real(self, *arguments, **options)
 
-    assert plan._prior_lines(prepared) == ["weight 1: 4 pictures, of which 4 must be drawn before the training"]
+    assert plan_words._prior_lines(prepared) == ["weight 1: 4 pictures, of which 4 must be drawn before the training"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(qwen_image.Sampler, "latents", latents)
         objective.draw_prior(prepared, transformer, encoded, Accelerator(), quiet=True)
     assert drawn == [7, 8]
-    assert "4 pictures, of which 2 must be drawn" in plan._prior_lines(prepared)[0]
-    assert "of which 4 must be drawn" in plan._prior_lines(make_plan(run_toml, *DRAWN, "prior.seed=11"))[0]
+    assert "4 pictures, of which 2 must be drawn" in plan_words._prior_lines(prepared)[0]
+    assert "of which 4 must be drawn" in plan_words._prior_lines(make_plan(run_toml, *DRAWN, "prior.seed=11"))[0]
     drawn.insert(0, -1)  # no more interruptions
     monkeypatch.setattr(qwen_image.Sampler, "latents", latents)
     objective.draw_prior(prepared, transformer, encoded, Accelerator(), quiet=True)
