@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -540,20 +540,50 @@ def switched_off(transformer: nn.Module) -> Iterator[None]:
     PEFT's own switch would also tell the factors that they need no gradient.
     """
     adapted = [layer for _, layer in layers(transformer)]
-    hooks = [hook for module in transformer.modules() for hook in module._forward_hooks.values()]
-    added = [hook for hook in hooks if isinstance(hook, _Constant)]
-
-    def switch(on: bool) -> None:
-        for layer in adapted:
-            layer._disable_adapters = not on
-        for hook in added:
-            hook.on = on
-
-    switch(False)
+    added = {hook: hook.on for hook in _attached(transformer)}
+    for layer in adapted:
+        layer._disable_adapters = True
+    for hook in added:
+        hook.on = False
     try:
         yield
     finally:
-        switch(True)
+        for layer in adapted:
+            layer._disable_adapters = False
+        for hook, before in added.items():
+            hook.on = before
+
+
+@contextmanager
+def with_other(transformer: nn.Module, weights: AdapterWeights) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Put another LoRA on the transformer, which counts only inside what this yields; all others do not count there.
+    Without factors it is the base. AdapterError as `attach_frozen`."""
+    before = _attached(transformer)
+    handles = attach_frozen(transformer, weights) if weights.factors else []
+    own = [hook for hook in _attached(transformer) if hook not in before]
+
+    def switch(on: bool) -> None:
+        for hook in own:
+            hook.on = on
+
+    @contextmanager
+    def inside() -> Iterator[None]:
+        with switched_off(transformer):  # which ends with all as they were
+            switch(True)
+            yield
+
+    switch(False)
+    try:
+        yield inside
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attached(transformer: nn.Module) -> list[_Constant]:
+    """What `attach_frozen` has put on the layers and was not removed."""
+    hooks = (hook for module in transformer.modules() for hook in module._forward_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, _Constant)]
 
 
 def remove(transformer: Any) -> None:

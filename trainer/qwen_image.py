@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -661,6 +662,25 @@ def predict_velocity(
     return unpack(tokens, height, width)
 
 
+class _Branches:
+    """What the pipeline takes for its transformer: the negative branch of guidance is computed inside `negative`."""
+
+    def __init__(self, transformer: QwenImageTransformer2DModel, negative: Callable[[], AbstractContextManager[Any]]):
+        self._transformer, self._negative = transformer, negative
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transformer, name)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._transformer(*arguments, **options)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """The pipeline is inside of "cond" or "uncond" while it computes a branch."""
+        with self._transformer.cache_context(name), self._negative() if name == "uncond" else nullcontext():
+            yield
+
+
 class Sampler:
     """Draw pictures with the pipeline's own loop, given prompts already encoded."""
 
@@ -679,11 +699,15 @@ class Sampler:
         num_inference_steps: int,
         true_cfg_scale: float = 1.0,
         negative_prompt: Tensor | None = None,
+        negative: Callable[[], AbstractContextManager[Any]] | None = None,
         batch_size: int = 1,
         device: torch.device | None = None,
     ) -> Tensor:
         """Normalised latents (N C 1 h w) of a picture of size (width, height) for each prompt (L D), whose noise is
-        fixed by its seed. `batch_size` of them are drawn at once, on `device` (default: the transformer's)."""
+        fixed by its seed. `batch_size` of them are drawn at once, on `device` (default: the transformer's).
+
+        negative: what the negative branch of guidance is computed inside, such as another LoRA on the transformer.
+        """
         vae_config = AutoencoderKLQwenImage.load_config(self._folder, subfolder="vae")
         channels, step = vae_config["z_dim"], 2 ** len(vae_config["temperal_downsample"])
         width, height = size[0] // step, size[1] // step
@@ -697,7 +721,7 @@ class Sampler:
             vae=None,
             text_encoder=None,
             tokenizer=None,
-            transformer=transformer,
+            transformer=transformer if negative is None else _Branches(transformer, negative),
         )
         pipeline.set_progress_bar_config(disable=True)
 
