@@ -16,6 +16,7 @@ FLOORS = {
         "trainer.data.audit.rules",
         "trainer.data.folders",
         "trainer.data.pictures",
+        "trainer.draw.views",
         "trainer.files",
         "trainer.flow",
         "trainer.hardware.live",
@@ -72,6 +73,7 @@ FLOORS = {
     ),
     7: ("trainer.data.audit.picture", "trainer.plan", "trainer.studio"),
     8: (
+        "trainer.draw.library",
         "trainer.plan_words",
         "trainer.data.audit.judge",
         "trainer.data.audit.masks",
@@ -81,18 +83,19 @@ FLOORS = {
     9: (
         "trainer.data.audit.run",
         "trainer.data.caption.run",
+        "trainer.draw.plan",
         "trainer.formats.__main__",
         "trainer.hardware.seconds",
         "trainer.objective",
     ),
     10: ("trainer.data.__main__", "trainer.run"),
-    11: ("trainer.bench", "trainer.compare.plan"),
+    11: ("trainer.bench", "trainer.compare.plan", "trainer.draw.run"),
     12: ("trainer.compare.measures", "trainer.doctor"),
     13: ("trainer.compare.runs",),
     14: ("trainer.compare.execute",),
     15: ("trainer.compare.__main__",),
     16: ("initializers",),
-    17: ("demo",),
+    17: ("demo", "trainer.draw.__main__"),
     18: ("train",),
 }
 """Modules one by one. A package that is in the table itself counts as a whole: its files may import one another. The
@@ -137,6 +140,7 @@ ROOMS = {
     "trainer.data",
     "trainer.data.audit",
     "trainer.data.caption",
+    "trainer.draw",
     "trainer.hardware",
     "trainer.hub",
 }

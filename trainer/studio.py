@@ -126,6 +126,13 @@ class Studio:
     def _sampler(self) -> qwen_image.Sampler:
         return qwen_image.Sampler(self.model.base)
 
+    def unload(self) -> None:
+        """Free the memory of all that was loaded; what is asked for again is loaded again."""
+        self.text_encoder.unload()
+        for name in ("transformer", "vae"):
+            self.__dict__.pop(name, None)
+        qwen_image.free_memory()
+
     @contextmanager
     def wearing(self, worn: Sequence[Worn]) -> Iterator[None]:
         """Inside, these LoRAs are on the base, all at once. AdapterError if one does not fit."""

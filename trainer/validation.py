@@ -152,11 +152,11 @@ def save_samples(folder: Path, step: int, samples: Sequence[Sample]) -> None:
         write_sample(folder / f"step-{step:06d}-{row}.png", sample)
 
 
-def write_sample(path: Path, sample: Sample) -> None:
-    """As PNG, with `prompt` and `seed` as text in it."""
+def write_sample(path: Path, sample: Sample, **more: str) -> None:
+    """As PNG, with `prompt`, `seed` and what else is given as text in it."""
     told = PngInfo()
-    told.add_itxt("prompt", sample.prompt)
-    told.add_itxt("seed", str(sample.seed))
+    for name, text in {"prompt": sample.prompt, "seed": str(sample.seed), **more}.items():
+        told.add_itxt(name, text)
     write_file(path, lambda partial: sample.picture.save(partial, "PNG", pnginfo=told))
 
 
