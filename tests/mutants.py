@@ -108,6 +108,12 @@ MUTANTS = (
     *_mutants(
         "trainer/measure.py",
         (
+            "a sample is compared with itself",
+            "triu_indices(num_samples, num_samples, 1)",
+            "triu_indices(num_samples, num_samples, 0)",
+            "tests/compare/test_measures.py::test_similarity_and_diversity_are_means_over_pairs",
+        ),
+        (
             "the drift is that of the base",
             "moved = self._velocities(inputs, tracker)",
             "moved = plain",
@@ -1329,13 +1335,76 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "trainer/compare/measures.py",
+        "trainer/evaluate/metrics.py",
         (
-            "a sample is compared with itself",
-            "triu_indices(NUM_SAMPLES, NUM_SAMPLES, 1)",
-            "triu_indices(NUM_SAMPLES, NUM_SAMPLES, 0)",
-            "tests/compare/test_measures.py::test_similarity_and_diversity_are_means_over_pairs",
+            "covariances are divided by N",
+            "math.sqrt(len(rows) - 1)",
+            "math.sqrt(len(rows))",
+            "tests/evaluate/test_metrics.py::test_the_frechet_distance_is_the_library_s",
         ),
+        (
+            "a picture counts as its own neighbour",
+            "within_x.fill_diagonal_(0)",
+            "pass",
+            "tests/evaluate/test_metrics.py::test_the_kernel_distance_is_the_library_s",
+        ),
+        (
+            "a row that is left out stays in its column",
+            "within.sum() - 2 * within.sum(1)",
+            "within.sum() - within.sum(1)",
+            "tests/evaluate/test_metrics.py::test_its_error_is_the_jackknife_s_by_a_plain_loop",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/measures.py",
+        (
+            "redrawing does not end at the picture",
+            "torch.linspace(sigma, 0, steps + 1)",
+            "torch.linspace(sigma, 0.1, steps + 1)",
+            "tests/evaluate/test_evaluate.py::test_a_perfect_velocity_redraws_the_picture",
+        ),
+        (
+            "a strength is not applied",
+            "read_file(candidate.path, candidate.file, candidate.strength)",
+            "read_file(candidate.path, candidate.file)",
+            "tests/evaluate/test_evaluate.py::test_an_evaluation_is_what_plain_references_say",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/results.py",
+        (
+            "likeness is with the training pictures",
+            "{name: _likeness(rows, held_out) for name, rows in drawn.items()}",
+            "{name: _likeness(rows, space.train) for name, rows in drawn.items()}",
+            "tests/evaluate/test_evaluate.py::test_an_evaluation_is_what_plain_references_say",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/blind.py",
+        (
+            "the first LoRA is always on the left",
+            "torch.rand((), generator=random) < 0.5",
+            "torch.rand((), generator=random) < 2",
+            "tests/evaluate/test_blind.py::test_each_prompt_and_seed_is_a_pair_with_sides_by_the_seed",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/votes.py",
+        (
+            "ties count as lost",
+            "wilson(wins, wins + losses)",
+            "wilson(wins, wins + losses + counts[None])",
+            "tests/evaluate/test_votes.py::test_votes_are_joined_with_the_key",
+        ),
+        (
+            "the earlier of two files counts",
+            "ballots[ballot] = newer",
+            "ballots[ballot] = older",
+            "tests/evaluate/test_votes.py::test_of_a_page_that_was_saved_twice_the_later_file_counts",
+        ),
+    ),
+    *_mutants(
+        "trainer/compare/measures.py",
         (
             "samples are compared with the training pictures",
             "float((own @ real.T).mean())",
