@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,10 @@ def _recipe(options: argparse.Namespace, problems: list[str]) -> Recipe | None:
     return None
 
 
+def _print(message: str) -> None:
+    print(message, flush=True)
+
+
 def predict(
     pictures: Sequence[Path],
     base: str,
@@ -126,6 +130,7 @@ def predict(
     *,
     cache: Path | None = None,
     text_encoder: qwen_image.TextEncoder | None = None,
+    log: Callable[[str], None] = _print,
 ) -> tuple[AdapterWeights, dict[str, Any]]:
     """The LoRA that the experts predict from pictures, of all ranks, for the modules that i2L covers, and what the
     initializer reports of it. "auto" counts as strength 1. ValueError as `initialize`."""
@@ -137,7 +142,7 @@ def predict(
         seed=0,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         base=base,
-        log=lambda message: print(message, flush=True),
+        log=log,
         cache=cache,
         text_encoder=text_encoder,
     )

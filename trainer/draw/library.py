@@ -1,7 +1,7 @@
 """Choose from a folder of LoRAs for each prompt: by the trigger word in it, else by what it describes.
 
 What a prompt describes is the mean of its prompt_embeds over the tokens. A LoRA is near if the prompt resembles the
-captions that it was trained with more than `PLAIN`, prompts of all sorts, do.
+captions that it was trained with far more than `PLAIN`, prompts of all sorts, do.
 """
 
 import json
@@ -46,8 +46,9 @@ PLAIN = (
     "a dancer on a dark stage",
 )
 """Prompts of all sorts."""
-MARGIN = 3.0
-"""A prompt is near if its similarity is so many standard deviations of those of `PLAIN` above their mean."""
+NEAR = 0.4
+"""A prompt is near if its similarity is at least so much of the way from those of `PLAIN` to those that the LoRA's own
+captions have with one another."""
 MOST_CAPTIONS = 64  # of a LoRA that are compared
 
 Encode = Callable[[Iterable[str]], Mapping[str, Tensor]]
@@ -187,8 +188,9 @@ def _nearest(prompts: Sequence[str], books: Sequence[Book], encode: Encode) -> d
         unit = normalize(texts - middle, dim=1)
         return torch.stack([(unit @ normalize(own - middle, dim=1).T).mean(1) for own in captions], dim=1)
 
-    of_plain = similarity(plain)
-    least = of_plain.mean(0) + MARGIN * of_plain.std(0)
+    low = similarity(plain).mean(0)
+    high = torch.stack([similarity(own)[:, number].mean() for number, own in enumerate(captions)])
+    least = low + NEAR * (high - low)
     found = {}
     for text, values in zip(prompts, similarity(rows(prompts)), strict=True):
         best = int(values.argmax())

@@ -91,13 +91,13 @@ def draw(
     cells, lines = _cells(plan, predictor, studio)
     negative = _negative(plan, predictor, studio)
     _draw_cells(plan, studio, folder, cells, negative)
-    validation.write_png(folder / SHEET_FILE, _sheet(folder, cells))
     report: dict[str, Any] = {"pictures": {cell.name: _settings(plan, cell, negative) for cell in cells}}
     if len(plan.views) > 1:
         studio.unload()
         report["alike"], more = _compare_views(plan, start, folder, cells)
         lines += more
     write_json(folder / REQUEST_FILE, {**request, **report})
+    validation.write_png(folder / SHEET_FILE, _sheet(folder, cells))  # with it, the folder is done
     return folder, lines
 
 
@@ -127,22 +127,22 @@ def _folder(output: Path | None, request: dict[str, Any]) -> Path:
     if output is not None:
         if way := file_in_the_way(output):
             raise UserError(f"--output: {way} is a file: choose another folder")
-        if output.exists() and any(output.iterdir()) and _unfinished(output) != request:
+        if output.exists() and any(output.iterdir()) and not _goes_on(output, request):
             raise UserError(f"--output: {output} holds other things already: choose another folder")
         return output
     there = sorted((path for path in FOLDERS.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
-    if there and _unfinished(there[-1]) == request:
+    if there and _goes_on(there[-1], request):
         return there[-1]
     return FOLDERS / f"{int(there[-1].name) + 1 if there else 1:03d}"
 
 
-def _unfinished(folder: Path) -> dict[str, Any] | None:
-    """The request of a folder whose sheet is not there yet."""
+def _goes_on(folder: Path, request: dict[str, Any]) -> bool:
+    """Whether the same request was stopped there: its sheet is not there yet."""
     file = folder / REQUEST_FILE
     if not file.is_file() or (folder / SHEET_FILE).exists():
-        return None
+        return False
     found = read_json(file)
-    return found if isinstance(found, dict) else None
+    return isinstance(found, dict) and all(found.get(name) == value for name, value in request.items())
 
 
 def _cells(plan: DrawPlan, predictor: Predictor, studio: Studio) -> tuple[list[Cell], list[str]]:
@@ -264,9 +264,10 @@ def _wearing(plan: DrawPlan, studio: Studio, outfit: Outfit) -> Iterator[None]:
             yield
         return
     assert plan.run is not None
-    report = read_json(plan.run / RUN_FILE)
-    problems = list[str]()
-    settings = config.parse(AdapterConfig, {**report["config"]["adapter"], **report["init"]["adapter"]}, "", problems)
+    report, problems = read_json(plan.run / RUN_FILE), list[str]()
+    told = {**report["config"]["adapter"], **report["init"]["adapter"]}
+    told = {name: value for name, value in told.items() if value is not None}  # a default, which TOML cannot say
+    settings = config.parse(AdapterConfig, told, "", problems)
     assert settings is not None, problems
     adapter.inject(studio.transformer, settings)
     try:
