@@ -37,7 +37,7 @@ from initializers.i2l.predict_file import predict
 from trainer import measure, plan
 from trainer.adapter import AdapterWeights
 from trainer.cli import guarded
-from trainer.data.pictures import open_picture, pictures_in
+from trainer.data.pictures import grey_pictures, open_picture, pictures_in
 from trainer.files import write_json, write_text
 from trainer.studio import Settings, Studio, Worn
 
@@ -75,10 +75,8 @@ class _World:
         self._output = output
         self._studio = Studio(self._config.model, DEVICE, output / "cache", quiet=True)
         with TemporaryDirectory() as folder:
-            paths = [Path(folder) / f"{number}.png" for number in range(creatures.NUM_PICTURES)]
-            for path in paths:
-                Image.new("RGB", (painter.SIZE, painter.SIZE), (128, 128, 128)).save(path)
-            self._grey = self._predicted(paths)
+            sizes = [(painter.SIZE, painter.SIZE)] * creatures.NUM_PICTURES
+            self._grey = self._predicted(grey_pictures(Path(folder), sizes))
         self._plain = {scale: self._unrelated(scale, None) for scale in SCALES}
 
     def _predicted(self, pictures: Sequence[Path]) -> Worn:

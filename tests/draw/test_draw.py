@@ -18,12 +18,12 @@ from trainer import adapter, qwen_image
 from trainer.adapter import AdapterWeights
 from trainer.draw import __main__ as program
 from trainer.draw import run as drawing
-from trainer.draw.plan import GREY
 from trainer.files import write_json
 from trainer.formats import read_lora, write_lora
 from trainer.lowrank import LowRank, relative_difference
 from trainer.qwen_image import ModelConfig
 from trainer.studio import Settings, Studio, Worn
+from trainer.validation import GREY
 
 CPU = torch.device("cpu")
 Draw = Callable[..., int]

@@ -12,11 +12,12 @@ import initializers
 from initializers.i2l.predict_file import predict
 from trainer.adapter import AdapterWeights
 from trainer.cli import guarded
-from trainer.draw.plan import GREY, DrawPlan, Predictor, prepare
+from trainer.draw.plan import DrawPlan, Predictor, prepare
 from trainer.draw.run import FOLDERS, SHEET_FILE, draw
 from trainer.draw.views import VIEWS
 from trainer.plan import Start, load_config
 from trainer.qwen_image import TextEncoder
+from trainer.validation import GREY
 
 EXAMPLES = """examples:
   a LoRA from one picture, and pictures from it, without training:

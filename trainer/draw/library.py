@@ -18,10 +18,9 @@ from torch.nn.functional import normalize
 
 from trainer.data.captions import has_trigger, read_text, with_trigger, without_trigger
 from trainer.errors import UserError
-from trainer.folder import RUN_FILE
-from trainer.formats.lora import LoraFile
+from trainer.folder import FROZEN_FILE, NEGATIVE_FILE, RUN_FILE
+from trainer.formats.lora import LoraFile, check_files
 from trainer.formats.origin import DIFFUSERS_FILE, PEFT_FILE
-from trainer.studio import check_files
 
 PLAIN = (
     "a mountain lake under a clear sky, photograph",
@@ -97,7 +96,8 @@ def _is_other(path: Path, library: Path) -> bool:
     """What runs write beside their result, and the same LoRA a second time."""
     inner = {part for part in path.relative_to(library).parts[:-1]}
     again = path.name != PEFT_FILE and (path.parent / PEFT_FILE).is_file()
-    return bool(inner & {"checkpoints", "cache", "adapter_last"}) or path.name == "frozen.safetensors" or again
+    beside = path.name in (FROZEN_FILE, NEGATIVE_FILE) and (path.parent / RUN_FILE).is_file()
+    return bool(inner & {"checkpoints", "cache", "adapter_last"}) or beside or again
 
 
 def _book(path: Path, file: LoraFile) -> Book:

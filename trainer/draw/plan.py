@@ -18,17 +18,17 @@ from trainer.draw.library import Book, check_library, open_library
 from trainer.draw.views import VIEWS
 from trainer.errors import UserError
 from trainer.folder import RUN_FILE
-from trainer.formats.lora import FormatError, LoraFile, parse_strength
+from trainer.formats.lora import FormatError, LoraFile, check_files, parse_strength
 from trainer.hardware.machine import model_problems
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.plan import RunConfig
 from trainer.qwen_image import TextEncoder
-from trainer.studio import Settings, check_files
+from trainer.studio import Settings
+from trainer.validation import GREY
 
 PUBLISHED_GUIDANCE = 4.0
 """With a LoRA in the negative branch, as i2L's authors draw."""
-GREY = "grey"
 
 
 @dataclass(frozen=True)

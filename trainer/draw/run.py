@@ -18,22 +18,21 @@ from tqdm import tqdm
 
 from trainer import adapter, checkpoint, config, validation
 from trainer.adapter import AdapterConfig
-from trainer.data.pictures import open_picture
+from trainer.data.pictures import grey_pictures, open_picture
 from trainer.draw.library import Choice, choose, library_lines
-from trainer.draw.plan import GREY, DrawPlan, File, Predictor
+from trainer.draw.plan import DrawPlan, File, Predictor
 from trainer.draw.views import alike, with_view
 from trainer.errors import UserError
 from trainer.files import content_hash, file_in_the_way, read_json, write_json
-from trainer.folder import RUN_FILE
+from trainer.folder import FROZEN_FILE, RUN_FILE
 from trainer.formats import read_lora, write_lora
 from trainer.formats.lora import interface_metadata
 from trainer.hub import sources
 from trainer.lowrank import rank
 from trainer.plan import Start
 from trainer.qwen_image import EMPTY_PROMPT, need
-from trainer.run import FROZEN_FILE
 from trainer.studio import Studio, Worn, read_file
-from trainer.validation import Sample
+from trainer.validation import GREY, Sample
 
 log = logging.getLogger("trainer")
 
@@ -223,10 +222,7 @@ def _negative(plan: DrawPlan, predictor: Predictor, studio: Studio) -> list[Worn
     if plan.negative != GREY:
         return None
     with TemporaryDirectory(prefix="grey-") as folder:
-        paths = [Path(folder) / f"grey-{number}.png" for number in range(len(plan.grey_sizes))]
-        for path, size in zip(paths, plan.grey_sizes, strict=True):
-            Image.new("RGB", size, (128, 128, 128)).save(path)
-        return [_predicted(plan, predictor, studio, paths, None)]
+        return [_predicted(plan, predictor, studio, grey_pictures(Path(folder), plan.grey_sizes), None)]
 
 
 def _draw_cells(

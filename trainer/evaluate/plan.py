@@ -14,12 +14,11 @@ from trainer import adapter, config, plan, qwen_image
 from trainer.data.dataset import Dataset, Example, scan
 from trainer.data.pictures import DataError
 from trainer.evaluate.names import distinct
-from trainer.formats.lora import FormatError, LoraFile, parse_strength
+from trainer.formats.lora import FormatError, LoraFile, check_files, parse_strength
 from trainer.hardware import parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.plan import Initializers, RunConfig
-from trainer.studio import check_files
 from trainer.text_image import text_image_need, text_image_problems
 
 BASE = "base"
