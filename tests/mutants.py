@@ -1335,6 +1335,66 @@ MUTANTS = (
         ),
     ),
     *_mutants(
+        "trainer/studio.py",
+        (
+            "LoRAs are put on at full strength",
+            "scale(factors, one.strength)",
+            "scale(factors, 1.0)",
+            "tests/test_studio.py::test_together_is_the_weighted_sum",
+        ),
+        (
+            "LoRAs stay on",
+            "handle.remove()",
+            "pass",
+            "tests/test_studio.py::test_worn_loras_draw_what_a_base_with_their_sum_draws",
+        ),
+    ),
+    *_mutants(
+        "trainer/qwen_image.py",
+        (
+            "both branches wear the negative one's LoRA",
+            'if name == "uncond" else nullcontext()',
+            "if name else nullcontext()",
+            "tests/test_run.py::test_samples_with_another_lora_in_the_negative_branch",
+        ),
+    ),
+    *_mutants(
+        "trainer/draw/library.py",
+        (
+            "the template's words count as likeness",
+            "unit = normalize(texts - middle, dim=1)",
+            "unit = normalize(texts, dim=1)",
+            "tests/draw/test_library.py",
+        ),
+        (
+            "something is always near",
+            "if value > limit:",
+            "if True:",
+            "tests/draw/test_library.py::test_none_is_chosen_where_nothing_is_near",
+        ),
+    ),
+    *_mutants(
+        "trainer/draw/run.py",
+        (
+            "a picture that is there is drawn again",
+            "if not (folder / cell.name).is_file()]",
+            "if cell.name]",
+            "tests/draw/test_draw.py::test_a_stopped_request_goes_on_and_another_one_is_refused",
+        ),
+        (
+            "any folder is gone on with",
+            "all(found.get(name) == value for name, value in request.items())",
+            "bool(request)",
+            "tests/draw/test_draw.py::test_a_stopped_request_goes_on_and_another_one_is_refused",
+        ),
+        (
+            "a strength of the sheet replaces that of the file",
+            "replace(one, strength=one.strength * strength)",
+            "replace(one, strength=strength)",
+            "tests/draw/test_draw.py::test_loras_and_strengths_side_by_side",
+        ),
+    ),
+    *_mutants(
         "trainer/evaluate/metrics.py",
         (
             "covariances are divided by N",
