@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.formats.test_layouts import NAMES, weights
 from trainer.files import write_json
 from trainer.formats import OUTER_MODULES, FormatError, read_lora
+from trainer.formats.lora import parse_strength
 from trainer.lowrank import LowRank
 
 A, B = "lora_A.weight", "lora_B.weight"
@@ -260,3 +261,35 @@ def test_pickles_and_folders_of_models_are_named(tmp_path: Path) -> None:
     write_json(tmp_path / "model" / "model_index.json", {})
     with pytest.raises(FormatError, match=r"the folder of a whole model, not of a LoRA: it can be \[model\] base"):
         read_lora(tmp_path / "model")
+
+
+STRENGTHS = {
+    "a.safetensors": ("a.safetensors", 1.0),
+    "a.safetensors:0.8": ("a.safetensors", 0.8),
+    "folder/a.safetensors:-1e-1": ("folder/a.safetensors", -0.1),
+    r"C:\loras\a.safetensors": (r"C:\loras\a.safetensors", 1.0),
+    r"C:\loras\a.safetensors:2": (r"C:\loras\a.safetensors", 2.0),
+    "C:/loras/a.safetensors": ("C:/loras/a.safetensors", 1.0),
+    "C:a.safetensors": ("C:a.safetensors", 1.0),
+    "a:b/c.safetensors": ("a:b/c.safetensors", 1.0),
+    "a:b/c.safetensors:0": ("a:b/c.safetensors", 0.0),
+}
+
+
+@pytest.mark.parametrize("text", STRENGTHS)
+def test_a_strength_stands_after_the_last_colon_that_is_not_the_paths(text: str) -> None:
+    path, strength = STRENGTHS[text]
+    assert parse_strength(text) == (Path(path), strength)
+
+
+def test_a_file_that_is_there_may_have_a_colon_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("v1:2").touch()
+    assert parse_strength("v1:2") == (Path("v1:2"), 1.0)
+    assert parse_strength("v1:2:3") == (Path("v1:2"), 3.0)
+
+
+@pytest.mark.parametrize("text", ["a.safetensors:", "a.safetensors:nan", "a:inf", "a:strong", ":0.5", "a:0,5"])
+def test_a_strength_that_is_no_finite_number_is_named(text: str) -> None:
+    with pytest.raises(FormatError, match=re.escape(text)):
+        parse_strength(text)

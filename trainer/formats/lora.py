@@ -212,6 +212,26 @@ def plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
+def parse_strength(text: str) -> tuple[Path, float]:
+    """A file and the strength that its dW is multiplied by, from `FILE` or `FILE:STRENGTH`; 1 if none is given.
+
+    A colon inside the path is none before a strength: that of a drive, as in `C:\\x.safetensors`, one before a slash,
+    and one in the name of a file that is there. FormatError if the strength is no finite number.
+    """
+    path, colon, given = text.rpartition(":")
+    if not colon or "/" in given or "\\" in given or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        strength = float(given)
+    except ValueError:
+        if re.fullmatch("[A-Za-z]", path):  # a drive
+            return Path(text), 1.0
+        strength = math.nan
+    if not path or not math.isfinite(strength):
+        raise FormatError(f'{text}: "{given}" after the colon is no finite number: write FILE, or FILE:0.8')
+    return Path(path), strength
+
+
 def find_lora(path: Path) -> Path:
     """The file to read: `path`, or the one in this folder."""
     if path.is_file():
