@@ -57,7 +57,7 @@ FLOORS = {
         "trainer.compare.report",
         "trainer.data.caption.vision_model",
         "trainer.data.dataset",
-        "trainer.export",
+        "trainer.export.result",
         "trainer.loop",
         "trainer.measure",
     ),
@@ -135,6 +135,7 @@ ROOMS = {
     "trainer.data",
     "trainer.data.audit",
     "trainer.data.caption",
+    "trainer.export",
     "trainer.hardware",
     "trainer.hub",
 }
