@@ -20,6 +20,7 @@ from trainer import doctor
 from trainer.bench import __main__ as bench
 from trainer.compare import __main__ as compare
 from trainer.data import __main__ as data
+from trainer.export import __main__ as export
 from trainer.formats import __main__ as formats
 from trainer.page import __main__ as page
 
@@ -46,6 +47,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "trainer.compare": compare.main,
     "trainer.data": data.main,
     "trainer.doctor": doctor.main,
+    "trainer.export": export.main,
     "trainer.formats": formats.main,
     "trainer.page": page.main,
 }

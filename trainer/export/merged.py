@@ -36,7 +36,7 @@ def quantization_problems(quantization: str) -> list[str]:
 
 
 def merge(request: Request, quantization: str, *, quiet: bool) -> list[str]:
-    """Write `request.output`, whole or not at all; what became of it, in words.
+    """Write `request.output`, whole or not at all; what became of it, in words. To be quantised it needs a dtype.
 
     ConfigError if the disk has too little room.
     """
@@ -56,7 +56,7 @@ def merge(request: Request, quantization: str, *, quiet: bool) -> list[str]:
             write_json(partial / "transformer" / index.name, _index(read_json(index), int(plain)))
         write_json(partial / MERGED_FILE, record(request))
         if quantization != "none":
-            _quantise(partial, quantization, request.most_common_dtype())
+            _quantise(partial, quantization, request.dtype)
     changed = {name for part in request.parts for name in part.file.modules}
     lines = [
         f"{output}: {len(request.parts)} LoRA{'s' if len(request.parts) > 1 else ''} in {len(changed)} modules, "
@@ -64,6 +64,8 @@ def merge(request: Request, quantization: str, *, quiet: bool) -> list[str]:
         f"the rest is as in {request.folder}: {sum(linked)} files of weights share their place on the disk with it "
         f"(hard links), {len(linked) - sum(linked)} files are copies",
     ]
+    if quantization != "none":
+        lines.append(f"open it with torch_dtype={request.dtype}: what is quantised is computed in that precision")
     return lines
 
 
@@ -109,7 +111,7 @@ def _index(index: dict[str, object], num_bytes: int) -> dict[str, object]:
     return {**index, "metadata": {**(about if isinstance(about, dict) else {}), "total_size": num_bytes}}
 
 
-def _quantise(folder: Path, quantization: str, dtype: torch.dtype) -> None:
+def _quantise(folder: Path, quantization: str, dtype: torch.dtype | None) -> None:
     """Quantise the transformer of a model folder as a run's `[model] quantization` does, and save it in its place.
     dtype: of what stays as it is."""
     log.info("quantising to %s", quantization)

@@ -44,8 +44,8 @@ def export_onnx(request: Request, resolution: int, *, quiet: bool) -> list[str]:
     check_room(request.output, 1.05 * num_bytes, "the weights")
     if (free := psutil.virtual_memory().available) < 1.1 * num_bytes:
         raise qwen_image.ModelError(
-            f"the transformer takes {size(1.1 * num_bytes)} of memory, and {size(free)} are free: choose --dtype bf16 or "
-            "fp16, or a larger machine"
+            f"the transformer takes {size(1.1 * num_bytes)} of memory, and {size(free)} are free: choose --dtype bf16, "
+            "or a larger machine"
         )
     multiple = qwen_image.picture_multiple(request.base)
     with new_folder(request.output) as partial:

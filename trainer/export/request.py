@@ -1,10 +1,8 @@
 """A base and the LoRAs that are to be part of it: read from the arguments, and checked before anything loads."""
 
 import argparse
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ class Request:
     base: str
     parts: tuple[Part, ...]
     dtype: torch.dtype | None
-    """Of the result; None: as each tensor of the base."""
+    """The result's; None: as each tensor of the base has it."""
     output: Path
 
     @property
@@ -64,16 +62,11 @@ class Request:
         return [transformer / name for name in (sources.shards_of(index) if index.is_file() else [WEIGHTS])]
 
     def dtypes(self, header: Header) -> dict[str, torch.dtype]:
-        """Of each tensor of a shard, as it becomes."""
+        """What each tensor of a shard becomes."""
         return {name: self.dtype or HEADER_DTYPES[stored] for name, stored in header.dtypes.items()}
 
-    def most_common_dtype(self) -> torch.dtype:
-        """The precision of most of the tensors."""
-        found = Counter(chain(*(self.dtypes(read_header(shard)).values() for shard in self.shards())))
-        return found.most_common(1)[0][0]
-
     def num_bytes(self, shard: Path) -> int:
-        """Of the tensors of a shard, as they become."""
+        """What the tensors of a shard will take."""
         header = read_header(shard)
         return sum(prod(header.shapes[name]) * dtype.itemsize for name, dtype in self.dtypes(header).items())
 
