@@ -139,7 +139,7 @@ def test_one_tensor_is_in_memory_at_a_time(
 def test_it_is_told_what_was_merged(tiny_base: Path, lora: Path, tmp_path: Path) -> None:
     assert export("merged", "--base", tiny_base, "--lora", f"{lora}:0.7", "--output", tmp_path / "m") == FINISHED
     said = json.loads((tmp_path / "m" / "merged.json").read_text())
-    loras = [{"file": "a.safetensors", "sha256": content_hash(lora), "strength": 0.7}]
+    loras = [{"file": str(lora), "sha256": content_hash(lora), "strength": 0.7}]
     assert said == {"base": str(tiny_base), "loras": loras}
 
 

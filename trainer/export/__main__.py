@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--quantization",
         choices=("none", "nf4", "int8", "fp8"),
         default="none",
-        help="of the merged transformer, as [model] quantization; nf4 and int8 need a GPU; what is not quantised is in bf16 unless --dtype says otherwise (default: none)",
+        help="of the merged transformer, as [model] quantization; nf4 and int8 need a GPU; the rest of it is in bf16 "
+        "unless --dtype says otherwise (default: none)",
     )
     merged.set_defaults(run=_merged)
     onnx = commands.add_parser("onnx", help="the transformer as ONNX, with LoRAs folded in")

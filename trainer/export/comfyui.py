@@ -20,8 +20,8 @@ SETTINGS_FILE = "comfyui.txt"
 STEPS, CFG = 50, 4.0
 """The published example's: https://huggingface.co/Qwen/Qwen-Image"""
 SHIFT, SAMPLER, SCHEDULER = 3.1, "euler", "simple"
-"""ComfyUI's own workflow for Qwen-Image has these: Comfy-Org/workflow_templates, templates/image_qwen_image.json. Its first
-version had a shift of 3.5."""
+"""ComfyUI's own workflow for Qwen-Image has these: Comfy-Org/workflow_templates, templates/image_qwen_image.json. Its
+first version had a shift of 3.5."""
 SIZE = 1328
 """The published example's square."""
 

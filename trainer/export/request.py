@@ -216,7 +216,7 @@ def check_room(output: Path, needed: float, what: str) -> None:
 def record(request: Request) -> dict[str, Any]:
     """What merged.json says."""
     loras = [
-        {"file": part.file.path.name, "sha256": content_hash(part.file.path), "strength": part.strength}
+        {"file": str(part.file.path), "sha256": content_hash(part.file.path), "strength": part.strength}
         for part in request.parts
     ]
     commit = sources.commit(request.base)
