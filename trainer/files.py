@@ -293,7 +293,7 @@ def read_header(path: Path) -> Header:
 
 
 def free_bytes(place: Path) -> int:
-    """Of the disk on which `place` is or will be."""
+    """What is free of the disk on which `place` is or will be."""
     return shutil.disk_usage(next(path for path in (place, *place.absolute().parents) if path.exists())).free
 
 

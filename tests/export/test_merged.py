@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -81,14 +82,17 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("stored", "asked"), [("bf16", None), ("fp32", "bf16")])
-def test_each_weight_is_rounded_once(stored: str, asked: str | None, tiny_base: Path, tmp_path: Path) -> None:
+def test_each_weight_is_rounded_once(
+    stored: str, asked: str | None, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
     base = sharded(tiny_base, tmp_path / "base", trainer.files.DTYPES[stored])
     first = random_lora(tiny_base, tmp_path / "a.safetensors", seed=1, layout="kohya").factors
     second = random_lora(tiny_base, tmp_path / "b.safetensors", seed=2).factors
     loras = ("--lora", tmp_path / "a.safetensors", "--lora", f"{tmp_path / 'b.safetensors'}:-0.5")
     dtype = () if asked is None else ("--dtype", asked)
     assert export("merged", "--base", base, *loras, "--output", tmp_path / "m", *dtype) == FINISHED
-    before, after, changed = weights(base / "transformer"), weights(tmp_path / "m" / "transformer"), 0
+    before, after = weights(base / "transformer"), weights(tmp_path / "m" / "transformer")
+    changed, moved, lost = 0, 0.0, 0.0
     assert after.keys() == before.keys()
     for name, weight in before.items():
         module = name.removesuffix(".weight")
@@ -96,6 +100,8 @@ def test_each_weight_is_rounded_once(stored: str, asked: str | None, tiny_base: 
             (a, b), (c, d) = first[module], second[module]
             exact = weight.double() + b.double() @ a.double() - 0.5 * d.double() @ c.double()
             changed += 1
+            moved += float((exact - weight.double()).square().sum())
+            lost += float((after[name].double() - exact).square().sum())
         else:
             exact = weight.double()
         assert after[name].dtype == torch.bfloat16
@@ -103,6 +109,8 @@ def test_each_weight_is_rounded_once(stored: str, asked: str | None, tiny_base: 
         assert ((after[name].double() - exact).abs() <= 1.001 * 2**-8 * exact.abs() + 1e-7).all()
         assert (after[name] != exact.to(torch.bfloat16)).double().mean() < 1e-3
     assert changed == len(first) == 28
+    said = re.search(r"by (\d+\.\d+)% of what the LoRAs change", capsys.readouterr().out)
+    assert said and float(said[1]) / 100 == pytest.approx((lost / moved) ** 0.5, abs=1e-4) and float(said[1]) > 0.1
 
 
 def test_the_index_of_shards_is_right(tiny_base: Path, tmp_path: Path, lora: Path) -> None:

@@ -1,9 +1,9 @@
 """A base and the LoRAs that are to be part of it: read from the arguments, and checked before anything loads."""
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,24 @@ class Part:
     strength: float
 
 
+@dataclass
+class Rounding:
+    """What rounding to the result's precision does to the weights that LoRAs change; sums of squares."""
+
+    changed: float = 0.0
+    lost: float = 0.0
+
+    def add(self, before: Tensor, exact: Tensor, rounded: Tensor) -> None:
+        """One weight: as the base has it, with the LoRAs in fp32, and as it is written."""
+        self.changed += float((exact - before.float()).norm()) ** 2
+        self.lost += float((rounded.float() - exact).norm()) ** 2
+
+    @property
+    def share(self) -> float:
+        """How far rounding moves the weights, as a share of how far the LoRAs do."""
+        return math.sqrt(self.lost / self.changed) if self.changed else 0.0
+
+
 @dataclass(frozen=True)
 class Request:
     """Arguments in order; the base's files are on this machine."""
@@ -68,20 +86,25 @@ class Request:
     def num_bytes(self, shard: Path) -> int:
         """What the tensors of a shard will take."""
         header = read_header(shard)
-        return sum(prod(header.shapes[name]) * dtype.itemsize for name, dtype in self.dtypes(header).items())
+        return sum(math.prod(header.shapes[name]) * dtype.itemsize for name, dtype in self.dtypes(header).items())
 
-    def tensors(self, shard: Path) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, shard: Path, rounding: Rounding | None = None) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a shard with the LoRAs in them, in the order in which the file has them; one is read at a
-        time. UserError if a precision cannot hold one."""
+        time. UserError if a precision cannot hold one. rounding: what is lost is added to it."""
         header = read_header(shard)
         dtypes = self.dtypes(header)
         with safe_open(shard, framework="pt") as file:
             for name in sorted(header.starts, key=header.starts.__getitem__):
-                found = folded(name, file.get_tensor(name), self.parts).to(dtypes[name])
+                before = file.get_tensor(name)
+                exact = folded(name, before, self.parts)
+                found = exact.to(dtypes[name])
                 if not bool(found.isfinite().all()):
                     raise FormatError(
                         f"{shard}: {name} has values that {dtypes[name]} cannot hold; choose --dtype bf16"
                     )
+                if rounding is not None and exact is not before:
+                    rounding.add(before, exact, found)
+                del before, exact
                 yield name, found
 
 
