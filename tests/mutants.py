@@ -70,6 +70,63 @@ def _mutants(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
 
 MUTANTS = (
     *_mutants(
+        "trainer/export/request.py",
+        (
+            "a strength has no effect",
+            "torch.addmm(weight.float(), b, a, alpha=part.strength)",
+            "torch.addmm(weight.float(), b, a)",
+            "tests/export/test_merged.py::test_each_weight_is_rounded_once",
+        ),
+        (
+            "a weight is rounded between two LoRAs",
+            "torch.addmm(weight.float(), b, a, alpha=part.strength)",
+            "torch.addmm(weight.float(), b, a, alpha=part.strength).bfloat16()",
+            "tests/export/test_merged.py::test_each_weight_is_rounded_once",
+        ),
+        (
+            "a merged base is merged again",
+            "if (file := sources.cached(base, MERGED_FILE)) is not None:",
+            "if (file := None) is not None:",
+            "tests/export/test_merged.py::test_a_merged_base_is_not_merged_again",
+        ),
+    ),
+    *_mutants(
+        "trainer/export/merged.py",
+        (
+            "small files are links, too",
+            'if path.suffix == ".safetensors":\n        with',
+            "if path.suffix:\n        with",
+            "tests/export/test_merged.py::test_weights_are_shared_with_the_base_and_small_files_are_not",
+        ),
+        (
+            "the index speaks of the old size",
+            '"total_size": num_bytes',
+            '"total_bytes": num_bytes',
+            "tests/export/test_merged.py::test_the_index_of_shards_is_right",
+        ),
+    ),
+    *_mutants(
+        "trainer/export/onnx_model.py",
+        (
+            "rows count from the top",
+            "(torch.arange(height, device=device) - (height - height // 2))",
+            "torch.arange(height, device=device)",
+            "tests/export/test_onnx.py::test_rope_is_that_of_diffusers",
+        ),
+        (
+            "tokens turn backwards",
+            "real * cos - imaginary * sin, real * sin + imaginary * cos",
+            "real * cos + imaginary * sin, imaginary * cos - real * sin",
+            "tests/export/test_onnx.py::test_real_rotations_give_the_velocity_of_diffusers",
+        ),
+        (
+            "what fills a prompt is seen",
+            "attn_mask=seen",
+            "attn_mask=None",
+            "tests/export/test_onnx.py::test_real_rotations_give_the_velocity_of_diffusers",
+        ),
+    ),
+    *_mutants(
         "trainer/choice.py",
         (
             "noise chooses the step",

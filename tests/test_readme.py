@@ -35,6 +35,7 @@ from trainer.compare import __main__ as compare
 from trainer.data import __main__ as data
 from trainer.draw import __main__ as draw
 from trainer.evaluate import __main__ as evaluate
+from trainer.export import __main__ as export
 from trainer.formats import __main__ as formats
 from trainer.page import __main__ as page
 
@@ -64,6 +65,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "trainer.doctor": doctor.main,
     "trainer.draw": draw.main,
     "trainer.evaluate": evaluate.main,
+    "trainer.export": export.main,
     "trainer.formats": formats.main,
     "trainer.page": page.main,
 }

@@ -39,10 +39,11 @@ from tests.helpers import (
     metrics,
     run,
 )
-from trainer import adapter, checkpoint, diagnosis, export, qwen_image, tracking, validation
+from trainer import adapter, checkpoint, diagnosis, qwen_image, tracking, validation
 from trainer import objective as program
 from trainer.adapter import InitContext, Seed
 from trainer.draw import __main__ as draw
+from trainer.export import result as export
 from trainer.formats import read_lora
 from trainer.objective import LoraObjective
 from trainer.plan import Plan, load_config, prepare

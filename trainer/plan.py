@@ -19,7 +19,7 @@ from trainer.data.epoch import course_of_folders
 from trainer.data.pictures import DataError
 from trainer.data.prior import Prior, PriorConfig
 from trainer.data.prior import prepare as prepare_prior
-from trainer.export import METHOD_LAYOUTS, ExportConfig
+from trainer.export.result import METHOD_LAYOUTS, ExportConfig
 from trainer.flow import FlowConfig
 from trainer.formats.lora import FormatError, check_files, parse_strength
 from trainer.hardware import memory, offload, parallel

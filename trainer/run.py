@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, diagnosis, export, folder, loop, page, qwen_image, validation
+from trainer import adapter, checkpoint, config, diagnosis, folder, loop, page, qwen_image, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointError
 from trainer.data.dataset import Dataset, Example
 from trainer.errors import UserError
+from trainer.export import result as export
 from trainer.files import content_hash, remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
 from trainer.formats.lora import parse_strength

@@ -15,7 +15,7 @@ from initializers.i2l.predictions import picture_digests
 from trainer import config, qwen_image
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, linears, target_modules
 from trainer.data.pictures import SUFFIXES, pictures_in
-from trainer.export import origin
+from trainer.export.result import origin
 from trainer.files import DTYPES
 from trainer.formats import write_lora
 from trainer.formats.check import verdict_text

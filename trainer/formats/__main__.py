@@ -10,26 +10,16 @@ from trainer.adapter import AdapterWeights
 from trainer.cli import guarded
 from trainer.files import DTYPES
 from trainer.flow import generator
+from trainer.formats import origin
 from trainer.formats.check import judge, verdict_text
 from trainer.formats.convert import Target, hand_off
 from trainer.formats.layouts import LAYOUTS
 from trainer.formats.lora import FormatError, interface_metadata, open_lora, write_lora
-from trainer.formats.origin import ALPHA_KEY, DIFFUSERS_METADATA, PEFT_FILE
+from trainer.formats.origin import PEFT_FILE
 from trainer.formats.overview import overview
 from trainer.formats.read_config import Recipe, read_recipe
 from trainer.formats.rules import TRAINERS
 from trainer.lowrank import LowRank, energy, energy_kept, ordered, rank, relative_difference
-
-STALE_METADATA = (
-    DIFFUSERS_METADATA,
-    "ss_network_",
-    "global_step",  # at which SimpleTuner would go on counting
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-    "modelspec.hash",
-    ALPHA_KEY,
-)
-"""Beginnings of keys that speak of the training and the tensors as they were, or of a scale that is now in b."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,7 +103,7 @@ def _convert(options: argparse.Namespace) -> int:
     for note in file.notes:
         print(f"note: {note}")
     weights, metadata = file.read(wanted)
-    metadata = {key: value for key, value in metadata.items() if not key.startswith(STALE_METADATA)}
+    metadata = origin.without_stale(metadata)
     if options.layout:
         return _convert_layout(options, weights, metadata)
     target = Target(

@@ -73,8 +73,7 @@ class LoraFile:
         """
         factors, lost, problems = dict[str, LowRank](), dict[str, float](), []
         with safe_open(self.path, framework="pt") as file:
-            named = (keys.parts or {"a": keys.a or "", "b": keys.b or ""} for keys in self.modules.values())
-            tensors = ({part: file.get_tensor(key).float() for part, key in keys.items()} for keys in named)
+            tensors = (self._tensors(name, file) for name in self.modules)
             computed = parallel_map(partial(self._effective, rank=rank), zip(self.modules, tensors, strict=True))
             for name, found in zip(self.modules, computed, strict=True):
                 if found is None:
@@ -87,15 +86,37 @@ class LoraFile:
             raise FormatError(f"{self.path}: {first_few(problems)}")
         return AdapterWeights(factors, lost), self.metadata
 
+    def module(self, name: str) -> LowRank:
+        """As `read`, of one module: a file may hold more than fits into memory. FormatError if there is NaN in it."""
+        with safe_open(self.path, framework="pt") as file:
+            found = self._effective((name, self._tensors(name, file)), None)
+        if found is None:
+            raise FormatError(f"{self.path}: {name} contains NaN or infinity")
+        return found[0]
+
+    def not_finite(self) -> list[str]:
+        """The modules with NaN or infinity in them. All of the file is read, a module at a time."""
+        with safe_open(self.path, framework="pt") as file:
+            return [name for name in self.modules if not _finite(self.scales[name], self._tensors(name, file))]
+
+    def _tensors(self, name: str, file: Any) -> dict[str, Tensor]:
+        keys = self.modules[name]
+        own = keys.parts or {"a": keys.a or "", "b": keys.b or ""}
+        return {part: file.get_tensor(key).float() for part, key in own.items()}
+
     def _effective(self, module: tuple[str, Mapping[str, Tensor]], rank: int | None) -> tuple[LowRank, float] | None:
         """Factors from the tensors of a module, and the energy that is lost; None if there is NaN in them."""
         name, tensors = module
         scale = self.scales[name]
-        if not (math.isfinite(scale) and all(bool(tensor.isfinite().all()) for tensor in tensors.values())):
+        if not _finite(scale, tensors):
             return None
         if self.modules[name].parts:
             return lycoris.factors(tensors, scale, rank)
         return LowRank(tensors["a"], tensors["b"] * scale), 0.0
+
+
+def _finite(scale: float, tensors: Mapping[str, Tensor]) -> bool:
+    return math.isfinite(scale) and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def read_lora(path: Path, rank: int | None = None) -> tuple[AdapterWeights, dict[str, str]]:

@@ -27,6 +27,16 @@ ALPHA_KEY = "warm_start_alpha"
 """In the metadata of our files: the trainer that the file is for multiplies by this / rank."""
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 """PEFT's configuration, in the metadata of files that diffusers writes."""
+STALE_METADATA = (
+    DIFFUSERS_METADATA,
+    "ss_network_",
+    "global_step",  # at which SimpleTuner would go on counting
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash",
+    ALPHA_KEY,
+)
+"""Beginnings of keys that speak of the training and the tensors as they were, or of a scale that is now in b."""
 _MODEL_KEYS = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
 """In the metadata of other programs' files: the model that a LoRA was made for."""
 OF_BLISSFUL = "lokr_factor"
@@ -34,6 +44,11 @@ OF_BLISSFUL = "lokr_factor"
 _PEFT_KEY = re.compile(rf"(?:(?:_orig_mod|module)\.)*{re.escape(PEFT_PREFIX)}")
 """As PEFT itself writes keys: its configuration holds alpha."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata for a file whose tensors are other ones."""
+    return {key: value for key, value in metadata.items() if not key.startswith(STALE_METADATA)}
 
 
 @dataclass(frozen=True)
