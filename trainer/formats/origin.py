@@ -25,8 +25,20 @@ PEFT_FILE, PEFT_CONFIG, DIFFUSERS_FILE = (
 )
 ALPHA_KEY = "warm_start_alpha"
 """In the metadata of our files: the trainer that the file is for multiplies by this / rank."""
+MADE_OF = "warm_start_made_of"
+"""In the metadata of files that were made of others: of which, and what of their energy is kept, as JSON."""
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 """PEFT's configuration, in the metadata of files that diffusers writes."""
+STALE_METADATA = (
+    DIFFUSERS_METADATA,
+    "ss_network_",
+    "global_step",  # at which SimpleTuner would go on counting
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash",
+    ALPHA_KEY,
+)
+"""Beginnings of keys that speak of the training and the tensors as they were, or of a scale that is now in b."""
 _MODEL_KEYS = ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name")
 """In the metadata of other programs' files: the model that a LoRA was made for."""
 OF_BLISSFUL = "lokr_factor"
@@ -46,6 +58,11 @@ class Header:
     config: dict[str, Any]
     """What PEFT's adapter_config.json says of a file of PEFT, or diffusers' metadata in the file; empty if neither is
     there."""
+
+
+def without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What may stand in the metadata of another file with the same weights, in whatever form."""
+    return {key: value for key, value in metadata.items() if not key.startswith(STALE_METADATA)}
 
 
 def description(file: Path, keys: Collection[str], metadata: Mapping[str, str]) -> dict[str, Any]:
