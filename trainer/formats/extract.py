@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from trainer.config import ConfigError, first_few
 from trainer.files import HEADER_DTYPES, Header, read_header, read_json
-from trainer.formats.layouts import module_name
+from trainer.formats.layouts import module_name, module_type
 from trainer.formats.lora import FormatError
 from trainer.formats.written import Account, Form, write
 from trainer.hub import sources
@@ -37,15 +37,17 @@ def extract(tuned: str, base: str, form: Form) -> None:
     """
     pair = open_pair(tuned, base, form)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    others = _others(pair, form.quiet)
     rank = form.rank or _rank(pair, form, device)
+    form.check_room(rank, [pair.base.shapes[f"{name}.weight"] for name in pair.modules])
     factors, account = dict[str, LowRank](), Account()
     for name in _bar(pair.modules, "extracting", form.quiet):
         change = pair.change(f"{name}.weight", device)
         (a, b), account.kept[name] = nearest(change, rank)
         factors[name], account.energies[name] = LowRank(a.cpu(), b.cpu()), float(change.square().sum())
-    besides = _besides(pair, sum(account.energies.values()), form.quiet)
+    besides = others.told(sum(account.energies.values()))
     write(form, factors, account, {"tuned": tuned, "base": base, "besides": besides}, {})
-    print(besides)
+    print("\n".join(besides))
 
 
 @dataclass(frozen=True)
@@ -176,34 +178,48 @@ def _rank(pair: Pair, form: Form, device: torch.device) -> int:
     return common_rank((squared_singular_values(change) for change in changes), form.energy)
 
 
-def _besides(pair: Pair, energy: float, quiet: bool) -> str:
-    """What else changed, in words. energy: of the change of all Linear layers."""
+@dataclass(frozen=True)
+class Others:
+    """The tensors that no LoRA holds: biases, norms."""
+
+    unpaired: dict[str, list[str]]
+    """Those that one model alone has, or has in another shape, by where it came from."""
+    compared: int
+    changes: dict[str, float]
+    """|tuned - base|^2 of those that changed."""
+    size: float
+    """|base|^2 of these together."""
+
+    def told(self, energy: float) -> list[str]:
+        """In words. energy: of the change of all Linear layers."""
+        lines = [
+            f"only in {source}, or of another shape: {first_few(_kinds(names))}"
+            for source, names in self.unpaired.items()
+            if names
+        ]
+        if not self.changes:
+            return [*lines, f"the {self.compared} other tensors, such as biases and norms, did not change"]
+        whole = sum(self.changes.values())
+        by = f"by {math.sqrt(whole / self.size):.2%} of their size" if self.size else "from zero"
+        count = f"{len(self.changes)} of {self.compared} other tensors"
+        share = f"{whole / (whole + energy):.2%} of the energy of all changes"
+        return [*lines, f"not in the LoRA: {count} changed ({first_few(_kinds(self.changes))}), {by}; that is {share}"]
+
+
+def _others(pair: Pair, quiet: bool) -> Others:
     tuned, base, modules = pair.tuned.shapes, pair.base.shapes, {f"{name}.weight" for name in pair.modules}
     both = [name for name in base if name not in modules and tuned.get(name) == base[name]]
-    lines = [
-        f"only in {model.source}, or of another shape: {first_few(_kinds(left))}"
-        for model in (pair.tuned, pair.base)
-        if (left := [name for name in model.shapes if name not in modules and name not in both])
-    ]
-    changes, sizes = dict[str, float](), dict[str, float]()
+    compared, changes, size = {*both, *modules}, dict[str, float](), 0.0
     for name in _bar(both, "biases and norms", quiet):
         if change := float(pair.change(name, torch.device("cpu")).square().sum()):
-            changes[name], sizes[name] = change, float(pair.base.tensor(name).double().square().sum())
-    if not changes:
-        lines.append(f"the {len(both)} other tensors, such as biases and norms, did not change")
-    else:
-        whole = sum(changes.values())
-        by = f"by {math.sqrt(whole / sum(sizes.values())):.2%} of their size" if any(sizes.values()) else "from zero"
-        count = f"{len(changes)} of {len(both)} other tensors"
-        lines.append(
-            f"not in the LoRA: {count} changed ({first_few(_kinds(changes))}), {by}; "
-            f"that is {whole / (whole + energy):.2%} of the energy of all changes"
-        )
-    return "\n".join(lines)
+            changes[name] = change
+            size += float(pair.base.tensor(name).double().square().sum())
+    unpaired = {model.source: [*(model.shapes.keys() - compared)] for model in (pair.tuned, pair.base)}
+    return Others(unpaired, len(both), changes, size)
 
 
 def _kinds(names: Iterable[str]) -> list[str]:
-    return [*dict.fromkeys(re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in names)]
+    return sorted({module_type(name) for name in names})
 
 
 def _bar(names: Sequence[str], title: str, quiet: bool) -> Iterable[str]:

@@ -19,7 +19,7 @@ from trainer.adapter import AdapterWeights
 from trainer.config import ConfigError
 from trainer.files import content_hash
 from trainer.formats.layouts import module_types
-from trainer.formats.lora import FormatError, LoraFile, open_lora
+from trainer.formats.lora import MOST_RANK, FormatError, LoraFile, open_lora
 from trainer.formats.origin import without_stale
 from trainer.formats.written import Account, Form, write
 from trainer.hardware.threads import parallel_map
@@ -39,8 +39,6 @@ from trainer.lowrank import (
 TRIGGER = "modelspec.trigger_phrase"
 Weighted = tuple[Mapping[str, LowRank], float]
 """Effective factors of a LoRA by module, and its weight."""
-MOST_RANK = 256
-"""What a LoHa or LoKr is read at; many have less."""
 
 
 @dataclass(frozen=True)

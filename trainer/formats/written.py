@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.adapter import AdapterWeights
-from trainer.files import DTYPES, file_in_the_way, new_folder
+from trainer.files import DTYPES, file_in_the_way, new_folder, size
 from trainer.formats.layouts import LAYOUTS, module_type, module_types
 from trainer.formats.lora import FormatError, interface_metadata, write_lora
 from trainer.formats.origin import MADE_OF, PEFT_FILE
@@ -72,6 +73,14 @@ class Form:
         elif other := file_in_the_way(self.output.parent):
             found.append(f"--output: {other} is a file, and no folder can be made of it: choose another folder")
         return found
+
+    def check_room(self, rank: int, sizes: Iterable[Sequence[int]]) -> None:
+        """FormatError if there is no room for a file of this rank; sizes: in_features and out_features of modules."""
+        needed = DTYPES[self.dtype].itemsize * rank * sum(map(sum, sizes))
+        place = next(path for path in self.output.absolute().parents if path.exists())
+        if (free := shutil.disk_usage(place).free) < needed:
+            room = f"{size(needed)} are needed in {place}, where {size(free)} are free"
+            raise FormatError(f"--output: {room}: free some of the disk, or choose a lower --rank or --dtype bf16")
 
 
 @dataclass(frozen=True)
