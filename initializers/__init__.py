@@ -2,8 +2,8 @@
 
 To add an initializer, write its module and add a line to `_MODULES`; CONTRIBUTING.md has an example. A module may also
 have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `work(config, model, facts)`, `notes(config)`,
-`identity(config)`, `FILE_KEYS` and `embed(pictures, config, device)`: the functions below say what each is. A module is
-imported when it is asked for, so that importing this package costs nothing.
+`identity(config)`, `FILE_KEYS`, `grey(context, config)` and `embed(pictures, config, device)`: the functions below say
+what each is. A module is imported when it is asked for, so that importing this package costs nothing.
 """
 
 import difflib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from trainer.adapter import Initializer, RunFacts, Work
+    from trainer.adapter import AdapterWeights, InitContext, Initializer, RunFacts, Work
     from trainer.hub.sources import Need
     from trainer.qwen_image import ModelConfig
 
@@ -33,6 +33,8 @@ __all__ = [
     "embeds",
     "file_keys",
     "get",
+    "grey",
+    "greys",
     "identity",
     "names",
     "needs",
@@ -136,6 +138,17 @@ def embed(method: str, config: Any, pictures: "Sequence[Image]", device: "torch.
     """Embeddings of RGB pictures by the initializer's image encoders: encoder's name -> N D. Empty if it has none."""
     module = _module(method)
     return dict(module.embed(pictures, config, device)) if hasattr(module, "embed") else {}
+
+
+def greys(method: str) -> bool:
+    """Whether the initializer can say what it makes of grey pictures."""
+    return hasattr(_module(method), "grey")
+
+
+def grey(method: str, config: Any, context: "InitContext") -> "AdapterWeights":
+    """What the initializer makes of grey pictures of the sizes and number of `context.images`, of all ranks."""
+    found: AdapterWeights = _module(method).grey(context, config)
+    return found
 
 
 def get(method: str) -> "Initializer":

@@ -70,6 +70,63 @@ def _mutants(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
 
 MUTANTS = (
     *_mutants(
+        "trainer/export/request.py",
+        (
+            "a strength has no effect",
+            "torch.addmm(weight.float(), b, a, alpha=part.strength)",
+            "torch.addmm(weight.float(), b, a)",
+            "tests/export/test_merged.py::test_each_weight_is_rounded_once",
+        ),
+        (
+            "a weight is rounded between two LoRAs",
+            "torch.addmm(weight.float(), b, a, alpha=part.strength)",
+            "torch.addmm(weight.float(), b, a, alpha=part.strength).bfloat16()",
+            "tests/export/test_merged.py::test_each_weight_is_rounded_once",
+        ),
+        (
+            "a merged base is merged again",
+            "if (file := sources.cached(base, MERGED_FILE)) is not None:",
+            "if (file := None) is not None:",
+            "tests/export/test_merged.py::test_a_merged_base_is_not_merged_again",
+        ),
+    ),
+    *_mutants(
+        "trainer/export/merged.py",
+        (
+            "small files are links, too",
+            'if path.suffix == ".safetensors":\n        with',
+            "if path.suffix:\n        with",
+            "tests/export/test_merged.py::test_weights_are_shared_with_the_base_and_small_files_are_not",
+        ),
+        (
+            "the index speaks of the old size",
+            '"total_size": num_bytes',
+            '"total_bytes": num_bytes',
+            "tests/export/test_merged.py::test_the_index_of_shards_is_right",
+        ),
+    ),
+    *_mutants(
+        "trainer/export/onnx_model.py",
+        (
+            "rows count from the top",
+            "(torch.arange(height, device=device) - (height - height // 2))",
+            "torch.arange(height, device=device)",
+            "tests/export/test_onnx.py::test_rope_is_that_of_diffusers",
+        ),
+        (
+            "tokens turn backwards",
+            "real * cos - imaginary * sin, real * sin + imaginary * cos",
+            "real * cos + imaginary * sin, imaginary * cos - real * sin",
+            "tests/export/test_onnx.py::test_real_rotations_give_the_velocity_of_diffusers",
+        ),
+        (
+            "what fills a prompt is seen",
+            "attn_mask=seen",
+            "attn_mask=None",
+            "tests/export/test_onnx.py::test_real_rotations_give_the_velocity_of_diffusers",
+        ),
+    ),
+    *_mutants(
         "trainer/choice.py",
         (
             "noise chooses the step",
@@ -107,6 +164,12 @@ MUTANTS = (
     ),
     *_mutants(
         "trainer/measure.py",
+        (
+            "a sample is compared with itself",
+            "triu_indices(num_samples, num_samples, 1)",
+            "triu_indices(num_samples, num_samples, 0)",
+            "tests/compare/test_measures.py::test_similarity_and_diversity_are_means_over_pairs",
+        ),
         (
             "the drift is that of the base",
             "moved = self._velocities(inputs, tracker)",
@@ -1329,13 +1392,136 @@ MUTANTS = (
         ),
     ),
     *_mutants(
-        "trainer/compare/measures.py",
+        "trainer/studio.py",
         (
-            "a sample is compared with itself",
-            "triu_indices(NUM_SAMPLES, NUM_SAMPLES, 1)",
-            "triu_indices(NUM_SAMPLES, NUM_SAMPLES, 0)",
-            "tests/compare/test_measures.py::test_similarity_and_diversity_are_means_over_pairs",
+            "LoRAs are put on at full strength",
+            "scale(factors, one.strength)",
+            "scale(factors, 1.0)",
+            "tests/test_studio.py::test_together_is_the_weighted_sum",
         ),
+        (
+            "LoRAs stay on",
+            "handle.remove()",
+            "pass",
+            "tests/test_studio.py::test_worn_loras_draw_what_a_base_with_their_sum_draws",
+        ),
+    ),
+    *_mutants(
+        "trainer/qwen_image.py",
+        (
+            "both branches wear the negative one's LoRA",
+            'if name == "uncond" else nullcontext()',
+            "if name else nullcontext()",
+            "tests/test_run.py::test_samples_with_another_lora_in_the_negative_branch",
+        ),
+    ),
+    *_mutants(
+        "trainer/draw/library.py",
+        (
+            "the template's words count as likeness",
+            "unit = normalize(texts - middle, dim=1)",
+            "unit = normalize(texts, dim=1)",
+            "tests/draw/test_library.py",
+        ),
+        (
+            "something is always near",
+            "if value > limit:",
+            "if True:",
+            "tests/draw/test_library.py::test_none_is_chosen_where_nothing_is_near",
+        ),
+    ),
+    *_mutants(
+        "trainer/draw/run.py",
+        (
+            "a picture that is there is drawn again",
+            "if not (folder / cell.name).is_file()]",
+            "if cell.name]",
+            "tests/draw/test_draw.py::test_a_stopped_request_goes_on_and_another_one_is_refused",
+        ),
+        (
+            "any folder is gone on with",
+            "all(found.get(name) == value for name, value in request.items())",
+            "bool(request)",
+            "tests/draw/test_draw.py::test_a_stopped_request_goes_on_and_another_one_is_refused",
+        ),
+        (
+            "a strength of the sheet replaces that of the file",
+            "replace(one, strength=one.strength * strength)",
+            "replace(one, strength=strength)",
+            "tests/draw/test_draw.py::test_loras_and_strengths_side_by_side",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/metrics.py",
+        (
+            "covariances are divided by N",
+            "math.sqrt(len(rows) - 1)",
+            "math.sqrt(len(rows))",
+            "tests/evaluate/test_metrics.py::test_the_frechet_distance_is_the_library_s",
+        ),
+        (
+            "a picture counts as its own neighbour",
+            "within_x.fill_diagonal_(0)",
+            "pass",
+            "tests/evaluate/test_metrics.py::test_the_kernel_distance_is_the_library_s",
+        ),
+        (
+            "a row that is left out stays in its column",
+            "within.sum() - 2 * within.sum(1)",
+            "within.sum() - within.sum(1)",
+            "tests/evaluate/test_metrics.py::test_its_error_is_the_jackknife_s_by_a_plain_loop",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/measures.py",
+        (
+            "redrawing does not end at the picture",
+            "torch.linspace(sigma, 0, steps + 1)",
+            "torch.linspace(sigma, 0.1, steps + 1)",
+            "tests/evaluate/test_evaluate.py::test_a_perfect_velocity_redraws_the_picture",
+        ),
+        (
+            "a strength is not applied",
+            "read_file(candidate.path, candidate.file, candidate.strength)",
+            "read_file(candidate.path, candidate.file)",
+            "tests/evaluate/test_evaluate.py::test_an_evaluation_is_what_plain_references_say",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/results.py",
+        (
+            "likeness is with the training pictures",
+            "{name: _likeness(rows, held_out) for name, rows in drawn.items()}",
+            "{name: _likeness(rows, space.train) for name, rows in drawn.items()}",
+            "tests/evaluate/test_evaluate.py::test_an_evaluation_is_what_plain_references_say",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/blind.py",
+        (
+            "the first LoRA is always on the left",
+            "torch.rand((), generator=random) < 0.5",
+            "torch.rand((), generator=random) < 2",
+            "tests/evaluate/test_blind.py::test_each_prompt_and_seed_is_a_pair_with_sides_by_the_seed",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/votes.py",
+        (
+            "ties count as lost",
+            "wilson(wins, wins + losses)",
+            "wilson(wins, wins + losses + counts[None])",
+            "tests/evaluate/test_votes.py::test_votes_are_joined_with_the_key",
+        ),
+        (
+            "the earlier of two files counts",
+            "ballots[ballot] = newer",
+            "ballots[ballot] = older",
+            "tests/evaluate/test_votes.py::test_of_a_page_that_was_saved_twice_the_later_file_counts",
+        ),
+    ),
+    *_mutants(
+        "trainer/compare/measures.py",
         (
             "samples are compared with the training pictures",
             "float((own @ real.T).mean())",

@@ -182,6 +182,28 @@ def test_a_streamed_file_is_what_safetensors_writes(dtype: torch.dtype, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_streamed_tensors_may_differ_in_their_precision(tmp_path: Path) -> None:
+    tensors, path = {"a": torch.randn(3), "b": torch.randn(2, 3)}, tmp_path / "x.safetensors"
+    dtypes, about = {"a": torch.bfloat16, "b": torch.float32}, {"format": "pt"}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    files.stream_tensors(path, shapes, tensors.items(), dtypes, metadata=about, summed=True)
+    found = load_file(path)
+    assert all(torch.equal(found[name], tensor.to(dtypes[name])) for name, tensor in tensors.items())
+    assert files.read_header(path).metadata["format"] == "pt" and not files.differs(path)
+
+
+def test_a_folder_that_a_killed_process_left_goes_an_hour_later(tmp_path: Path) -> None:
+    old, fresh = tmp_path / ".x.77.partial", tmp_path / ".x.78.partial"
+    for folder in (old, fresh):
+        folder.mkdir()
+        (folder / "half").write_bytes(b"half")
+        os.utime(folder, (0, 0))
+    os.utime(old / "half", (0, 0))
+    with files.new_folder(tmp_path / "x") as partial:
+        (partial / "whole").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [fresh.name, "x"]
+
+
 def test_what_a_killed_process_left_goes_an_hour_later(tmp_path: Path) -> None:
     old, fresh, other = (tmp_path / f".{name}.partial" for name in ("x.json.77", "x.json.78", "y.json.77"))
     for path in (old, fresh, other):

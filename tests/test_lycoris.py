@@ -314,13 +314,13 @@ def test_what_is_exported_is_what_was_trained(
 
 @pytest.mark.parametrize("config", CONFIGS, ids=ids)
 def test_the_saved_folder_gives_the_trained_model_s_output(config: AdapterConfig, tmp_path: Path) -> None:
-    from tests.test_export import report
-    from trainer import export
+    from tests.export.test_result import report
+    from trainer.export import result
 
     model = tiny()
     adapter.inject(model, config)
     disturb(model)
-    export.export(model, tmp_path / "x", export.ExportConfig(), config, None, report(tmp_path))
+    result.export(model, tmp_path / "x", result.ExportConfig(), config, None, report(tmp_path))
     assert {path.name for path in (tmp_path / "x").iterdir()} == {
         "adapter_model.safetensors",
         "adapter_config.json",

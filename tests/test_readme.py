@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 import train as program
-from demo import build, captions, choice, creatures, diagnosis, experts, figure, kinds, masks, priors, strengths
+from demo import (
+    build,
+    captions,
+    choice,
+    creatures,
+    diagnosis,
+    experts,
+    figure,
+    guidance,
+    kinds,
+    masks,
+    priors,
+    strengths,
+)
 from initializers.i2l import __main__ as i2l
 from initializers.i2l.layout import FILES
 from tests import mutants
@@ -20,6 +33,9 @@ from trainer import doctor
 from trainer.bench import __main__ as bench
 from trainer.compare import __main__ as compare
 from trainer.data import __main__ as data
+from trainer.draw import __main__ as draw
+from trainer.evaluate import __main__ as evaluate
+from trainer.export import __main__ as export
 from trainer.formats import __main__ as formats
 from trainer.page import __main__ as page
 
@@ -36,6 +52,7 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "demo.diagnosis": diagnosis.main,
     "demo.experts": experts.main,
     "demo.figure": figure.main,
+    "demo.guidance": guidance.main,
     "demo.kinds": kinds.main,
     "demo.masks": masks.main,
     "demo.priors": priors.main,
@@ -46,6 +63,9 @@ MAINS: dict[str, Callable[[list[str]], object]] = {
     "trainer.compare": compare.main,
     "trainer.data": data.main,
     "trainer.doctor": doctor.main,
+    "trainer.draw": draw.main,
+    "trainer.evaluate": evaluate.main,
+    "trainer.export": export.main,
     "trainer.formats": formats.main,
     "trainer.page": page.main,
 }

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from peft import PeftModel
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -24,6 +26,7 @@ import initializers
 import initializers.random
 import trainer.files
 import trainer.page
+from tests import tiny
 from tests.helpers import (
     BAD_INPUT,
     FAILED,
@@ -36,9 +39,12 @@ from tests.helpers import (
     metrics,
     run,
 )
-from trainer import adapter, checkpoint, diagnosis, export, qwen_image, tracking, validation
+from trainer import adapter, checkpoint, diagnosis, qwen_image, tracking, validation
 from trainer import objective as program
 from trainer.adapter import InitContext, Seed
+from trainer.draw import __main__ as draw
+from trainer.export import result as export
+from trainer.formats import read_lora
 from trainer.objective import LoraObjective
 from trainer.plan import Plan, load_config, prepare
 from trainer.plan_words import plan_text
@@ -647,3 +653,48 @@ def test_a_page_that_cannot_be_written_is_no_reason_to_stop(
     monkeypatch.setattr(trainer.page, "write_page", Mock(side_effect=OSError("no space")))
     assert run(run_toml, tmp_path / "out", *PLAIN, cache) == FINISHED
     assert "run.html was not written: no space" in caplog.text
+
+
+GUIDED = ("validation.true_cfg_scale=3", "validation.every=4")
+
+
+def test_samples_with_another_lora_in_the_negative_branch(run_toml: Path, tmp_path: Path, cache: str) -> None:
+    """Its samples are those that `trainer.draw` draws of the result, and training does not change by it."""
+    assert run(run_toml, tmp_path / "plain", *GUIDED, cache) == FINISHED
+    file = tmp_path / "plain" / "adapter" / "pytorch_lora_weights.safetensors"
+    negative = f"validation.negative_lora={file}:50"
+    assert run(run_toml, tmp_path / "negative", *GUIDED, cache, negative, "validation.seed=3") == FINISHED
+    assert adapter_bytes(tmp_path / "negative") == adapter_bytes(tmp_path / "plain")
+    words = ["--config", str(run_toml), "--lora", str(tmp_path / "plain" / "adapter_last"), "--negative", f"{file}:50"]
+    words += ["--seeds", "1", "--first-seed", "3", "--guidance", "3", "--output", str(tmp_path / "drawn"), "--quiet"]
+    assert draw.main(words) == FINISHED
+    drawn, sampled = next((tmp_path / "drawn").glob("01*.png")), tmp_path / "negative" / "samples" / "step-000004-0.png"
+    one, two = (np.asarray(Image.open(path), dtype=int) for path in (drawn, sampled))
+    assert np.abs(one - two).max() <= 1  # PEFT adds in another order
+    assert run(run_toml, tmp_path / "same", *GUIDED, cache, "validation.seed=3") == FINISHED
+    other = np.asarray(Image.open(tmp_path / "same" / "samples" / "step-000004-0.png"), dtype=int)
+    assert np.abs(two - other).max() > 1
+
+
+def test_grey_pictures_in_the_negative_branch(
+    run_toml: Path, tmp_path: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their LoRA is kept beside the run, and a resumed run takes it from there."""
+    tiny.make_i2l(tmp_path / "i2l", tmp_path / "encoders")
+    i2l = (f"init.i2l.weights={tmp_path / 'i2l'}", f"init.i2l.encoders={tmp_path / 'encoders'}", "init.method=i2l")
+    grey = ("validation.negative_lora=grey", 'init.i2l.experts=["style", "bias"]', *i2l, *GUIDED, cache)
+    assert run(run_toml, tmp_path / "out", *grey, "train.steps=2") == FINISHED
+    kept = (tmp_path / "out" / "negative.safetensors").read_bytes()
+    assert {len(factors.a) for factors in read_lora(tmp_path / "out" / "negative.safetensors")[0].factors.values()} == {
+        4 * 4 + 2  # Style of four training pictures, and Bias
+    }
+    assert run(run_toml, tmp_path / "out", *grey, resume=True) == FINISHED
+    assert (tmp_path / "out" / "negative.safetensors").read_bytes() == kept
+    for settings, message in (
+        (("validation.negative_lora=grey", *GUIDED), 'negative_lora: "grey" needs [init] method = "i2l"'),
+        (("validation.negative_lora=none.safetensors", *GUIDED), "negative_lora: none.safetensors: there is no such"),
+        (("validation.negative_lora=a.safetensors",), "negative_lora has no effect with true_cfg_scale = 1"),
+        (("validation.negative_lora=a.safetensors:x", *GUIDED), '"x" after the colon is no finite number'),
+    ):
+        assert run(run_toml, tmp_path / "bad", *settings) == BAD_INPUT
+        assert message in caplog.text

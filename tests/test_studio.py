@@ -8,9 +8,10 @@ import torch
 from trainer import adapter, qwen_image
 from trainer.adapter import AdapterWeights
 from trainer.formats import write_lora
+from trainer.formats.lora import check_files
 from trainer.lowrank import LowRank
 from trainer.qwen_image import ModelConfig
-from trainer.studio import Settings, Studio, Worn, check_files, read_file, together
+from trainer.studio import Settings, Studio, Worn, read_file, together
 
 MODULES = {"transformer_blocks.0.attn.to_q": (128, 128), "transformer_blocks.1.attn.to_v": (128, 128)}
 SETTINGS = Settings(size=(64, 64), num_inference_steps=2, true_cfg_scale=1.0)

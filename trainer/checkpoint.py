@@ -143,6 +143,11 @@ def newest_step(root: Path) -> int | None:
     return int(folders[-1].name.removeprefix("step-")) if folders else None
 
 
+def paths(root: Path) -> dict[int, Path]:
+    """The folders of the checkpoints under `root` by their step."""
+    return {int(path.name.removeprefix("step-")): path for path in _folders(root)}
+
+
 def latest(root: Path, course: Mapping[str, Any] | None = None) -> Checkpoint | None:
     """The newest checkpoint under `root`, or None.
 

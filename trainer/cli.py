@@ -95,7 +95,8 @@ def _quiet_libraries() -> None:
     word in a picture is said by notes."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger().addFilter(_is_of_use)
-    for name in ("PIL", "diffusers", "transformers", "accelerate", "httpx", "httpx2", "torchao"):
+    others = ("PIL", "diffusers", "transformers", "accelerate", "httpx", "httpx2", "torchao")
+    for name in (*others, "onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -86,12 +86,12 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Delete what killed processes left of `path`. Another one may be writing it now: only what nobody has changed for
-    an hour."""
+    """Delete what killed processes left of a file or folder. Another one may be writing it now: only what nobody has
+    changed for an hour."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         with suppress(FileNotFoundError):  # it has just been finished
-            if time.time() - old.stat().st_mtime > ABANDONED:
-                old.unlink()
+            if time.time() - max(one.stat().st_mtime for one in (old, *old.rglob("*"))) > ABANDONED:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,20 +132,24 @@ def stream_tensors(
     path: Path,
     shapes: Mapping[str, Sequence[int]],
     tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
     *,
+    metadata: Mapping[str, str] | None = None,
     summed: bool = False,
 ) -> None:
     """A safetensors file, its tensors in the order of `shapes`, written one by one as they come: there may be more of
-    them than fit into memory. safetensors itself writes all at once. summed: with their checksum, for `differs`.
+    them than fit into memory. safetensors itself writes all at once. dtype: of all, or of each by its name; summed:
+    with their checksum, for `differs`.
 
     Format: 8 bytes with the header's size, the header as JSON, the tensors (https://huggingface.co/docs/safetensors).
     """
     blank = "0" * 8
-    header, end = dict[str, Any]({"__metadata__": {CHECKSUM: blank}} if summed else {}), 0
-    stored = next(name for name, value in HEADER_DTYPES.items() if value == dtype)
+    about = {**(metadata or {}), **({CHECKSUM: blank} if summed else {})}
+    header, end = dict[str, Any]({"__metadata__": about} if about else {}), 0
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     for name, shape in shapes.items():
-        start, end = end, end + dtype.itemsize * math.prod(shape)
+        start, end = end, end + dtypes[name].itemsize * math.prod(shape)
+        stored = next(key for key, value in HEADER_DTYPES.items() if value == dtypes[name])
         header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
@@ -156,12 +160,12 @@ def stream_tensors(
             expected, found = iter(shapes), blank
             for name, tensor in tensors:
                 assert name == next(expected) and list(tensor.shape) == header[name]["shape"], name
-                stored_tensor = tensor.detach().to(dtype).cpu().contiguous()
+                stored_tensor = tensor.detach().to(dtypes[name]).cpu().contiguous()
                 file.write(stored_tensor.view(-1).view(torch.uint8).numpy().data)
                 found = checksum(stored_tensor, int(found, 16)) if summed else blank
             assert next(expected, None) is None
             if summed:  # it is only known now
-                file.seek(8 + text.index(blank.encode()))
+                file.seek(8 + text.index(f'"{CHECKSUM}":"{blank}"'.encode()) + len(CHECKSUM) + 4)
                 file.write(found.encode())
 
     write_file(path, write)
@@ -222,6 +226,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         else:
             os.replace(partial, path)
         _flush(path.parent)
+        _remove_abandoned(path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None:
@@ -285,6 +290,11 @@ def read_header(path: Path) -> Header:
             "It was probably not downloaded to its end; download it again."
         )
     return Header(shapes, dtypes, starts, metadata, num_bytes)
+
+
+def free_bytes(place: Path) -> int:
+    """What is free of the disk on which `place` is or will be."""
+    return shutil.disk_usage(next(path for path in (place, *place.absolute().parents) if path.exists())).free
 
 
 def size(num_bytes: float) -> str:

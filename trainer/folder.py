@@ -15,6 +15,8 @@ from trainer.errors import Interrupted, UserError
 from trainer.files import file_in_the_way, write_json
 
 RUN_FILE = "run.json"
+NEGATIVE_FILE = "negative.safetensors"  # in the output: the LoRA of grey pictures
+FROZEN_FILE = "frozen.safetensors"  # in the output: a LoRA beside the one that is trained, to resume and to export
 
 
 def is_used(folder: Path) -> bool:

@@ -71,7 +71,7 @@ class Drift:
         base."""
         self._passes, self._prompts, self._shape, self._base = passes, prompts, tuple(shape), base
 
-    def __call__(self, tracker: Tracker) -> float:
+    def __call__(self, tracker: Tracker | None = None) -> float:
         inputs, plain = self._plain
         moved = self._velocities(inputs, tracker)
         return float((moved - plain).square().sum() / plain.square().sum())
@@ -118,3 +118,14 @@ def likeness(embeddings: Mapping[str, Tensor], num_samples: int) -> dict[str, fl
         rows = torch.nn.functional.normalize(rows.double(), dim=1)
         found[f"likeness {encoder.lower()}"] = float((rows[:num_samples] @ rows[num_samples:].T).mean())
     return found
+
+
+def diversities(rows: Tensor, num_samples: int) -> Tensor:
+    """How much samples of one prompt differ: the mean of 1 - cosine of each two of them, for each prompt.
+
+    rows: (prompts num_samples) D, of length 1, those of a prompt together.
+    """
+    groups = rows.unflatten(0, (-1, num_samples))  # P N D
+    cosines = groups @ groups.transpose(1, 2)
+    pairs = torch.triu_indices(num_samples, num_samples, 1)
+    return (1 - cosines[:, pairs[0], pairs[1]]).mean(1)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -163,10 +164,12 @@ class LoraObjective:
         accelerator: Accelerator,
         sample: Callable[[int, Tracker], Mapping[str, float]] | None = None,
         others: Mapping[int, Tensor] | None = None,
+        negative: AdapterWeights | None = None,
     ):
         """`sample(step, tracker)` is called at validations instead of drawing the sample pictures of the configuration;
-        what it returns is logged, and neither drift nor likeness is measured. others: see `Seed.others`."""
-        self._others = others or {}
+        what it returns is logged, and neither drift nor likeness is measured. others: see `Seed.others`. negative: the
+        LoRA of `[validation] negative_lora`."""
+        self._others, self._negative = others or {}, negative
         self.module: torch.nn.Module = transformer.train()
         self.transformer = transformer
         self._plan, self._run, self._encoded, self._accelerator = plan, plan.config, encoded, accelerator
@@ -332,21 +335,23 @@ class LoraObjective:
         settings, prompts = self._run.validation, self._encoded.prompts
         count, size = len(settings.prompts), self._run.train.batch_size
         rows = parallel.rows_of_process(self._accelerator, count)
-        sampler = qwen_image.Sampler(self._run.model.base)
-        parts = [
-            sampler.latents(
-                self.transformer,
-                [prompts[settings.prompts[row]] for row in some],
-                size=self._plan.dataset.train[0].bucket,
-                seeds=[settings.seed + row for row in some],
-                num_inference_steps=settings.num_inference_steps,
-                true_cfg_scale=settings.true_cfg_scale,
-                negative_prompt=prompts[qwen_image.EMPTY_PROMPT],
-                batch_size=size,
-                device=self._device,
-            )
-            for some in tracker.each([rows[i : i + size] for i in range(0, len(rows), size)], "samples")
-        ]
+        sampler, other = qwen_image.Sampler(self._run.model.base), self._negative
+        with nullcontext(None) if other is None else adapter.with_other(self.transformer, other) as negative:
+            parts = [
+                sampler.latents(
+                    self.transformer,
+                    [prompts[settings.prompts[row]] for row in some],
+                    size=self._plan.dataset.train[0].bucket,
+                    seeds=[settings.seed + row for row in some],
+                    num_inference_steps=settings.num_inference_steps,
+                    true_cfg_scale=settings.true_cfg_scale,
+                    negative_prompt=prompts[qwen_image.EMPTY_PROMPT],
+                    negative=negative,
+                    batch_size=size,
+                    device=self._device,
+                )
+                for some in tracker.each([rows[i : i + size] for i in range(0, len(rows), size)], "samples")
+            ]
         return parallel.collect_rows(self._accelerator, count, rows, torch.cat(parts))
 
     def _write_samples(self, step: int, latents: Tensor, tracker: Tracker) -> list[Image.Image]:

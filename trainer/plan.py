@@ -12,15 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from trainer import adapter, config, folder, qwen_image, stages
-from trainer.adapter import AdapterConfig, Initializer, RunFacts, Work
+from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Initializer, RunFacts, Work
 from trainer.checkpoint import CheckpointConfig, course
 from trainer.data.dataset import DataConfig, Dataset, scan
 from trainer.data.epoch import course_of_folders
 from trainer.data.pictures import DataError
 from trainer.data.prior import Prior, PriorConfig
 from trainer.data.prior import prepare as prepare_prior
-from trainer.export import METHOD_LAYOUTS, ExportConfig
+from trainer.export.result import METHOD_LAYOUTS, ExportConfig
 from trainer.flow import FlowConfig
+from trainer.formats.lora import FormatError, check_files, parse_strength
 from trainer.hardware import memory, offload, parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
@@ -28,7 +29,7 @@ from trainer.loop import Job
 from trainer.optimizer import TrainConfig
 from trainer.qwen_image import ModelConfig
 from trainer.stages import StageConfig, StagePlan
-from trainer.validation import ValidationConfig
+from trainer.validation import GREY, ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,10 @@ class Initializers(Protocol):
         self, method: str, config: Any, pictures: Sequence[Image.Image], device: torch.device
     ) -> dict[str, Tensor]: ...
 
+    def greys(self, method: str) -> bool: ...
+
+    def grey(self, method: str, config: Any, context: InitContext) -> AdapterWeights: ...
+
     def get(self, method: str) -> Initializer: ...
 
 
@@ -115,6 +120,8 @@ class Start:
     """What it will do in the run that is planned."""
     notes: Sequence[str] = ()
     """What is worth a word in the files that it starts from."""
+    grey: Callable[[InitContext], AdapterWeights] | None = None
+    """What the initializer makes of grey pictures; None if it cannot say."""
     embed: Callable[[Sequence[Image.Image], torch.device], dict[str, Tensor]] | None = None
     """Embeddings of pictures by image encoders that the configuration names, encoder -> N D; None if it has none."""
 
@@ -277,8 +284,9 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
     embed = next(
         (partial(initializers.embed, name, parsed[name]) for name in parsed if initializers.embeds(name)), None
     )
+    grey = partial(initializers.grey, method, options) if initializers.greys(method) else None
     return run, Start(
-        method, initializers.get(method), options, found, needs, check_run, identity, keys, work, notes, embed
+        method, initializers.get(method), options, found, needs, check_run, identity, keys, work, notes, grey, embed
     )
 
 
@@ -332,6 +340,7 @@ def prepare(run: RunConfig, start: Start, *, resume: bool) -> Plan:
     except DataError as error:
         problems += [f"[prior] {problem}" for problem in error.problems]
     problems += _validation_problems(run, start, dataset)
+    problems += _negative_problems(run.validation.negative_lora, start, transformer)
     if dataset is not None:
         problems += [f"[init.{start.method}] {problem}" for problem in start.check_run(facts(run, dataset))]
     if problems:
@@ -383,6 +392,19 @@ def _validation_problems(run: RunConfig, start: Start, dataset: Dataset | None) 
     if run.validation.likeness and start.embed is None:
         found.append("[validation] likeness needs image encoders: add the table [init.i2l], with its encoders")
     return found
+
+
+def _negative_problems(wanted: str, start: Start, transformer: QwenImageTransformer2DModel | None) -> list[str]:
+    if wanted == GREY and start.grey is None:
+        return [f'[validation] negative_lora: "{GREY}" needs [init] method = "i2l"; or name a LoRA file']
+    if wanted in ("", GREY) or transformer is None:
+        return []
+    try:
+        path, _ = parse_strength(wanted)
+    except FormatError as error:
+        return [f"[validation] negative_lora: {error}"]
+    _, problems = check_files([path], adapter.linears(transformer))
+    return [f"[validation] negative_lora: {problem}" for problem in problems]
 
 
 def _quantization_problems(model: ModelConfig, transformer: QwenImageTransformer2DModel) -> list[str]:

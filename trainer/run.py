@@ -17,16 +17,19 @@ from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from trainer import adapter, checkpoint, config, diagnosis, export, folder, loop, page, qwen_image
+from trainer import adapter, checkpoint, config, diagnosis, folder, loop, page, qwen_image, validation
 from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed
 from trainer.checkpoint import CheckpointError
 from trainer.data.dataset import Dataset, Example
 from trainer.errors import UserError
+from trainer.export import result as export
 from trainer.files import content_hash, remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
+from trainer.formats.lora import parse_strength
 from trainer.hardware import machine, parallel
 from trainer.hub import sources
 from trainer.loop import Result
+from trainer.lowrank import scale
 from trainer.objective import Encoded, LoraObjective, Trials, draw_prior, encode
 from trainer.plan import Plan, notes
 from trainer.qwen_image import TextEncoder
@@ -36,7 +39,6 @@ log = logging.getLogger("trainer")
 T = TypeVar("T")
 
 CHOICE_FILE = "choice.json"  # in the output
-FROZEN_FILE = "frozen.safetensors"  # in the output: a LoRA beside the one that is trained, to resume and to export
 
 
 def execute(plan: Plan, *, resume: bool, quiet: bool) -> Path:
@@ -67,13 +69,13 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
     seconds = {"encode": time.monotonic() - tick}
     if saved:
         log.info("resuming after step %d", saved.step)
-        text_encoder.unload()
-        started = _restore(plan, accelerator, encoded, quiet=quiet)
+        started = _restore(plan, accelerator, encoded, text_encoder, quiet=quiet)
     else:
         if resume:
             log.info("no checkpoint yet: starting from the beginning")
             if accelerator.is_main_process:  # of a start that was given up
-                (plan.output / FROZEN_FILE).unlink(missing_ok=True)
+                for name in (folder.FROZEN_FILE, folder.NEGATIVE_FILE):
+                    (plan.output / name).unlink(missing_ok=True)
         started = _initialize(plan, accelerator, encoded, text_encoder, quiet=quiet)
         seconds["init"] = started.report["seconds"]
     report = {**_report(plan, accelerator), "init": started.report}
@@ -86,7 +88,9 @@ def _execute(plan: Plan, accelerator: Accelerator, *, resume: bool, quiet: bool)
         gradient_checkpointing=settings.train.gradient_checkpointing,
         offload_activations=settings.train.offload_activations,
     )
-    objective = LoraObjective(plan, started.transformer, encoded, accelerator, others=started.others)
+    objective = LoraObjective(
+        plan, started.transformer, encoded, accelerator, others=started.others, negative=started.negative
+    )
     result = loop.train(objective, job, accelerator, resume=resume, quiet=quiet)
     parallel.unshard(objective.transformer)
     if accelerator.is_main_process:
@@ -108,6 +112,8 @@ class _Started:
     """The part `init` of run.json."""
     others: Mapping[int, Tensor] = field(default_factory=dict)
     """See `Seed.others`."""
+    negative: AdapterWeights | None = None
+    """The LoRA of `[validation] negative_lora`."""
 
 
 def _initialize(
@@ -120,6 +126,7 @@ def _initialize(
     context = init_context(plan, accelerator.device, None if parallel.uses_fsdp() else trials, text_encoder)
     with accelerator.main_process_first():  # the others find what it predicted in the cache
         seed = plan.start.initialize(context, plan.start.options)
+        negative = _negative(plan, context)
     tick = time.monotonic()
     draw_prior(plan, trials.transformer, encoded, accelerator, quiet=quiet)
     began += time.monotonic() - tick  # it is no part of the start
@@ -128,30 +135,51 @@ def _initialize(
     if seed.frozen is not None:
         adapter.attach_frozen(trials.transformer, seed.frozen)
         if accelerator.is_main_process:
-            write_lora(plan.output / FROZEN_FILE, seed.frozen, {})
-            frozen_hash = content_hash(plan.output / FROZEN_FILE)
+            write_lora(plan.output / folder.FROZEN_FILE, seed.frozen, {})
+            frozen_hash = content_hash(plan.output / folder.FROZEN_FILE)
     report = {"method": method, **seed.report, "applied": applied, "seconds": time.monotonic() - began}
     report |= {"frozen": frozen_hash, "sources": sources.used(plan.start.needs)}
     report["adapter"] = {"rank": settings.rank, "rank_pattern": settings.rank_pattern}
     log.info("%s; %.1f s", start_line(method, applied, seed.frozen), report["seconds"])
-    return _Started(trials.transformer, settings, seed.frozen, report, seed.others)
+    return _Started(trials.transformer, settings, seed.frozen, report, seed.others, negative)
 
 
-def _restore(plan: Plan, accelerator: Accelerator, encoded: Encoded, *, quiet: bool) -> _Started:
+def _restore(
+    plan: Plan, accelerator: Accelerator, encoded: Encoded, text_encoder: TextEncoder, *, quiet: bool
+) -> _Started:
     """The adapter as it was injected before the run was stopped; the loop loads its tensors from the checkpoint."""
     report = _saved_report(plan.output / folder.RUN_FILE)
     settings = replace(plan.config.adapter, **report["adapter"])
+    with accelerator.main_process_first():
+        negative = _negative(plan, init_context(plan, accelerator.device, None, text_encoder))
+    text_encoder.unload()
     transformer = qwen_image.load_transformer(plan.config.model, parallel.loading_device(accelerator.device))
     draw_prior(plan, transformer, encoded, accelerator, quiet=quiet)
     adapter.inject(transformer, settings)
-    frozen, file = None, plan.output / FROZEN_FILE
+    frozen, file = None, plan.output / folder.FROZEN_FILE
     if report["frozen"] is not None:
         if not file.exists() or content_hash(file) != report["frozen"]:
             what = "has other content than it had" if file.exists() else "is missing"
             raise CheckpointError(f"{file} {what}: the run was trained on top of the LoRA in it. Put it back.")
         frozen = read_lora(file)[0]
         adapter.attach_frozen(transformer, frozen)
-    return _Started(transformer, settings, frozen, report)
+    return _Started(transformer, settings, frozen, report, negative=negative)
+
+
+def _negative(plan: Plan, context: InitContext) -> AdapterWeights | None:
+    """The LoRA of `[validation] negative_lora`. That of grey pictures is kept in the output: it costs as much as the
+    start."""
+    wanted, file = plan.config.validation.negative_lora, plan.output / folder.NEGATIVE_FILE
+    if not wanted:
+        return None
+    if wanted != validation.GREY:
+        path, strength = parse_strength(wanted)
+        factors = read_lora(path)[0].factors
+        return AdapterWeights({name: scale(own, strength) for name, own in factors.items()})
+    if not file.exists():
+        assert plan.start.grey is not None
+        write_lora(file, plan.start.grey(context), {})
+    return read_lora(file)[0]
 
 
 def _saved_report(file: Path) -> dict[str, Any]:

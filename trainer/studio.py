@@ -18,7 +18,7 @@ from trainer.adapter import AdapterWeights
 from trainer.data.cache import Cache
 from trainer.data.encode import encode_prompts
 from trainer.files import DTYPES, content_hash
-from trainer.formats.lora import MOST_RANK, FormatError, LoraFile, open_lora
+from trainer.formats.lora import MOST_RANK, LoraFile
 from trainer.lowrank import LowRank, concatenate, energy, energy_kept, scale
 from trainer.qwen_image import EMPTY_PROMPT, ModelConfig
 
@@ -37,31 +37,6 @@ class Worn:
 
     def told(self) -> dict[str, Any]:
         return {"name": self.name, "strength": self.strength, **self.origin}
-
-
-def check_files(
-    paths: Iterable[Path], modules: Mapping[str, tuple[int, int]]
-) -> tuple[dict[Path, LoraFile], list[str]]:
-    """The headers of LoRA files, and what is wrong with them for a model whose Linear layers have these in_features and
-    out_features."""
-    found, problems = dict[Path, LoraFile](), list[str]()
-    for path in dict.fromkeys(paths):
-        try:
-            file = open_lora(path)
-        except FormatError as error:
-            problems.append(str(error))
-            continue
-        misfits = [(name, size[:2]) for name, size in file.sizes().items() if modules.get(name) != size[:2]]
-        if misfits:
-            name, (columns, rows) = misfits[0]
-            own = "is not in the model" if name not in modules else "is {} -> {} in the model".format(*modules[name])
-            problems.append(
-                f"{path} was made for another model: {len(misfits)} of its {len(file.modules)} modules do not fit; "
-                f"{name} is {columns} -> {rows} in the file, and {own}"
-            )
-            continue
-        found[path] = file
-    return found, problems
 
 
 def read_file(path: Path, file: LoraFile, strength: float = 1.0) -> Worn:
@@ -123,6 +98,13 @@ class Studio:
     @cached_property
     def _sampler(self) -> qwen_image.Sampler:
         return qwen_image.Sampler(self.model.base)
+
+    def unload(self) -> None:
+        """Free the memory of all that was loaded; what is asked for again is loaded again."""
+        self.text_encoder.unload()
+        for name in ("transformer", "vae"):
+            self.__dict__.pop(name, None)
+        qwen_image.free_memory()
 
     @contextmanager
     def wearing(self, worn: Sequence[Worn]) -> Iterator[None]:

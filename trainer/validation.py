@@ -16,6 +16,7 @@ from trainer.files import write_file
 
 log = logging.getLogger("trainer")
 NUM_SIGMAS = 8
+GREY = "grey"  # in place of a LoRA file: what i2L predicts from grey pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class ValidationConfig:
     """How many held-out pictures, and how many training pictures, the stable losses are computed on at most."""
     true_cfg_scale: float = 1.0
     """The strength of guidance in samples. 1 is no guidance, and takes half the time."""
+    negative_lora: str = ""
+    """A LoRA, FILE or FILE:STRENGTH, that the negative branch of guidance is drawn with, instead of the one that is
+    trained. "grey" is what i2L predicts from grey pictures, as many and as large as it reads, with `[init] method =
+    "i2l"`. It needs true_cfg_scale above 1. Training does not change by it."""
     seed: int = 0
     """Decides the noise of the samples."""
     patience: int = 0
@@ -55,6 +60,8 @@ class ValidationConfig:
         # two inference steps: the scheduler moves its last sigma, and were it also the first, it would divide 0 by 0
         least = {"every": 1, "num_inference_steps": 2, "num_pictures": 1, "true_cfg_scale": 1}
         found = [f"{name} must be at least {value}" for name, value in least.items() if getattr(self, name) < value]
+        if self.negative_lora and self.true_cfg_scale == 1:
+            found.append("negative_lora has no effect with true_cfg_scale = 1, which has no negative branch")
         if self.patience < 0:
             found.append("patience must not be negative")
         for name in ("prompts", "unrelated_prompts"):
@@ -152,11 +159,11 @@ def save_samples(folder: Path, step: int, samples: Sequence[Sample]) -> None:
         write_sample(folder / f"step-{step:06d}-{row}.png", sample)
 
 
-def write_sample(path: Path, sample: Sample) -> None:
-    """As PNG, with `prompt` and `seed` as text in it."""
+def write_sample(path: Path, sample: Sample, **more: str) -> None:
+    """As PNG, with `prompt`, `seed` and what else is given as text in it."""
     told = PngInfo()
-    told.add_itxt("prompt", sample.prompt)
-    told.add_itxt("seed", str(sample.seed))
+    for name, text in {"prompt": sample.prompt, "seed": str(sample.seed), **more}.items():
+        told.add_itxt(name, text)
     write_file(path, lambda partial: sample.picture.save(partial, "PNG", pnginfo=told))
 
 

@@ -3,6 +3,17 @@
 Read `layout.py`, `expert.py`, `encoders.py`, `recognise.py`, `predictions.py`, then `initializer.py`.
 """
 
-from initializers.i2l.initializer import FILE_KEYS, Config, check, check_run, embed, identity, initialize, needs, work
+from initializers.i2l.initializer import (
+    FILE_KEYS,
+    Config,
+    check,
+    check_run,
+    embed,
+    grey,
+    identity,
+    initialize,
+    needs,
+    work,
+)
 
-__all__ = ["FILE_KEYS", "Config", "check", "check_run", "embed", "identity", "initialize", "needs", "work"]
+__all__ = ["FILE_KEYS", "Config", "check", "check_run", "embed", "grey", "identity", "initialize", "needs", "work"]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from initializers.i2l.recognise import (
 from trainer import qwen_image
 from trainer.adapter import AdapterWeights, InitContext, RunFacts, Seed, Stage, Work
 from trainer.config import first_few
+from trainer.data.pictures import grey_pictures, open_picture
 from trainer.errors import UserError
 from trainer.files import content_hash, read_header
 from trainer.hardware import memory
@@ -264,6 +266,18 @@ def initialize(context: InitContext, config: Config) -> Seed:
     }
     seed = _seed(context, config, factors, report | ({"tried": tried} if tried else {}))
     return replace(seed, others=_others(context, config, predictions, chosen)) if context.diagnose else seed
+
+
+def grey(context: InitContext, config: Config) -> AdapterWeights:
+    """What the experts predict from grey pictures, as many and as large as those that `initialize` reads, of all ranks;
+    at strength 1 if that is "auto"."""
+    sizes = [open_picture(context.images[i]).size for i in _choose_pictures(context.images, config.pictures)]
+    strength = 1.0 if config.strength == "auto" else config.strength
+    config = replace(config, pictures=0, strength=strength, mode="merge", energy=None, rank_per_module=False)
+    with TemporaryDirectory(prefix="grey-") as folder:
+        images = grey_pictures(Path(folder), sizes)
+        seed = initialize(replace(context, images=images, diagnose=False), config)
+        return AdapterWeights({}) if seed.frozen is None else seed.frozen
 
 
 def _others(

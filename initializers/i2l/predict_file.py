@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from tqdm import tqdm
 from initializers.i2l.initializer import Config, check, initialize, needs
 from initializers.i2l.predictions import picture_digests
 from trainer import config, qwen_image
-from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, Seed, linears, target_modules
+from trainer.adapter import AdapterConfig, AdapterWeights, InitContext, linears, target_modules
 from trainer.data.pictures import SUFFIXES, pictures_in
-from trainer.export import origin
+from trainer.export.result import origin
 from trainer.files import DTYPES
 from trainer.formats import write_lora
 from trainer.formats.check import verdict_text
@@ -46,11 +47,10 @@ def predict_file(options: argparse.Namespace) -> None:
     request = check_arguments(options)
     start = time.perf_counter()
     sources.fetch(needs(request.config, request.base))
-    seed = _predict(request)
-    weights = seed.frozen or seed.weights  # with mode = "merge" the LoRA is the frozen part
+    weights, report = predict(request.pictures, request.base, request.config)
     write = _write_for_trainer if options.trainer else _write_file
-    write(request, options, weights, seed.report)
-    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in seed.report["seconds"].items())
+    write(request, options, weights, report)
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items())
     print(f"{time.perf_counter() - start:.1f} s ({stages})")
 
 
@@ -119,18 +119,35 @@ def _recipe(options: argparse.Namespace, problems: list[str]) -> Recipe | None:
     return None
 
 
-def _predict(request: Request) -> Seed:
-    """The LoRA of all ranks, for the modules that i2L covers."""
+def _print(message: str) -> None:
+    print(message, flush=True)
+
+
+def predict(
+    pictures: Sequence[Path],
+    base: str,
+    options: Config,
+    *,
+    cache: Path | None = None,
+    text_encoder: qwen_image.TextEncoder | None = None,
+    log: Callable[[str], None] = _print,
+) -> tuple[AdapterWeights, dict[str, Any]]:
+    """The LoRA that the experts predict from pictures, of all ranks, for the modules that i2L covers, and what the
+    initializer reports of it. "auto" counts as strength 1. ValueError as `initialize`."""
+    options = replace(options, mode="merge", energy=None, rank_per_module=False)  # in the seed: nothing is truncated
     context = InitContext(
-        images=request.pictures,
-        modules=target_modules(qwen_image.transformer_on_meta(request.base), AdapterConfig()),
-        rank=request.rank,
+        images=tuple(pictures),
+        modules=target_modules(qwen_image.transformer_on_meta(base), AdapterConfig()),
+        rank=1,
         seed=0,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        base=request.base,
-        log=lambda message: print(message, flush=True),
+        base=base,
+        log=log,
+        cache=cache,
+        text_encoder=text_encoder,
     )
-    return initialize(context, request.config)
+    seed = initialize(context, replace(options, strength=1.0) if options.strength == "auto" else options)
+    return seed.frozen or seed.weights, seed.report
 
 
 def _write_for_trainer(

@@ -25,7 +25,7 @@ import train
 from demo import creatures, painter
 from initializers import gaussian
 from tests.helpers import BAD_INPUT, FAILED, FINISHED, INTERRUPTED, files, kill_me, killed
-from trainer import folder, loop, objective
+from trainer import folder, loop, objective, text_image
 from trainer.adapter import AdapterConfig, AdapterWeights, Seed
 from trainer.compare import execute as compare
 from trainer.compare import measures as samples
@@ -322,7 +322,7 @@ def test_more_than_ten_prompts_with_any_characters(
         return torch.zeros(len(pictures))
 
     monkeypatch.setattr(samples, "text_image_cosines", cosines)
-    monkeypatch.setattr(comparison, "_text_image_problems", lambda _: [])
+    monkeypatch.setattr(comparison, "text_image_problems", lambda _: [])
     monkeypatch.setattr("trainer.hub.sources.fetch", lambda *_, **__: None)
     settings = [f"validation.prompts={json.dumps(prompts)}", "validation.text_image_model=siglip", "train.steps=2"]
     arguments = [word for setting in settings for word in ("--set", setting)]
@@ -625,7 +625,7 @@ def test_fidelity_is_the_cosine_of_picture_and_prompt(tiny_base: Path, tmp_path:
     tokenizer.save_pretrained(tmp_path / "siglip")
     pictures = [Image.fromarray(painter.paint(painter.identity("new", i), painter.scene(i))) for i in range(3)]
     texts = ["a big creature", "a small creature on the left", "at night"]
-    found = samples.text_image_cosines(str(tmp_path / "siglip"), pictures, texts, torch.device("cpu"))
+    found = text_image.text_image_cosines(str(tmp_path / "siglip"), pictures, texts, torch.device("cpu"))
     for picture, words, value in zip(pictures, texts, found, strict=True):
         pixels = torch.from_numpy(np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)) / 127.5 - 1).float()
         tokens = tokenizer(words, padding="max_length", max_length=24, return_tensors="pt").input_ids
@@ -634,9 +634,9 @@ def test_fidelity_is_the_cosine_of_picture_and_prompt(tiny_base: Path, tmp_path:
             word = model.get_text_features(tokens).pooler_output[0]
         assert float(value) == pytest.approx(float(image @ word / image.norm() / word.norm()), abs=1e-5)
     assert len({round(float(value), 6) for value in found}) == 3
-    assert not comparison._text_image_problems(str(tmp_path / "siglip"))
-    assert "text tower is needed" in comparison._text_image_problems("demo/encoders/SigLIP2-G384")[0]
-    assert comparison._text_image_problems(str(tmp_path / "nothing"))
+    assert not text_image.text_image_problems(str(tmp_path / "siglip"))
+    assert "text tower is needed" in text_image.text_image_problems("demo/encoders/SigLIP2-G384")[0]
+    assert text_image.text_image_problems(str(tmp_path / "nothing"))
 
 
 def check_contact_sheet(demo_comparison: Path) -> None:

@@ -95,6 +95,18 @@ def test_dw_is_that_of_the_formula(kind: str, tmp_path: Path) -> None:
         assert torch.linalg.matrix_rank(expected) == rank
 
 
+def test_a_module_alone_is_read_as_with_all_others(tmp_path: Path) -> None:
+    own, alpha, _ = KINDS["LoKr, w2 a product"]
+    path = file(tmp_path / "x.safetensors", own, alpha)
+    expected, found = read_lora(path)[0].factors[TO_Q], open_lora(path).module(TO_Q)
+    assert torch.equal(found.a, expected.a) and torch.equal(found.b, expected.b)
+    assert open_lora(path).not_finite() == []
+    broken = file(tmp_path / "y.safetensors", {**own, "lokr_w1": own["lokr_w1"] * torch.nan}, alpha)
+    assert open_lora(broken).not_finite() == [TO_Q]
+    with pytest.raises(FormatError, match="contains NaN"):
+        open_lora(broken).module(TO_Q)
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("kind", ["LoHa with alpha", "LoKr, w2 a product"])
 def test_every_program_s_spelling_is_read(spelling: str, kind: str, tmp_path: Path) -> None:

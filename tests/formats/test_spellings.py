@@ -289,7 +289,9 @@ def test_a_file_that_is_there_may_have_a_colon_in_its_name(tmp_path: Path, monke
     assert parse_strength("v1:2:3") == (Path("v1:2"), 3.0)
 
 
-@pytest.mark.parametrize("text", ["a.safetensors:", "a.safetensors:nan", "a:inf", "a:strong", ":0.5", "a:0,5"])
+@pytest.mark.parametrize(
+    "text", ["a.safetensors:", "a.safetensors:nan", "a:inf", "a.safetensors:strong", ":0.5", "a.safetensors:0,5"]
+)
 def test_a_strength_that_is_no_finite_number_is_named(text: str) -> None:
     with pytest.raises(FormatError, match=re.escape(text)):
         parse_strength(text)

@@ -8,7 +8,8 @@ from unittest import mock
 
 from initializers.i2l import encoders, predictions
 from tests.pretended_gpu.device import Account
-from trainer import export, loop, measure, objective, qwen_image, run
+from trainer import loop, measure, objective, qwen_image, run
+from trainer.export import result as export
 
 STAGES: list[tuple[Any, str, str]] = [
     (qwen_image, "encode_pictures", "encoding pictures"),

@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from trainer.compare.plan import Comparison, Subject, finished
@@ -15,11 +12,11 @@ from trainer.data.cache import key
 from trainer.data.dataset import load_picture
 from trainer.data.pictures import open_picture
 from trainer.files import read_json, write_json
-from trainer.hub.sources import local
+from trainer.measure import diversities
+from trainer.text_image import text_image_cosines
 from trainer.validation import sample_files
 
 NUM_SAMPLES = 2  # noise seeds of each prompt
-CHUNK = 16  # pictures embedded together
 
 
 def _pictures_key(comparison: Comparison, subject: Subject) -> str:
@@ -69,7 +66,7 @@ def _measure(comparison: Comparison, subject: Subject, device: torch.device) -> 
             for (name, step), own in zip(files, rest.split(counts), strict=True):
                 values = runs[name].setdefault(str(step), {})
                 values[f"similarity {encoder}"] = float((own @ real.T).mean())
-                values[f"diversity {encoder}"] = _diversity(own)
+                values[f"diversity {encoder}"] = float(diversities(own, NUM_SAMPLES).mean())
     settings = comparison.config.validation
     if settings.text_image_model and sampled:
         trigger = comparison.config.data.trigger
@@ -88,39 +85,3 @@ def _samples(comparison: Comparison, subject: Subject) -> dict[tuple[str, int], 
             for step, paths in sample_files(cell.folder / "samples").items():
                 files[f"{cell.arm.name}/{cell.folder.name}", step] = paths
     return files
-
-
-@torch.no_grad()
-def text_image_cosines(
-    source: str, pictures: Sequence[Image.Image], texts: Sequence[str], device: torch.device
-) -> Tensor:
-    """How well each picture fits its text, by a SigLIP with both towers: N"""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = local(source)
-    model: Any = AutoModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    side, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
-    found = []
-    for start in range(0, len(pictures), CHUNK):
-        some = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures[start : start + CHUNK]]
-        pixels = torch.from_numpy(np.stack([np.asarray(picture, np.float32) for picture in some])) / 127.5 - 1
-        tokens = tokenizer(
-            list(texts[start : start + CHUNK]),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        images = model.vision_model(pixel_values=pixels.permute(0, 3, 1, 2).to(device, model.dtype)).pooler_output
-        words = model.text_model(input_ids=tokens.input_ids.to(device)).pooler_output
-        found.append(torch.cosine_similarity(images.float(), words.float()).cpu())
-    return torch.cat(found)
-
-
-def _diversity(rows: Tensor) -> float:
-    """rows: (prompts NUM_SAMPLES) D, of length 1"""
-    groups = rows.unflatten(0, (-1, NUM_SAMPLES))  # P N D
-    cosines = groups @ groups.transpose(1, 2)
-    pairs = torch.triu_indices(NUM_SAMPLES, NUM_SAMPLES, 1)
-    return float((1 - cosines[:, pairs[0], pairs[1]]).mean())

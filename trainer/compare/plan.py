@@ -17,9 +17,9 @@ from trainer.data.cache import key
 from trainer.data.pictures import SUFFIXES, pictures_in
 from trainer.errors import UserError
 from trainer.files import read_json
-from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.plan import InitConfig, Initializers, Plan, RunConfig, Start
+from trainer.text_image import text_image_need, text_image_problems
 
 SCHEMA = 2  # of report.json, and of the results that it is made from
 log = logging.getLogger("trainer")
@@ -176,7 +176,7 @@ def prepare(path: Path, overrides: Sequence[str], request: Request, initializers
         problems.append(
             f"[stages.{own[0]}] learning_rate: --compare sets the rate of each run; leave it out in all stages"
         )
-    problems += _text_image_problems(settings.validation.text_image_model)
+    problems += text_image_problems(settings.validation.text_image_model)
     subjects = _subjects(settings, arms[0].start, request, problems)
     settings = replace(settings, init=InitConfig())  # each arm has its own
     image_encoders = _image_encoders(path, overrides, initializers)
@@ -289,28 +289,6 @@ def _image_encoders(path: Path, overrides: Sequence[str], initializers: Initiali
 
 
 _CONTROL_SETTINGS = {"bias-only": ('init.i2l.experts=["bias"]',)}
-
-
-def text_image_need(source: str) -> Need:
-    return Need(source, ("config.json", "model*.safetensors"), ("*.json", "*.txt", "*.model"))
-
-
-def _text_image_problems(source: str) -> list[str]:
-    if not source:
-        return []
-    from transformers import AutoConfig
-
-    try:
-        if (file := sources.config_file(source, "config.json")) is None:
-            return []  # no network now: told when it is fetched
-        found = AutoConfig.from_pretrained(file.parent)
-    except (OSError, ValueError) as error:
-        return [f"[validation] text_image_model: {error}"]
-    if problems := sources.check(text_image_need(source)):
-        return [f"[validation] text_image_model: {problem}" for problem in problems]
-    if all(hasattr(found, name) for name in ("text_config", "vision_config")):
-        return []
-    return [f"[validation] text_image_model: {source} is a {found.model_type}; a SigLIP with a text tower is needed"]
 
 
 def _request_problems(request: Request) -> list[str]:

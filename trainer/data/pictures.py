@@ -205,6 +205,14 @@ def pixel_hash(image: Image.Image) -> str:
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
+def grey_pictures(folder: Path, sizes: Sequence[tuple[int, int]]) -> tuple[Path, ...]:
+    """Write a picture of mid-grey (128) into `folder` for each width and height."""
+    paths = tuple(folder / f"grey-{number}.png" for number in range(len(sizes)))
+    for path, size in zip(paths, sizes, strict=True):
+        Image.new("RGB", size, (128, 128, 128)).save(path)
+    return paths
+
+
 def pictures_in(folder: Path) -> list[Path]:
     """Files of a folder that are pictures by their suffix, hidden ones aside, by name."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))

@@ -8,7 +8,7 @@ A LoHa or LoKr becomes the factors of its dW.
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -76,8 +76,7 @@ class LoraFile:
         """
         factors, lost, problems = dict[str, LowRank](), dict[str, float](), []
         with safe_open(self.path, framework="pt") as file:
-            named = (keys.parts or {"a": keys.a or "", "b": keys.b or ""} for keys in self.modules.values())
-            tensors = ({part: file.get_tensor(key).float() for part, key in keys.items()} for keys in named)
+            tensors = (self._tensors(name, file) for name in self.modules)
             computed = parallel_map(partial(self._effective, rank=rank), zip(self.modules, tensors, strict=True))
             for name, found in zip(self.modules, computed, strict=True):
                 if found is None:
@@ -90,15 +89,37 @@ class LoraFile:
             raise FormatError(f"{self.path}: {first_few(problems)}")
         return AdapterWeights(factors, lost), self.metadata
 
+    def module(self, name: str) -> LowRank:
+        """As `read`, of one module: a file may hold more than fits into memory. FormatError if there is NaN in it."""
+        with safe_open(self.path, framework="pt") as file:
+            found = self._effective((name, self._tensors(name, file)), None)
+        if found is None:
+            raise FormatError(f"{self.path}: {name} contains NaN or infinity")
+        return found[0]
+
+    def not_finite(self) -> list[str]:
+        """The modules with NaN or infinity in them. All of the file is read, a module at a time."""
+        with safe_open(self.path, framework="pt") as file:
+            return [name for name in self.modules if not _finite(self.scales[name], self._tensors(name, file))]
+
+    def _tensors(self, name: str, file: Any) -> dict[str, Tensor]:
+        keys = self.modules[name]
+        own = keys.parts or {"a": keys.a or "", "b": keys.b or ""}
+        return {part: file.get_tensor(key).float() for part, key in own.items()}
+
     def _effective(self, module: tuple[str, Mapping[str, Tensor]], rank: int | None) -> tuple[LowRank, float] | None:
         """Factors from the tensors of a module, and the energy that is lost; None if there is NaN in them."""
         name, tensors = module
         scale = self.scales[name]
-        if not (math.isfinite(scale) and all(bool(tensor.isfinite().all()) for tensor in tensors.values())):
+        if not _finite(scale, tensors):
             return None
         if self.modules[name].parts:
             return lycoris.factors(tensors, scale, rank)
         return LowRank(tensors["a"], tensors["b"] * scale), 0.0
+
+
+def _finite(scale: float, tensors: Mapping[str, Tensor]) -> bool:
+    return math.isfinite(scale) and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def read_lora(path: Path, rank: int | None = None) -> tuple[AdapterWeights, dict[str, str]]:
@@ -280,6 +301,31 @@ def open_lora(path: Path) -> LoraFile:
             f"{file}: this is not a whole safetensors file ({error}). Download or copy it again."
         ) from error
     return LoraFile(file, modules, shapes, scales, metadata, notes)
+
+
+def check_files(
+    paths: Iterable[Path], modules: Mapping[str, tuple[int, int]]
+) -> tuple[dict[Path, LoraFile], list[str]]:
+    """The headers of LoRA files, and what is wrong with them for a model whose Linear layers have these in_features and
+    out_features."""
+    found, problems = dict[Path, LoraFile](), list[str]()
+    for path in dict.fromkeys(paths):
+        try:
+            file = open_lora(path)
+        except FormatError as error:
+            problems.append(str(error))
+            continue
+        misfits = [(name, size[:2]) for name, size in file.sizes().items() if modules.get(name) != size[:2]]
+        if misfits:
+            name, (columns, rows) = misfits[0]
+            own = "is not in the model" if name not in modules else "is {} -> {} in the model".format(*modules[name])
+            problems.append(
+                f"{path} was made for another model: {len(misfits)} of its {len(file.modules)} modules do not fit; "
+                f"{name} is {columns} -> {rows} in the file, and {own}"
+            )
+            continue
+        found[path] = file
+    return found, problems
 
 
 def _sort(header: Header) -> tuple[dict[str, ModuleKeys], list[str]]:

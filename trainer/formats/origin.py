@@ -48,6 +48,11 @@ _PEFT_KEY = re.compile(rf"(?:(?:_orig_mod|module)\.)*{re.escape(PEFT_PREFIX)}")
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata for a file whose tensors are other ones."""
+    return {key: value for key, value in metadata.items() if not key.startswith(STALE_METADATA)}
+
+
 @dataclass(frozen=True)
 class Header:
     """What is known of a file before its weights are read."""
@@ -58,11 +63,6 @@ class Header:
     config: dict[str, Any]
     """What PEFT's adapter_config.json says of a file of PEFT, or diffusers' metadata in the file; empty if neither is
     there."""
-
-
-def without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What may stand in the metadata of another file with the same weights, in whatever form."""
-    return {key: value for key, value in metadata.items() if not key.startswith(STALE_METADATA)}
 
 
 def description(file: Path, keys: Collection[str], metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from trainer.adapter import AdapterWeights
-from trainer.files import DTYPES, file_in_the_way, new_folder, size
+from trainer.files import DTYPES, file_in_the_way, free_bytes, new_folder, size
 from trainer.formats.layouts import LAYOUTS, module_type, module_types
 from trainer.formats.lora import FormatError, interface_metadata, write_lora
 from trainer.formats.origin import MADE_OF, PEFT_FILE
@@ -77,9 +76,8 @@ class Form:
     def check_room(self, rank: int, sizes: Iterable[Sequence[int]]) -> None:
         """FormatError if there is no room for a file of this rank; sizes: in_features and out_features of modules."""
         needed = DTYPES[self.dtype].itemsize * rank * sum(map(sum, sizes))
-        place = next(path for path in self.output.absolute().parents if path.exists())
-        if (free := shutil.disk_usage(place).free) < needed:
-            room = f"{size(needed)} are needed in {place}, where {size(free)} are free"
+        if (free := free_bytes(self.output)) < needed:
+            room = f"{size(needed)} are needed in {self.output.parent}, where {size(free)} are free"
             raise FormatError(f"--output: {room}: free some of the disk, or choose a lower --rank or --dtype bf16")
 
 

@@ -13,7 +13,6 @@ import errno
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,7 +23,7 @@ from huggingface_hub import constants
 
 from trainer.config import ConfigError, first_few
 from trainer.errors import UserError
-from trainer.files import LayoutError, read_header, size
+from trainer.files import LayoutError, free_bytes, read_header, size
 from trainer.hub.hubs import Hub, HubError, HuggingFace, ModelScope, Unreachable
 
 log = logging.getLogger("trainer")
@@ -231,7 +230,7 @@ def _to_fetch(needs: Sequence[Need]) -> tuple[dict[Hub, dict[str, int]], list[st
                 problems.append(str(error))
     for place, moved_by in {hub.cache: hub.moved_by for hub in todo}.items():
         wanted = sum(sum(files.values()) for hub, files in todo.items() if hub.cache == place)
-        if wanted > (free := _free(place)):
+        if wanted > (free := free_bytes(place)):
             problems.append(
                 f"{size(wanted)} are to be downloaded to {place}, where {size(free)} are free: free some of the disk, "
                 f"or set {moved_by} to a folder on a larger one"
@@ -240,12 +239,9 @@ def _to_fetch(needs: Sequence[Need]) -> tuple[dict[Hub, dict[str, int]], list[st
 
 
 def _line(hub: Hub, files: dict[str, int]) -> str:
-    return f"{hub.name}: {size(sum(files.values()))} from {hub.title} to {hub.cache} ({size(_free(hub.cache))} free)"
-
-
-def _free(place: Path) -> int:
-    """Bytes, of the disk on which `place` is or will be."""
-    return shutil.disk_usage(next(path for path in (place, *place.absolute().parents) if path.exists())).free
+    return (
+        f"{hub.name}: {size(sum(files.values()))} from {hub.title} to {hub.cache} ({size(free_bytes(hub.cache))} free)"
+    )
 
 
 def _download(hub: Hub, files: Sequence[str], *, quiet: bool) -> None:
@@ -279,12 +275,12 @@ def _absent(where: Path, files: Iterable[str]) -> list[str]:
         elif not indices and all(_SHARD.search(path.name) for path in found):
             gone.append(f"{file}.index.json")
         for index in indices:
-            shards = [index.parent / name for name in _shards(index)]
+            shards = [index.parent / name for name in shards_of(index)]
             gone += [path.relative_to(where).as_posix() for path in shards if not path.is_file()]
     return gone
 
 
-def _shards(index: Path) -> list[str]:
+def shards_of(index: Path) -> list[str]:
     """The files that an index of weights names."""
     try:
         return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from tests.helpers import BAD_INPUT, FAILED, FINISHED, run
 from tests.test_adapter import SETTINGS, layers, output, random_seed, tiny
-from trainer import adapter, export
+from trainer import adapter
 from trainer.adapter import AdapterConfig
+from trainer.export import result
 from trainer.formats import LAYOUTS, read_lora
 
 
@@ -44,7 +45,7 @@ def report(folder: Path) -> dict[str, Any]:
 
 
 def save(model: Any, folder: Path, config: AdapterConfig) -> None:
-    export.export(model, folder, export.ExportConfig(), config, None, report(folder.parent))
+    result.export(model, folder, result.ExportConfig(), config, None, report(folder.parent))
 
 
 def pipeline() -> Any:
@@ -115,7 +116,7 @@ def test_a_failing_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytes
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "write_json", full)
+    monkeypatch.setattr(result, "write_json", full)
     with pytest.raises(OSError, match="No space"):
         save(model, tmp_path / "adapter", config)
     assert {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()} == before

@@ -276,7 +276,7 @@ def push(folder: Path, repository: str) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="LoRA with its model card")
     except (HfHubHTTPError, OSError) as error:
         raise OSError(
-            f"[export] push_to_hub: the upload to {repository} failed ({error}). The LoRA is whole in {folder}; "
+            f"the upload to {repository} failed ({error}). The LoRA is whole in {folder}; "
             f"log in with `hf auth login`, then upload it with `hf upload {repository} {folder}`"
         ) from error
     return address

@@ -1,0 +1,1 @@
+"""LoRAs against held-out pictures: numbers, a page, and pairs for people to choose from."""

@@ -1,0 +1,179 @@
+"""An evaluation before it starts: its arguments and configuration, read and checked."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer import adapter, config, plan, qwen_image
+from trainer.data.dataset import Dataset, Example, scan
+from trainer.data.pictures import DataError
+from trainer.evaluate.names import distinct
+from trainer.formats.lora import FormatError, LoraFile, check_files, parse_strength
+from trainer.hardware import parallel
+from trainer.hub import sources
+from trainer.hub.sources import Need
+from trainer.plan import Initializers, RunConfig
+from trainer.text_image import text_image_need, text_image_problems
+
+BASE = "base"
+FOLDER = "evaluation"  # in the run's output, unless another is named
+SIGMAS = (0.3, 0.5, 0.7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for on the command line."""
+
+    config: Path
+    loras: tuple[str, ...]
+    """FILE or FILE:STRENGTH each."""
+    overrides: tuple[str, ...] = ()
+    output: Path | None = None
+    seeds: int = 4
+    """Samples of each prompt."""
+    sigmas: tuple[float, ...] = SIGMAS
+    """How much noise held-out pictures are redrawn from."""
+    blind: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A LoRA at a strength; the base, if it has no file."""
+
+    name: str
+    path: Path | None = None
+    file: LoraFile | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What has passed every check that needs no weights."""
+
+    request: Request
+    config: RunConfig
+    dataset: Dataset
+    candidates: tuple[Candidate, ...]
+    """The base first."""
+    output: Path
+    prompts: tuple[str, ...]
+    """What samples are drawn from."""
+    embed: Callable[[Sequence[Image.Image], torch.device], Mapping[str, Tensor]] | None
+    """Embeddings of pictures by image encoders, encoder -> N D."""
+    notes: tuple[str, ...]
+
+    @property
+    def needs(self) -> list[Need]:
+        """All files of models that are loaded, but for image encoders, which are used where they are there."""
+        source = self.config.validation.text_image_model
+        return [qwen_image.need(self.config.model.base), *([text_image_need(source)] if source else [])]
+
+    @property
+    def cache(self) -> Path:
+        """That of the run."""
+        return Path(self.config.data.cache or Path(self.config.output) / "cache")
+
+    @property
+    def looked_at(self) -> tuple[Example, ...]:
+        """The held-out pictures that losses are computed on, and that are redrawn."""
+        return self.dataset.held_out[: self.config.validation.num_pictures]
+
+
+def prepare(request: Request, initializers: Initializers) -> Evaluation:
+    """Check everything that needs no weights; ConfigError lists every problem at once."""
+    problems, notes = _request_problems(request), list[str]()
+    asked = _parsed(request.loras, problems)
+    try:
+        run, start = plan.load_config(request.config, [*request.overrides], initializers)
+    except config.ConfigError as error:
+        raise config.ConfigError([*problems, *error.problems]) from None
+    wrong = [f"[model] base: {problem}" for problem in sources.check(qwen_image.need(run.model.base))]
+    multiple, files = qwen_image.PICTURE_MULTIPLE, dict[Path, LoraFile]()
+    if not wrong:
+        multiple = qwen_image.picture_multiple(run.model.base)
+        modules = adapter.linears(qwen_image.transformer_on_meta(run.model.base))
+        files, misfits = check_files([path for path, _ in asked], modules)
+        wrong += [f"--lora {problem}" for problem in misfits]
+    dataset = _dataset(run, multiple, problems)
+    problems += [*wrong, *text_image_problems(run.validation.text_image_model)]
+    output = request.output or Path(run.output) / FOLDER
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        problems.append(f"--output: {output} is there already; choose another name")
+    if problems or dataset is None:
+        raise config.ConfigError(problems)
+    prompts = run.validation.prompts
+    if not prompts:
+        prompts = tuple(dict.fromkeys(example.caption for example in dataset.held_out))[: run.validation.num_pictures]
+        notes.append("There are no [validation] prompts: samples are drawn from the captions of held-out pictures.")
+    endings = ["" if strength == 1 else f":{strength:g}" for _, strength in asked]
+    names = distinct([path for path, _ in asked], endings)
+    candidates = [
+        Candidate(name, path, files[path], strength) for name, (path, strength) in zip(names, asked, strict=True)
+    ]
+    notes += [note for candidate in candidates for note in _notes(candidate, dataset.held_out)]
+    return Evaluation(request, run, dataset, (Candidate(BASE), *candidates), output, prompts, start.embed, tuple(notes))
+
+
+def _request_problems(request: Request) -> list[str]:
+    found = [] if request.loras else ["--lora FILE is needed, once for each LoRA"]
+    if request.seeds < 1:
+        found.append(f"--seeds must be at least 1, not {request.seeds}")
+    if bad := [sigma for sigma in request.sigmas if not 0 < sigma <= 1]:
+        found.append(f"--sigmas must be above 0 and at most 1, not {config.first_few(bad)}")
+    if parallel.num_processes() > 1:
+        found.append("accelerate: an evaluation runs in one process; start it with python")
+    if importlib.util.find_spec("torchmetrics") is None:
+        found.append('PSNR and SSIM need torchmetrics: pip install -e ".[evaluate]"')
+    return found
+
+
+def _notes(candidate: Candidate, held_out: Sequence[Example]) -> list[str]:
+    assert candidate.file is not None
+    found = [f"{candidate.name}: {note}" for note in candidate.file.notes]
+    if leaked := _made_from(candidate.file, held_out):
+        found.append(
+            f"{candidate.name} was made from {len(leaked)} of {len(held_out)} held-out pictures, as its file says "
+            f"({config.first_few(leaked)}): what they say of it is no test."
+        )
+    return found
+
+
+def _made_from(file: LoraFile, held_out: Sequence[Example]) -> list[str]:
+    """Held-out pictures that a LoRA of ours was trained on or predicted from."""
+    try:
+        pictures = json.loads(file.metadata["warm_start"])["pictures"]
+        return [example.name for example in held_out if example.digest in pictures]
+    except (KeyError, ValueError, TypeError):  # it is not ours
+        return []
+
+
+def _parsed(loras: Sequence[str], problems: list[str]) -> list[tuple[Path, float]]:
+    """Files with their strengths."""
+    found = []
+    for text in loras:
+        try:
+            found.append(parse_strength(text))
+        except FormatError as error:
+            problems.append(f"--lora {error}")
+    return found
+
+
+def _dataset(run: RunConfig, multiple: int, problems: list[str]) -> Dataset | None:
+    """The run's pictures, split as the run does it."""
+    try:
+        dataset = scan(run.data, multiple=multiple, seed=run.seed)
+    except DataError as error:
+        problems += [f"[data] {problem}" for problem in error.problems]
+        return None
+    if not dataset.held_out:
+        problems.append(
+            "[data] held_out: no picture is held out, and there is nothing to measure against. Name a folder, or set "
+            "the number that the LoRA was trained with: others, it may have been trained on"
+        )
+    return dataset
