@@ -1028,8 +1028,8 @@ MUTANTS = (
         ),
         (
             "the energies of layers are not added up",
-            "+= values.cpu()",
-            "= values.cpu()",
+            "+= own",
+            "= own",
             "tests/test_lowrank.py::test_the_rank_for_an_energy_is_the_smallest_that_keeps_it",
         ),
         (
