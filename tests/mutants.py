@@ -70,6 +70,51 @@ def _mutants(file: str, *rows: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
 
 MUTANTS = (
     *_mutants(
+        "trainer/formats/merge.py",
+        (
+            "weights act on both factors",
+            "own = [scale(factors[name], weight) for",
+            "own = [scale(factors[name], weight**2) for",
+            "tests/formats/test_merge.py::test_weights_on_both_factors_are_squared_and_added_factors_bring_cross_terms",
+        ),
+        (
+            "what cancels is written as rounding",
+            "if norm(found) <= RESOLUTION * sum(map(norm, own)):",
+            "if norm(found) == 0:",
+            "tests/formats/test_merge.py::test_a_difference_of_equals_leaves_nothing",
+        ),
+        (
+            "files for other models are merged",
+            "wrong = [name for name, size in sizes.items() if name in known and known[name][1] != size]",
+            "wrong = list[str]()",
+            "tests/formats/test_merge.py::test_all_problems_are_told_at_once",
+        ),
+    ),
+    *_mutants(
+        "trainer/formats/extract.py",
+        (
+            "the difference is taken in the file's precision",
+            ".to(device).double().sub_(",
+            ".to(device).bfloat16().double().sub_(",
+            "tests/formats/test_extract.py::test_the_lora_that_a_model_was_made_with_comes_back",
+        ),
+        (
+            "rounding of quantised weights is extracted",
+            "if dtypes[name] not in HEADER_DTYPES]",
+            "if False]",
+            "tests/formats/test_extract.py::test_models_that_do_not_belong_together_are_refused",
+        ),
+    ),
+    *_mutants(
+        "trainer/lowrank.py",
+        (
+            "the smallest singular values are kept",
+            "[:, -min(rank, len(change)) :].flip(1)",
+            "[:, : min(rank, len(change))].flip(1)",
+            "tests/test_lowrank.py::test_the_nearest_of_a_whole_change_is_the_dense_svd_s_best",
+        ),
+    ),
+    *_mutants(
         "trainer/export/request.py",
         (
             "a strength has no effect",
@@ -983,8 +1028,8 @@ MUTANTS = (
         ),
         (
             "the energies of layers are not added up",
-            "+= values.cpu()",
-            "= values.cpu()",
+            "+= own",
+            "= own",
             "tests/test_lowrank.py::test_the_rank_for_an_energy_is_the_smallest_that_keeps_it",
         ),
         (

@@ -9,8 +9,10 @@ import torch
 from trainer.flow import generator
 from trainer.lowrank import (
     LowRank,
+    common_rank,
     concatenate,
     energy_kept,
+    nearest,
     norm,
     pad,
     rank,
@@ -18,6 +20,7 @@ from trainer.lowrank import (
     relative_difference,
     scale,
     singular_values,
+    squared_singular_values,
     truncate,
     with_random_directions,
     zeros,
@@ -183,6 +186,32 @@ def test_the_rank_for_an_energy_is_the_smallest_that_keeps_it() -> None:
             below, at = (float(squares[name][:rank].sum()) for rank in (own[name] - 1, own[name]))
             assert below < share * total <= at * (1 + 1e-9)
         assert own["nothing"] == 1
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(40, 60), (60, 40), (50, 50)])
+def test_the_nearest_of_a_whole_change_is_the_dense_svd_s_best(out_features: int, in_features: int) -> None:
+    change = torch.randn(out_features, in_features, dtype=torch.float64, generator=generator(1))
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    for asked in (1, 7, 100):
+        y, kept = nearest(change, asked)
+        assert rank(y) == min(asked, len(s)) and y.a.dtype == y.b.dtype == torch.float32
+        assert torch.allclose(dense(y), u[:, :asked] * s[:asked] @ vh[:asked], atol=1e-6 * float(s[0]))
+        assert kept == pytest.approx(float(s[:asked].square().sum() / s.square().sum()), rel=1e-12)
+        lengths = y.a.double().norm(dim=1)
+        assert torch.allclose(lengths, s[:asked].sqrt(), rtol=1e-6) and torch.allclose(
+            y.b.double().norm(dim=0), lengths
+        )
+    assert torch.allclose(squared_singular_values(change), s.square(), rtol=1e-9)
+
+
+def test_the_nearest_of_a_change_of_low_rank_has_no_more_than_that() -> None:
+    x = factors(40, 60, 5)
+    y, kept = nearest(dense(x), 12)
+    assert rank(y) == 5 and kept == pytest.approx(1, abs=1e-12)
+    assert relative_difference(x, y) < 1e-6
+    nothing, kept = nearest(torch.zeros(4, 6, dtype=torch.float64), 3)
+    assert rank(nothing) == 0 and kept == 1 and (nothing.a.shape, nothing.b.shape) == ((0, 6), (4, 0))
+    assert common_rank([squared_singular_values(torch.zeros(4, 6, dtype=torch.float64))], 0.9) == 1
 
 
 def test_what_is_kept_of_several_layers_is_weighted_by_their_energy() -> None:

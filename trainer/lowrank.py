@@ -1,4 +1,5 @@
-"""Rank arithmetic on LoRA factors: concatenate, truncate exactly, pad, compare. dW = b a is never formed.
+"""Rank arithmetic on LoRA factors: concatenate, truncate exactly, pad, compare. dW = b a is never formed; only
+`nearest` starts from a dW that is there.
 
 A layer of Qwen-Image can have 57 million weights and there are hundreds of them; its factors have a hundredth of that.
 Everything is computed in float64 and returned in fp32, on the device of the factors.
@@ -103,16 +104,56 @@ def ranks_for_energy(parts: Iterable[tuple[str, LowRank]], energy: float) -> tup
     """The smallest rank, the same for all, at which they together keep this share of their energy; and for each the
     smallest at which it alone does. At least 1."""
     squares = {name: singular_values(x).square() for name, x in parts}
-    longest = max(len(values) for values in squares.values())
-    together = torch.zeros(longest, dtype=torch.float64)
-    for values in squares.values():
-        together[: len(values)] += values.cpu()
-    return _smallest(together, energy), {name: _smallest(values.cpu(), energy) for name, values in squares.items()}
+    return common_rank(squares.values(), energy), {name: _smallest(own.cpu(), energy) for name, own in squares.items()}
+
+
+def common_rank(squares: Iterable[Tensor], energy: float) -> int:
+    """The smallest rank, the same for all matrices, at which they together keep this share of their energy. At least 1.
+
+    squares: the squared singular values of each, largest first, in float64.
+    """
+    each = [own.cpu() for own in squares]
+    together = torch.zeros(max(map(len, each)), dtype=torch.float64)
+    for own in each:
+        together[: len(own)] += own
+    return _smallest(together, energy)
 
 
 def _smallest(squares: Tensor, energy: float) -> int:
     kept = squares.cumsum(0)
     return max(1, int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1) if len(kept) and kept[-1] > 0 else 1
+
+
+@torch.no_grad()
+def nearest(change: Tensor, rank: int) -> tuple[LowRank, float]:
+    """The best approximation of a whole dW of at most `rank` (Eckart, Young 1936), and the share of energy it keeps.
+
+    change: dW, out_features in_features, in float64. Its left or right singular vectors, whichever are shorter, are the
+    eigenvectors of a Gram matrix, and the others what dW makes of them: several times as fast as an SVD. The rounding
+    of the Gram matrix is 1e-16 of the largest singular value squared, so what it may mistake is below `RESOLUTION`.
+    """
+    if len(change) > change.shape[1]:
+        (a, b), kept = nearest(change.T, rank)
+        return LowRank(b.T.contiguous(), a.T.contiguous()), kept
+    total = float(change.square().sum())
+    if total == 0:
+        return zeros(change.shape[1], len(change)), 1.0
+    vectors = torch.linalg.eigh(change @ change.T).eigenvectors[:, -min(rank, len(change)) :].flip(1)
+    rows = vectors.T @ change
+    values = rows.norm(dim=1)
+    alive = values > values[0] * RESOLUTION
+    root = values[alive].sqrt()
+    found = LowRank((rows[alive] / root[:, None]).float(), (vectors[:, alive] * root).float())
+    return found, min(float(values[alive].square().sum()) / total, 1.0)
+
+
+@torch.no_grad()
+def squared_singular_values(change: Tensor) -> Tensor:
+    """Those of a whole dW, in float64, largest first; change: as `nearest` takes it."""
+    if not change.any():
+        return change.new_zeros(1)
+    gram = change @ change.T if len(change) <= change.shape[1] else change.T @ change
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
 def pad(x: LowRank, rank: int, generator: torch.Generator) -> LowRank:

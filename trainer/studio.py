@@ -18,13 +18,11 @@ from trainer.adapter import AdapterWeights
 from trainer.data.cache import Cache
 from trainer.data.encode import encode_prompts
 from trainer.files import DTYPES, content_hash
-from trainer.formats.lora import LoraFile
+from trainer.formats.lora import MOST_RANK, LoraFile
 from trainer.lowrank import LowRank, concatenate, energy, energy_kept, scale
 from trainer.qwen_image import EMPTY_PROMPT, ModelConfig
 
 log = logging.getLogger("trainer")
-
-MOST_RANK = 256  # of a LoHa or LoKr, which is put on as a LoRA
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from initializers import warm_start
+from tests.export.test_result import pipeline
 from tests.test_adapter import layers, tiny
-from tests.test_export import pipeline
 from trainer import adapter
 from trainer.adapter import TARGETS, AdapterConfig, AdapterWeights
 from trainer.formats import FormatError, read_lora, write_lora

@@ -1,4 +1,4 @@
-"""`python -m trainer.formats convert | check | trainers`"""
+"""`python -m trainer.formats convert | check | merge | subtract | extract | trainers`"""
 
 import argparse
 import sys
@@ -10,24 +10,50 @@ from trainer.adapter import AdapterWeights
 from trainer.cli import guarded
 from trainer.files import DTYPES
 from trainer.flow import generator
-from trainer.formats import origin
 from trainer.formats.check import judge, verdict_text
 from trainer.formats.convert import Target, hand_off
+from trainer.formats.extract import extract
 from trainer.formats.layouts import LAYOUTS
 from trainer.formats.lora import FormatError, interface_metadata, open_lora, write_lora
-from trainer.formats.origin import PEFT_FILE
+from trainer.formats.merge import merge
+from trainer.formats.origin import PEFT_FILE, without_stale
 from trainer.formats.overview import overview
 from trainer.formats.read_config import Recipe, read_recipe
 from trainer.formats.rules import TRAINERS
+from trainer.formats.written import Form, add_arguments
 from trainer.lowrank import LowRank, energy, energy_kept, ordered, rank, relative_difference
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    answer = 0
+
+    def program() -> None:
+        nonlocal answer
+        match options.command:
+            case "trainers":
+                print(overview())
+            case "convert":
+                _convert(options)
+            case "check":
+                answer = _check(options)
+            case "merge":
+                merge(options.files, options.weights, Form.of(options))
+            case "subtract":
+                merge([options.file, options.other], ["1", "-1"], Form.of(options))
+            case "extract":
+                extract(options.tuned, options.base, Form.of(options))
+
+    return guarded(program) or answer
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.formats",
-        description="LoRA files for Qwen-Image: from one layout to another, and what a trainer will do with one.",
+        description="LoRA files for Qwen-Image: from one layout to another, what a trainer will do with one, sums of "
+        "several, and one from a fine-tuned model.",
         epilog="Exit codes: 0 done; 1 check: the trainer's start would not equal the file; 2 something is wrong with "
-        "the arguments or the file.",
+        "the arguments or the files.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     convert = commands.add_parser("convert", help="write a LoRA as a trainer, or a layout, wants it")
@@ -43,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="what a trainer will do with a LoRA file")
     check.add_argument("file", type=Path)
     check.add_argument("--for", dest="trainer", choices=[*TRAINERS], required=True)
+    _add_sums(commands)
     commands.add_parser("trainers", help="what is known of each program: versions, layouts, alpha, what is strict")
     for command in (convert, check):
         command.add_argument(
@@ -52,17 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help="that trainer's configuration, to read rank, alpha and targets from",
         )
         command.add_argument("--base", default="Qwen/Qwen-Image", help="the model (default: Qwen/Qwen-Image)")
-    options = parser.parse_args(arguments)
-    answer = 0
+    return parser
 
-    def program() -> None:
-        nonlocal answer
-        if options.command == "trainers":
-            print(overview())
-        else:
-            answer = _check(options) if options.command == "check" else _convert(options)
 
-    return guarded(program) or answer
+def _add_sums(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """merge, subtract, extract"""
+    merged = commands.add_parser("merge", help="write the weighted sum of LoRAs as one, exactly or at a rank")
+    merged.add_argument("files", type=Path, nargs="+", metavar="FILE", help="LoRA, LoHa or LoKr, in any layout")
+    merged.add_argument("--weights", nargs="+", metavar="W", help="one for each file, in their order (default: 1 each)")
+    less = commands.add_parser("subtract", help="write FILE - OTHER as a LoRA, exactly or at a rank")
+    less.add_argument("file", type=Path)
+    less.add_argument("other", type=Path)
+    tuned = commands.add_parser("extract", help="write the LoRA nearest to TUNED - BASE, two transformers")
+    tuned.add_argument("tuned", metavar="TUNED", help="folder of diffusers' transformer or pipeline, or .safetensors")
+    tuned.add_argument("base", metavar="BASE", help="the same, or an id such as Qwen/Qwen-Image, to be fetched")
+    for command in (merged, less, tuned):
+        add_arguments(command)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe | None:
@@ -85,7 +117,7 @@ def base_modules(base: str) -> dict[str, tuple[int, int]]:
     return adapter.linears(qwen_image.transformer_on_meta(base))
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _convert(options: argparse.Namespace) -> None:
     problems = []
     if options.out.exists():
         problems.append(f"{options.out} is there already: choose another name")
@@ -103,9 +135,10 @@ def _convert(options: argparse.Namespace) -> int:
     for note in file.notes:
         print(f"note: {note}")
     weights, metadata = file.read(wanted)
-    metadata = origin.without_stale(metadata)
+    metadata = without_stale(metadata)
     if options.layout:
-        return _convert_layout(options, weights, metadata)
+        _convert_layout(options, weights, metadata)
+        return
     target = Target(
         trainer=options.trainer,
         modules=base_modules(options.base),
@@ -116,10 +149,9 @@ def _convert(options: argparse.Namespace) -> int:
     )
     done = hand_off(weights, target, options.out, metadata)
     print("\n".join([f"{done.file}", *(f"  {line}" for line in done.lines), verdict_text(done.verdict)]))
-    return 0
 
 
-def _convert_layout(options: argparse.Namespace, weights: AdapterWeights, metadata: dict[str, str]) -> int:
+def _convert_layout(options: argparse.Namespace, weights: AdapterWeights, metadata: dict[str, str]) -> None:
     """Rows in the order of their singular values, dW as it was, or at `--rank`."""
     path = options.out / PEFT_FILE if options.layout == "peft" else options.out
     if options.layout != "peft" and path.suffix != ".safetensors":
@@ -135,7 +167,6 @@ def _convert_layout(options: argparse.Namespace, weights: AdapterWeights, metada
     rounded = f"before rounding to {options.dtype}, dW differs by {worst:.0e} at most"
     kept = energy_kept(shares, energies)["total"]
     print(f"{options.out}: {len(factors)} modules, with {kept:.2%} of the energy; {rounded}")
-    return 0
 
 
 if __name__ == "__main__":

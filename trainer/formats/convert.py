@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from trainer.adapter import TARGETS, AdapterWeights
+from trainer.adapter import AdapterWeights
 from trainer.files import DTYPES, new_folder, write_text
 from trainer.flow import generator
 from trainer.formats.check import Verdict, judge
+from trainer.formats.layouts import module_types
 from trainer.formats.lora import FormatError, interface_metadata, write_lora
 from trainer.formats.read_config import Recipe, rank_problem, read_recipe
 from trainer.formats.rules import TRAINERS, by_suffix
@@ -42,7 +43,7 @@ class Target:
         """
         if self.recipe is None:
             wanted = self.rank or max(rank(x) for x in weights.factors.values())
-            types = _types([name for name in weights.factors if TRAINERS[self.trainer].covers(name)])
+            types = module_types([name for name in weights.factors if TRAINERS[self.trainer].covers(name)])
             return Recipe(rank=wanted, alpha=float(wanted), trains=by_suffix(types))
         if problem := rank_problem(self.recipe, self.rank):
             raise FormatError(problem)
@@ -72,7 +73,7 @@ def hand_off(weights: AdapterWeights, target: Target, folder: Path, metadata: Ma
     file_name = f"{folder.name}.safetensors"
     with new_folder(folder) as partial:
         extra = _write_files(partial, file_name, fitted, target, given, metadata)
-        types, snippet, recipe = _types(fitted.trained), None, target.recipe
+        types, snippet, recipe = module_types(fitted.trained), None, target.recipe
         if trainer in SNIPPETS:
             snippet = SNIPPETS[trainer](Start(folder.absolute() / file_name, given, types, target.base))
             write_text(partial / snippet.name, snippet.text)
@@ -160,13 +161,6 @@ def _with_energy(metadata: Mapping[str, str], fitted: _Fitted) -> dict[str, str]
     return found
 
 
-def _types(modules: Sequence[str] | Mapping[str, object]) -> list[str]:
-    """The module types, in the order of a block; modules outside of blocks by their name."""
-    ends = {name.split(".", 2)[2] if name.startswith("transformer_blocks.") else name for name in modules}
-    order = {kind: number for number, kind in enumerate(TARGETS["all"])}
-    return sorted(ends, key=lambda kind: (order.get(kind, len(order)), kind))
-
-
 def _account(fitted: _Fitted, recipe: Recipe) -> list[str]:
     """What became of the LoRA, a sentence for each thing."""
     kept, energies, factors = fitted.kept, fitted.energies, fitted.factors
@@ -181,7 +175,7 @@ def _account(fitted: _Fitted, recipe: Recipe) -> list[str]:
         lines.append(f"trained but not in the LoRA, so the trainer starts them at random: {_counted(absent)}")
     if dropped := [module for module in energies if module not in factors]:
         share = sum(energies[module] for module in dropped) / total
-        types = ", ".join(_types(dropped))
+        types = ", ".join(module_types(dropped))
         what = f"{len(dropped)} modules ({types}), with {share:.2%} of the energy"
         lines.append(f"dropped, because they are not trained: {what}")
     return lines

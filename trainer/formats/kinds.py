@@ -41,7 +41,7 @@ _READ = ("LORA", "LOHA", "LOKR")
 """`peft_type` of what is read."""
 _EXTRACT = (
     "only LoRA, LoHa and LoKr are read: apply it to the base in the program that made it, extract a LoRA from the "
-    "difference (ComfyUI and LyCORIS have tools for it), and take that"
+    "difference (python -m trainer.formats extract), and take that"
 )
 
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
@@ -170,7 +170,7 @@ def _whole_model(keys: list[str]) -> str | None:
     if any(module_name(key.rpartition(".")[0]) for key in weights):
         return (
             f"this is a whole transformer of Qwen-Image, not a LoRA, as {weights[0]} shows: to train on top of it, "
-            "name the folder of its pipeline as [model] base"
+            "name the folder of its pipeline as [model] base; to make a LoRA of it, python -m trainer.formats extract"
         )
     return f"this is a whole model, not a LoRA, as {weights[0]} shows: choose a LoRA of Qwen-Image"
 

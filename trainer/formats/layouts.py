@@ -16,7 +16,7 @@ prefix, add it to `_PREFIXES`.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from trainer.adapter import TARGETS
@@ -129,6 +129,17 @@ def module_name(name: str) -> str | None:
         if match["outer"]
         else f"transformer_blocks.{match['block']}.{_FLAT_TYPES[match['kind']]}"
     )
+
+
+def module_type(module: str) -> str:
+    """Its name in its block; of a module outside of blocks its name."""
+    return module.split(".", 2)[2] if module.startswith("transformer_blocks.") else module
+
+
+def module_types(modules: Iterable[str]) -> list[str]:
+    """The types, in the order of a block; modules outside of blocks last."""
+    order = {kind: number for number, kind in enumerate(TARGETS["all"])}
+    return sorted({*map(module_type, modules)}, key=lambda kind: (order.get(kind, len(order)), kind))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ from trainer.formats.origin import ALPHA_KEY, DIFFUSERS_FILE, OF_BLISSFUL, PEFT_
 from trainer.hardware.threads import parallel_map
 from trainer.lowrank import LowRank, rank
 
+MOST_RANK = 256
+"""What a LoHa or LoKr is read at where no rank is given; many have less, and then it is exact."""
+
 
 class FormatError(UserError):
     """A file is not a LoRA for Qwen-Image, or it is damaged. The text names the file."""

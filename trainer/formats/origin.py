@@ -25,6 +25,8 @@ PEFT_FILE, PEFT_CONFIG, DIFFUSERS_FILE = (
 )
 ALPHA_KEY = "warm_start_alpha"
 """In the metadata of our files: the trainer that the file is for multiplies by this / rank."""
+MADE_OF = "warm_start_made_of"
+"""In the metadata of files that were made of others: of which, and what of their energy is kept, as JSON."""
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 """PEFT's configuration, in the metadata of files that diffusers writes."""
 STALE_METADATA = (
