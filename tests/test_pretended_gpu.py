@@ -146,6 +146,7 @@ def fits_with_what_is_absent(found: Any, limit: float) -> None:
             assert told["peak"] + told["absent"] + CONTEXT_BYTES <= limit, name
 
 
+@pytest.mark.slow
 def test_it_notices_what_it_is_there_for(shared: Path) -> None:
     in_order(quick(shared, "itself"))
 

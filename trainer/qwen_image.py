@@ -124,6 +124,22 @@ class ModelConfig:
         return any(f"{name}." in f"{module}." for name in self.quantization_skip)
 
 
+def gpu_problems(model: ModelConfig, device: torch.device) -> list[str]:
+    """Settings of the model that need a GPU, where there is none."""
+    wanted = [
+        ("[model] dtype", model.dtype, ("fp16",), '"fp32" or "bf16"'),
+        ("[model] quantization", model.quantization, ("int8", "nf4"), '"fp8" or "none"'),
+        ("[model] attention", model.attention, GPU_ATTENTION, '"native"'),
+    ]
+    if device.type == "cuda":
+        return []
+    return [needs_gpu(name, value, instead) for name, value, values, instead in wanted if value in values]
+
+
+def needs_gpu(name: str, value: str, instead: str) -> str:
+    return f'{name}: "{value}" needs a CUDA GPU, and there is none here; use {instead}'
+
+
 class ModelError(UserError):
     """A model folder or id that cannot be used."""
 

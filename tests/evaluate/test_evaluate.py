@@ -174,15 +174,18 @@ def test_a_perfect_velocity_redraws_the_picture(monkeypatch: pytest.MonkeyPatch)
     assert float((poor[0] - item.latents).square().mean()) > 0.01
 
 
-def test_all_that_is_wrong_is_told_at_once(request_: plan.Request, tmp_path: Path) -> None:
+def test_all_that_is_wrong_is_told_at_once(
+    request_: plan.Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before any model loads: a LoRA of another size, a strength that is no number, no file, no pictures."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     other = lora(tmp_path / "other.safetensors", 3, width=32)
     (tmp_path / "found").mkdir()
     (tmp_path / "found" / "mine.txt").write_text("x")
     wrong = replace(
         request_,
         loras=(str(other), f"{request_.loras[0]}:strong", str(tmp_path / "none.safetensors")),
-        overrides=("data.held_out=0",),
+        overrides=("data.held_out=0", "model.dtype=fp16"),
         seeds=0,
         sigmas=(0.5, 1.5),
     )
@@ -195,11 +198,12 @@ def test_all_that_is_wrong_is_told_at_once(request_: plan.Request, tmp_path: Pat
         "none.safetensors: there is no such file",
         "no picture is held out",
         "--seeds must be at least 1",
+        '[model] dtype: "fp16" needs a CUDA GPU',
         "--sigmas must be above 0 and at most 1, not 1.5",
         "found is there already",
     ):
         assert sum(expected in problem for problem in told) == 1, expected
-    assert len(told) == 7
+    assert len(told) == 8
     (tmp_path / "empty").mkdir()
     empty = replace(request_, overrides=(f"data.images={tmp_path / 'empty'}",))
     with pytest.raises(ConfigError, match="no picture"):

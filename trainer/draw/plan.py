@@ -19,7 +19,6 @@ from trainer.draw.views import VIEWS
 from trainer.errors import UserError
 from trainer.folder import RUN_FILE
 from trainer.formats.lora import FormatError, LoraFile, check_files, parse_strength
-from trainer.hardware.machine import model_problems
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.plan import RunConfig
@@ -97,7 +96,7 @@ def prepare(options: argparse.Namespace, run: RunConfig, predictor: Predictor, d
     if not problems:
         modules = adapter.linears(qwen_image.transformer_on_meta(run.model.base))
         multiple = qwen_image.picture_multiple(run.model.base)
-    problems += model_problems(run.model, device)
+    problems += qwen_image.gpu_problems(run.model, device)
     prompts = _prompts(options, run, problems)
     loras = _files("--lora", options.lora, modules, problems)
     pictures = _pictures(options.pictures, problems)

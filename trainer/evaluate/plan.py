@@ -101,7 +101,12 @@ def prepare(request: Request, initializers: Initializers) -> Evaluation:
         files, misfits = check_files([path for path, _ in asked], modules)
         wrong += [f"--lora {problem}" for problem in misfits]
     dataset = _dataset(run, multiple, problems)
-    problems += [*wrong, *text_image_problems(run.validation.text_image_model)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problems += [
+        *wrong,
+        *qwen_image.gpu_problems(run.model, device),
+        *text_image_problems(run.validation.text_image_model),
+    ]
     output = request.output or Path(run.output) / FOLDER
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         problems.append(f"--output: {output} is there already; choose another name")

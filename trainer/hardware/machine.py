@@ -22,9 +22,9 @@ def check(plan: Plan, device: torch.device) -> None:
     """ConfigError if the run asks for what this machine lacks, or for models that it can neither find nor fetch;
     `--plan` may be of another machine."""
     run = plan.config
-    problems = model_problems(run.model, device)
+    problems = qwen_image.gpu_problems(run.model, device)
     if device.type != "cuda" and run.train.optimizer == "paged_adamw8bit":
-        problems.append(_needs_gpu("[train] optimizer", run.train.optimizer, '"adamw" or "adamw8bit"'))
+        problems.append(qwen_image.needs_gpu("[train] optimizer", run.train.optimizer, '"adamw" or "adamw8bit"'))
     if device.type == "cuda":
         try:
             qwen_image.set_attention(plan.transformer, run.model.attention)
@@ -50,22 +50,6 @@ def check(plan: Plan, device: torch.device) -> None:
         )
     if problems := [*sources.download_problems(plan.needs), *problems]:
         raise config.ConfigError(problems)
-
-
-def model_problems(model: qwen_image.ModelConfig, device: torch.device) -> list[str]:
-    """Settings of the model that need a GPU, where there is none."""
-    needs_gpu = [
-        ("[model] dtype", model.dtype, ("fp16",), '"fp32" or "bf16"'),
-        ("[model] quantization", model.quantization, ("int8", "nf4"), '"fp8" or "none"'),
-        ("[model] attention", model.attention, qwen_image.GPU_ATTENTION, '"native"'),
-    ]
-    if device.type == "cuda":
-        return []
-    return [_needs_gpu(name, value, advice) for name, value, values, advice in needs_gpu if value in values]
-
-
-def _needs_gpu(name: str, value: str, instead: str) -> str:
-    return f'{name}: "{value}" needs a CUDA GPU, and there is none here; use {instead}'
 
 
 def versions() -> dict[str, str]:
