@@ -258,6 +258,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_resumed_run_is_the_run_that_was_not_stopped(kind: str, run_toml: Path, tmp_path: Path, lora: Path) -> None:
     settings = (*SETTINGS[kind], f"init.method={lora}", 'export.layouts=["kohya"]', "export.rank=2")

@@ -107,7 +107,7 @@ COURSES = {
 
 @pytest.mark.parametrize(
     "course",
-    [name if name in ("plain", "dora") else pytest.param(name, marks=pytest.mark.slow) for name in COURSES],
+    [name if name == "plain" else pytest.param(name, marks=pytest.mark.slow) for name in COURSES],
 )
 def test_ten_and_ten_steps_are_twenty(
     course: str, run_toml: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
