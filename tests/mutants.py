@@ -1059,8 +1059,8 @@ MUTANTS = (
         "trainer/adapter.py",
         (
             "a frozen LoRA stays on the base that is the prior",
-            "hook.on = on",
-            "hook.on = True",
+            "for hook in added:\n        hook.on = False",
+            "for hook in added:\n        hook.on = True",
             "tests/data/test_prior.py::test_switched_off_is_the_base_and_leaves_the_rest_as_it_was",
         ),
         (
@@ -1457,7 +1457,7 @@ MUTANTS = (
             "both branches wear the negative one's LoRA",
             'if name == "uncond" else nullcontext()',
             "if name else nullcontext()",
-            "tests/test_run.py::test_samples_with_another_lora_in_the_negative_branch",
+            "tests/test_studio.py::test_the_negative_branch_has_its_own_lora",
         ),
     ),
     *_mutants(

@@ -88,6 +88,8 @@ def test_the_negative_branch_has_its_own_lora(studio: Studio) -> None:
             again = qwen_image.predict_velocity(studio.transformer, latents, sigma, embeds[prompt][None], None)
         guided = studio.latents([prompt], [0], GUIDED, negative)
         plain = studio.latents([prompt], [0], GUIDED)
+    with studio.wearing([Worn("b", other)]):
+        assert float((guided - studio.latents([prompt], [0], GUIDED)).abs().max()) > 0.05  # not in both branches
     torch.testing.assert_close(mine, velocities["with"], rtol=0, atol=0)
     torch.testing.assert_close(again, mine, rtol=0, atol=0)
     torch.testing.assert_close(theirs, velocities["negative"], rtol=0, atol=0)
