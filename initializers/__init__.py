@@ -2,8 +2,9 @@
 
 To add an initializer, write its module and add a line to `_MODULES`; CONTRIBUTING.md has an example. A module may also
 have `check(config)`, `check_run(config, facts)`, `needs(config, base)`, `work(config, model, facts)`, `notes(config)`,
-`identity(config)`, `FILE_KEYS`, `grey(context, config)` and `embed(pictures, config, device)`: the functions below say
-what each is. A module is imported when it is asked for, so that importing this package costs nothing.
+`identity(config)`, `FILE_KEYS`, `grey(context, config)`, `embed(pictures, config, device)` and `embed_needs(config)`:
+the functions below say what each is. A module is imported when it is asked for, so that importing this package costs
+nothing.
 """
 
 import difflib
@@ -30,6 +31,7 @@ __all__ = [
     "check_run",
     "config_class",
     "embed",
+    "embed_needs",
     "embeds",
     "file_keys",
     "get",
@@ -132,6 +134,12 @@ def file_keys(method: str) -> tuple[str, ...]:
 def embeds(method: str) -> bool:
     """Whether the initializer has image encoders."""
     return hasattr(_module(method), "embed")
+
+
+def embed_needs(method: str, config: Any) -> "list[Need]":
+    """The files of the initializer's image encoders. Empty if it has none."""
+    module = _module(method)
+    return list(module.embed_needs(config)) if hasattr(module, "embed_needs") else []
 
 
 def embed(method: str, config: Any, pictures: "Sequence[Image]", device: "torch.device") -> dict[str, "Tensor"]:

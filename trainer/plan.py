@@ -90,6 +90,8 @@ class Initializers(Protocol):
 
     def embeds(self, method: str) -> bool: ...
 
+    def embed_needs(self, method: str, config: Any) -> list[Need]: ...
+
     def embed(
         self, method: str, config: Any, pictures: Sequence[Image.Image], device: torch.device
     ) -> dict[str, Tensor]: ...
@@ -124,6 +126,8 @@ class Start:
     """What the initializer makes of grey pictures; None if it cannot say."""
     embed: Callable[[Sequence[Image.Image], torch.device], dict[str, Tensor]] | None = None
     """Embeddings of pictures by image encoders that the configuration names, encoder -> N D; None if it has none."""
+    embed_needs: Sequence[Need] = ()
+    """The files of these encoders."""
 
 
 @dataclass(frozen=True)
@@ -281,12 +285,13 @@ def load_config(path: Path, overrides: list[str], initializers: Initializers) ->
 
     keys, work = initializers.file_keys(method), partial(initializers.work, method, options, run.model)
     notes = [] if found else initializers.notes(method, options)
-    embed = next(
-        (partial(initializers.embed, name, parsed[name]) for name in parsed if initializers.embeds(name)), None
-    )
+    embedder = next((name for name in parsed if initializers.embeds(name)), None)
+    embed = partial(initializers.embed, embedder, parsed[embedder]) if embedder else None
+    embed_needs = initializers.embed_needs(embedder, parsed[embedder]) if embedder else []
     grey = partial(initializers.grey, method, options) if initializers.greys(method) else None
+    initialize = initializers.get(method)
     return run, Start(
-        method, initializers.get(method), options, found, needs, check_run, identity, keys, work, notes, grey, embed
+        method, initialize, options, found, needs, check_run, identity, keys, work, notes, grey, embed, embed_needs
     )
 
 

@@ -9,6 +9,7 @@ from initializers.i2l.initializer import (
     check,
     check_run,
     embed,
+    embed_needs,
     grey,
     identity,
     initialize,
@@ -16,4 +17,16 @@ from initializers.i2l.initializer import (
     work,
 )
 
-__all__ = ["FILE_KEYS", "Config", "check", "check_run", "embed", "grey", "identity", "initialize", "needs", "work"]
+__all__ = [
+    "FILE_KEYS",
+    "Config",
+    "check",
+    "check_run",
+    "embed",
+    "embed_needs",
+    "grey",
+    "identity",
+    "initialize",
+    "needs",
+    "work",
+]

@@ -218,6 +218,11 @@ def identity(config: Config) -> list[str]:
     return [*(content_hash(path) for path in paths if path), *encoders.identity(config.encoders)]
 
 
+def embed_needs(config: Config) -> list[Need]:
+    """The files that `embed` loads."""
+    return [encoders.need(config.encoders)]
+
+
 def embed(pictures: Sequence[Image.Image], config: Config, device: torch.device) -> dict[str, Tensor]:
     """Embeddings of RGB pictures: encoder -> N D in fp32. Empty if the encoders are not on this machine."""
     sizes = encoders.embedding_sizes(config.encoders)

@@ -1,7 +1,7 @@
 """An evaluation of LoRAs on the tiny base, against plain references."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +16,17 @@ from torch import Tensor
 
 import initializers
 from tests.helpers import BAD_INPUT, FINISHED
-from trainer import flow, qwen_image, validation
+from trainer import flow, measure, qwen_image, validation
 from trainer.adapter import AdapterWeights
 from trainer.config import ConfigError
 from trainer.data.dataset import load_picture
 from trainer.errors import UserError
-from trainer.evaluate import measures, plan, report, run
+from trainer.evaluate import blind, measures, plan, report, run
 from trainer.evaluate.__main__ import main
 from trainer.evaluate.names import distinct
 from trainer.formats import write_lora
 from trainer.lowrank import LowRank
+from trainer.studio import Studio
 
 CPU = torch.device("cpu")
 IN_A_SPACE = ("likeness", "diversity", "frechet", "kernel")
@@ -86,10 +87,10 @@ def test_an_evaluation_is_what_plain_references_say(
         "val_loss", "psnr 0.5", "psnr 0.9", "ssim 0.5", "ssim 0.9", "drift", "fidelity",
         *(f"{what} colours" for what in IN_A_SPACE), *(f"{what} stripes" for what in IN_A_SPACE),
     }  # fmt: skip
-    for measure in found.values():
-        values = measure["values"]
-        assert values["first"] == values["first (2)"], measure["name"]
-        assert values["first"] != values["second:0.5"] and values["first"] != values["base"], measure["name"]
+    for name, one in found.items():
+        values = one["values"]
+        assert values["first"] == values["first (2)"], name
+        assert values["first"] != values["second:0.5"] and values["first"] != values["base"], name
     assert written["errors"]["first"] == written["errors"]["first (2)"]
     assert found["drift"]["values"]["base"]["value"] == 0 < found["drift"]["values"]["first"]["value"]
 
@@ -224,7 +225,111 @@ def test_a_strength_that_is_too_large_is_told(request_: plan.Request) -> None:
     evaluation = plan.prepare(replace(request_, loras=(f"{request_.loras[0]}:1e38",)), initializers)
     with pytest.raises(UserError, match="NaN or infinite"):
         run.execute(evaluation, quiet=True)
-    assert not evaluation.output.exists()
+    assert not (evaluation.output / "evaluation.html").exists()
+
+
+class Stops:
+    """Stands for Ctrl-C: raises after so many calls of a function, `left`, and counts those that were let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, places: dict[str, tuple[object, str]]):
+        self.calls, self.left = dict.fromkeys(places, 0), dict[str, int]()
+        for place, (owner, name) in places.items():
+            monkeypatch.setattr(owner, name, self._counted(place, getattr(owner, name)))
+
+    def _counted(self, place: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            if place in self.left:
+                self.left[place] -= 1
+                if self.left[place] < 0:
+                    raise KeyboardInterrupt
+            self.calls[place] += 1
+            return function(*arguments, **named)
+
+        return counted
+
+
+def test_one_that_was_stopped_anywhere_goes_on_to_the_same_bytes(
+    request_: plan.Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was in work is repeated, and nothing else."""
+    prompts = 'validation.prompts=["a creature", "a hat"]'
+    request_ = replace(request_, blind=True, overrides=(*request_.overrides, prompts, "train.batch_size=3"))
+
+    def evaluate(output: Path) -> None:
+        run.execute(replace(plan.prepare(replace(request_, output=output), initializers), embed=embed), quiet=True)
+
+    places: dict[str, tuple[object, str]] = {
+        "errors": (measure.Passes, "errors"),
+        "drift": (measure.Drift, "__call__"),
+        "redrawn": (measures, "redraw"),
+        "drawn": (Studio, "latents"),
+        "sample": (measures, "write_sample"),
+        "original": (measures, "write_png"),
+        "embedded": (run, "_embedded"),
+        "page": (report, "write_page"),
+        "blind": (blind, "write_page"),
+        "end": (run, "write_json"),
+    }
+    stops = Stops(monkeypatch, places)
+    evaluate(tmp_path / "whole")
+    usual = dict(stops.calls)
+    assert usual["redrawn"] == 4 * 2 * 2 and usual["drawn"] == 4 * 2 and usual["sample"] == 4 * 4
+
+    stops.calls, output = dict.fromkeys(places, 0), tmp_path / "stopped"
+    for place, after in (
+        ("errors", 0), ("redrawn", 1), ("drawn", 1), ("errors", 0), ("drift", 0), ("redrawn", 2), ("sample", 1),
+        ("original", 9), ("embedded", 0), ("page", 0), ("blind", 0), ("end", 0),
+    ):  # fmt: skip
+        stops.left = {place: after}
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(output)
+        assert "measures" not in json.loads((output / "evaluation.json").read_text()), place
+    (output / "redrawn" / ".0.png.1.partial").write_bytes(b"a killed process leaves this")
+    loaded = list[str]()
+    monkeypatch.setattr(qwen_image, "load_transformer", lambda *_: loaded.append("base"))
+    stops.left = {}
+    evaluate(output)
+    files = {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    whole = tmp_path / "whole"
+    assert files == {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert not loaded, "all that needs the base was there"
+    repeated = {"errors": 1, "sample": 1, "drawn": 1, "original": 0, "redrawn": 0}
+    assert {place: stops.calls[place] - usual[place] for place in repeated} == repeated
+
+
+def test_a_folder_of_another_evaluation_that_was_stopped_is_refused(
+    request_: plan.Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = Stops(monkeypatch, {"redrawn": (measures, "redraw")})
+    stops.left = {"redrawn": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run.execute(plan.prepare(request_, initializers), quiet=True)
+    before = {path: path.read_bytes() for path in request_.output.rglob("*") if path.is_file()}  # type: ignore[union-attr]
+    for other, told in (
+        (replace(request_, seeds=3), "differs in seeds, loras"),
+        (replace(request_, loras=(f"{request_.loras[0]}:0.9", *request_.loras[1:])), "differs in loras"),
+        (replace(request_, overrides=(*request_.overrides, "validation.seed=5")), "differs in config"),
+    ):
+        with pytest.raises(UserError, match=told):
+            run.execute(plan.prepare(other, initializers), quiet=True)
+    lora(Path(request_.loras[0]), 9)  # another file of the same name
+    with pytest.raises(UserError, match="differs in loras"):
+        run.execute(plan.prepare(request_, initializers), quiet=True)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_image_encoders_that_are_named_are_needed(request_: plan.Request, tmp_path: Path) -> None:
+    """They are checked with all else, and fetched; without the table [init.i2l] there are none."""
+    assert plan.prepare(request_, initializers).embed is None
+    named = replace(request_, overrides=('init.i2l.encoders="demo/encoders"',))
+    evaluation = plan.prepare(named, initializers)
+    assert evaluation.embed is not None and "demo/encoders" in [need.source for need in evaluation.needs]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError) as error:
+        plan.prepare(replace(request_, seeds=0, overrides=(f'init.i2l.encoders="{empty}"',)), initializers)
+    wanted = [f"[init.i2l] encoders: {empty} has no {name}/model.safetensors" for name in ("SigLIP2-G384", "DINOv3-7B")]
+    assert {*wanted} < {*error.value.problems} and len(error.value.problems) == 3
 
 
 def test_the_command(request_: plan.Request, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,13 @@
-"""What is computed with each LoRA on the base: errors, redrawn pictures, drift, samples."""
+"""What is computed with each LoRA on the base: errors, drift, redrawn pictures, samples."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,25 +15,11 @@ from trainer import adapter, flow, measure, qwen_image
 from trainer.data.cache import Cache
 from trainer.data.encode import encode_pictures
 from trainer.errors import UserError
+from trainer.evaluate.folder import Seen
 from trainer.evaluate.plan import Candidate, Evaluation
-from trainer.files import DTYPES
+from trainer.files import DTYPES, write_json
 from trainer.studio import Settings, Studio, Worn, read_file
-from trainer.validation import Item
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was seen of a LoRA."""
-
-    candidate: Candidate
-    origin: dict[str, object]
-    errors: Tensor  # N 8
-    """The stable error of each held-out picture at each sigma."""
-    redrawn: dict[float, list[Image.Image]]
-    """Sigma -> each held-out picture."""
-    drift: float | None
-    samples: list[Image.Image]
-    """Those of a prompt together, in the order of their seeds."""
+from trainer.validation import Item, Sample, write_png, write_sample
 
 
 class Examiner:
@@ -51,60 +38,73 @@ class Examiner:
             Item(example.name, example.digest, own, prompts[example.caption])
             for example, own in zip(examples, latents, strict=True)
         ]
-        transformer = self._studio.transformer
-        self._passes = measure.Passes(transformer, accelerator, self._dtype, self._batch)
-        unrelated = [prompts[text] for text in run.validation.unrelated_prompts]
-        self._drift = (
-            measure.Drift(self._passes, unrelated, latents[0].shape, lambda: adapter.switched_off(transformer))
-            if unrelated
-            else None
-        )
 
-    def originals(self) -> list[Image.Image]:
-        """The held-out pictures as the VAE gives them back."""
-        return [picture for item in self.items for picture in self._studio.pictures(item.latents[None])]
+    @cached_property
+    def _passes(self) -> measure.Passes:
+        return measure.Passes(self._studio.transformer, self._accelerator, self._dtype, self._batch)
 
-    def see(self, candidates: Sequence[Candidate]) -> Iterator[Seen]:
-        """One after the other, with a bar."""
-        for candidate in tqdm(candidates, "evaluate", unit="LoRA", disable=self._quiet or None, dynamic_ncols=True):
-            worn = []
+    @cached_property
+    def _drift(self) -> measure.Drift | None:
+        texts, transformer = self._evaluation.config.validation.unrelated_prompts, self._studio.transformer
+        if not texts:
+            return None
+        prompts, shape = [self._studio.prompts[text] for text in texts], self.items[0].latents.shape
+        return measure.Drift(self._passes, prompts, shape, lambda: adapter.switched_off(transformer))
+
+    def write_originals(self, paths: Sequence[Path]) -> None:
+        """The held-out pictures as the VAE gives them back, each into its file, unless it is there."""
+        for item, path in zip(self.items, paths, strict=True):
+            if not path.is_file():
+                write_png(path, self._studio.pictures(item.latents[None])[0])
+
+    def look(self, seen: Sequence[Seen]) -> None:
+        """All that is seen of each LoRA into its files, unless it is there, with a bar. The base is only loaded if
+        something is missing."""
+        for one in tqdm(seen, "evaluate", unit="LoRA", disable=self._quiet or None, dynamic_ncols=True):
+            if one.whole:
+                continue
+            candidate, worn = one.candidate, list[Worn]()
             if candidate.path is not None and candidate.file is not None:
-                worn = [read_file(candidate.path, candidate.file, candidate.strength)]
+                worn.append(read_file(candidate.path, candidate.file, candidate.strength))
             with self._studio.wearing(worn):
-                seen = self._see(candidate, worn)
-            yield seen
+                if not one.numbers.is_file():
+                    write_json(one.numbers, self._numbers(candidate))
+                self._write_redrawn(one)
+                self._write_samples(one)
 
-    def _see(self, candidate: Candidate, worn: Sequence[Worn]) -> Seen:
+    def _numbers(self, candidate: Candidate) -> dict[str, Any]:
         """UserError if it gives no finite numbers."""
-        evaluation, request = self._evaluation, self._evaluation.request
         errors = self._passes.errors(self.items)[..., 0].cpu()
         if not bool(errors.isfinite().all()):
             raise UserError(
                 f"{candidate.name}: its stable losses are NaN or infinite. Give it a lower strength, as "
-                f"FILE:0.5; in fp16, {qwen_image.NAN_ADVICE}"
+                f"FILE:0.5, and another --output; in fp16, {qwen_image.NAN_ADVICE}"
             )
-        redrawn = {
-            sigma: [picture for item in self.items for picture in self._studio.pictures(self._redraw(item, sigma))]
-            for sigma in request.sigmas
-        }
-        run = evaluation.config.validation
+        return {"errors": errors.tolist(), "drift": self._drift() if self._drift else None}
+
+    def _write_redrawn(self, one: Seen) -> None:
+        for sigma, paths in one.redrawn.items():
+            for item, path in zip(self.items, paths, strict=True):
+                if not path.is_file():
+                    write_png(path, self._studio.pictures(self._redraw(item, sigma))[0])
+
+    def _write_samples(self, one: Seen) -> None:
+        """In batches that are always the same: in another one, a sample may differ in its last bits."""
+        evaluation = self._evaluation
+        run, batch = evaluation.config.validation, evaluation.config.train.batch_size
         settings = Settings(
             size=evaluation.dataset.train[0].bucket,
             num_inference_steps=run.num_inference_steps,
             true_cfg_scale=run.true_cfg_scale,
         )
-        texts = [text for text in evaluation.prompts for _ in range(request.seeds)]
-        seeds = [run.seed + number for _ in evaluation.prompts for number in range(request.seeds)]
-        batch = evaluation.config.train.batch_size
-        drawn = self._studio.latents(texts, seeds, settings, batch_size=batch)
-        return Seen(
-            candidate,
-            {key: value for one in worn for key, value in one.origin.items()},
-            errors,
-            redrawn,
-            self._drift() if self._drift else None,
-            self._studio.pictures(drawn),
-        )
+        for start in range(0, len(one.samples), batch):
+            drawn = one.samples[start : start + batch]
+            if all(sample.path.is_file() for sample in drawn):
+                continue
+            texts, seeds = [sample.prompt for sample in drawn], [sample.seed for sample in drawn]
+            pictures = self._studio.pictures(self._studio.latents(texts, seeds, settings, batch_size=batch))
+            for sample, picture in zip(drawn, pictures, strict=True):
+                write_sample(sample.path, Sample(sample.prompt, sample.seed, picture))
 
     def _redraw(self, item: Item, sigma: float) -> Tensor:
         steps = max(1, round(sigma * self._evaluation.config.validation.num_inference_steps))

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from trainer import adapter, config, plan, qwen_image
 from trainer.data.dataset import Dataset, Example, scan
 from trainer.data.pictures import DataError
 from trainer.evaluate.names import distinct
+from trainer.files import read_json
 from trainer.formats.lora import FormatError, LoraFile, check_files, parse_strength
 from trainer.hardware import parallel
 from trainer.hub import sources
@@ -23,6 +25,7 @@ from trainer.text_image import text_image_need, text_image_problems
 
 BASE = "base"
 FOLDER = "evaluation"  # in the run's output, unless another is named
+REPORT_FILE = "evaluation.json"  # until the end it holds only what is asked for
 SIGMAS = (0.3, 0.5, 0.7)
 
 
@@ -66,13 +69,16 @@ class Evaluation:
     """What samples are drawn from."""
     embed: Callable[[Sequence[Image.Image], torch.device], Mapping[str, Tensor]] | None
     """Embeddings of pictures by image encoders, encoder -> N D."""
+    embed_needs: tuple[Need, ...]
+    """The image encoders' files."""
     notes: tuple[str, ...]
 
     @property
     def needs(self) -> list[Need]:
-        """All files of models that are loaded, but for image encoders, which are used where they are there."""
+        """All files of models that are loaded."""
         source = self.config.validation.text_image_model
-        return [qwen_image.need(self.config.model.base), *([text_image_need(source)] if source else [])]
+        fidelity = [text_image_need(source)] if source else []
+        return [qwen_image.need(self.config.model.base), *self.embed_needs, *fidelity]
 
     @property
     def cache(self) -> Path:
@@ -105,10 +111,11 @@ def prepare(request: Request, initializers: Initializers) -> Evaluation:
     problems += [
         *wrong,
         *qwen_image.gpu_problems(run.model, device),
+        *(f"[init.i2l] encoders: {problem}" for need in start.embed_needs for problem in sources.check(need)),
         *text_image_problems(run.validation.text_image_model),
     ]
     output = request.output or Path(run.output) / FOLDER
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and stopped(output) is None):
         problems.append(f"--output: {output} is there already; choose another name")
     if problems or dataset is None:
         raise config.ConfigError(problems)
@@ -122,7 +129,24 @@ def prepare(request: Request, initializers: Initializers) -> Evaluation:
         Candidate(name, path, files[path], strength) for name, (path, strength) in zip(names, asked, strict=True)
     ]
     notes += [note for candidate in candidates for note in _notes(candidate, dataset.held_out)]
-    return Evaluation(request, run, dataset, (Candidate(BASE), *candidates), output, prompts, start.embed, tuple(notes))
+    return Evaluation(
+        request,
+        run,
+        dataset,
+        (Candidate(BASE), *candidates),
+        output,
+        prompts,
+        start.embed,
+        tuple(start.embed_needs),
+        tuple(notes),
+    )
+
+
+def stopped(output: Path) -> dict[str, Any] | None:
+    """What was asked of an evaluation that was stopped in this folder; None if none was. UserError as `read_json`."""
+    file = output / REPORT_FILE
+    found = read_json(file) if file.is_file() else None
+    return found if isinstance(found, dict) and "measures" not in found else None
 
 
 def _request_problems(request: Request) -> list[str]:

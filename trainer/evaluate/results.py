@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.evaluate import metrics
-from trainer.evaluate.measures import Seen
+from trainer.evaluate.folder import Seen
 from trainer.evaluate.metrics import Value
 from trainer.measure import diversities
 
@@ -47,7 +48,7 @@ def losses(seen: Sequence[Seen]) -> Measure:
     return _paired("val_loss", "lower", told, {one.candidate.name: one.errors.double().mean(1) for one in seen})
 
 
-def redrawn(seen: Sequence[Seen], originals: Sequence[Image.Image]) -> list[Measure]:
+def redrawn(seen: Sequence[Seen], originals: Sequence[Path]) -> list[Measure]:
     """PSNR and SSIM at each sigma, against the pictures as the VAE gives them back."""
     found = []
     for sigma in seen[0].redrawn:
@@ -155,6 +156,7 @@ def _paired(name: str, better: str, told: str, rows: Mapping[str, Tensor]) -> Me
     return Measure(name, better, told, {other: metrics.mean(own) for other, own in rows.items()}, against)
 
 
-def _pixels(picture: Image.Image) -> Tensor:
+def _pixels(path: Path) -> Tensor:
     """1 3 H W in [0, 1]"""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255).permute(2, 0, 1)[None]
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255).permute(2, 0, 1)[None]

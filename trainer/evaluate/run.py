@@ -1,56 +1,65 @@
-"""An evaluation, top to bottom: see what each LoRA does, embed it, write numbers, page and pictures."""
+"""An evaluation, top to bottom: see what each LoRA does, embed it, write numbers and page."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from trainer import config, qwen_image
+from trainer import qwen_image
 from trainer.data.dataset import load_picture
+from trainer.data.pictures import open_picture
 from trainer.evaluate import blind, report, results
-from trainer.evaluate.measures import Examiner, Seen
-from trainer.evaluate.plan import Evaluation
+from trainer.evaluate.folder import Seen, begin, originals_of, seen_of
+from trainer.evaluate.measures import Examiner
+from trainer.evaluate.plan import REPORT_FILE, Evaluation
 from trainer.evaluate.results import Embedded, Measure
-from trainer.files import new_folder, write_json
+from trainer.files import write_json
 from trainer.hardware import machine, parallel
 from trainer.hub import sources
 from trainer.text_image import text_image_cosines
-from trainer.validation import Sample, write_png, write_sample
 
-JSON_FILE, PAGE, BLIND_PAGE = "evaluation.json", "evaluation.html", "blind.html"
-SCHEMA = 1
+PAGE, BLIND_PAGE = "evaluation.html", "blind.html"
 MAX_TRAIN = 64  # training pictures that are embedded
 
 
 def execute(evaluation: Evaluation, *, quiet: bool) -> dict[str, Any]:
-    """Evaluate, and write the output folder, whole or not at all; returns what evaluation.json holds."""
+    """Evaluate into the output folder, or go on with the same evaluation that was stopped there; returns what
+    evaluation.json holds. UserError if it was another one."""
     accelerator = parallel.make_accelerator(evaluation.config.model.dtype)
     sources.fetch(evaluation.needs, quiet=quiet)
-    seen, originals = _see(evaluation, accelerator, quiet=quiet)
+    seen, originals, output = seen_of(evaluation), originals_of(evaluation), evaluation.output
+    asked_for = begin(evaluation, seen)
+    _look(evaluation, accelerator, seen, originals, quiet=quiet)
     qwen_image.free_memory()  # the base has gone before the encoders come
     measures, notes = _measures(evaluation, seen, originals, accelerator.device)
-    with new_folder(evaluation.output) as folder:
-        files = _write_pictures(folder, evaluation, seen, originals)
-        written = _report(evaluation, seen, measures, [*evaluation.notes, *notes], files)
-        write_json(folder / JSON_FILE, written)
-        report.write_page(folder / PAGE, written, folder)
-        if evaluation.request.blind:
-            _write_blind(folder, evaluation, files)
+    written = {
+        **asked_for,
+        "versions": machine.versions(),
+        "measures": [{**asdict(measure), "best": sorted(results.best(measure))} for measure in measures],
+        "errors": {one.candidate.name: one.errors.tolist() for one in seen},
+        "notes": [*evaluation.notes, *notes],
+    }
+    report.write_page(output / PAGE, written, output)
+    if evaluation.request.blind:
+        _write_blind(evaluation, seen)
+    write_json(output / REPORT_FILE, written)  # with it, the evaluation is done
     return written
 
 
-def _see(evaluation: Evaluation, accelerator: Any, *, quiet: bool) -> tuple[list[Seen], list[Image.Image]]:
+def _look(
+    evaluation: Evaluation, accelerator: Any, seen: Sequence[Seen], originals: Sequence[Path], *, quiet: bool
+) -> None:
+    """In a function of its own, so that the base goes when it ends."""
     examiner = Examiner(evaluation, accelerator, quiet=quiet)
-    return list(examiner.see(evaluation.candidates)), examiner.originals()
+    examiner.look(seen)
+    examiner.write_originals(originals)
 
 
 def _measures(
-    evaluation: Evaluation, seen: Sequence[Seen], originals: Sequence[Image.Image], device: torch.device
+    evaluation: Evaluation, seen: Sequence[Seen], originals: Sequence[Path], device: torch.device
 ) -> tuple[list[Measure], list[str]]:
     """All measures, and what is to be known of them."""
     settings, request, notes = evaluation.config.validation, evaluation.request, list[str]()
@@ -61,8 +70,8 @@ def _measures(
         notes += results.notes(space)
     if not spaces:
         notes.append(
-            "Likeness, diversity and distances need image encoders, those of the table [init.i2l]: none are named "
-            "there, or they are not on this machine."
+            "Likeness, diversity and distances need image encoders: add the table [init.i2l] to the configuration; "
+            "the encoders that it names are fetched."
         )
     if settings.text_image_model:
         found.append(results.fidelity(_fidelity(evaluation, seen, device)))
@@ -80,7 +89,7 @@ def _embedded(evaluation: Evaluation, seen: Sequence[Seen], device: torch.device
         return []
     held_out = [load_picture(example) for example in evaluation.dataset.held_out]
     train = [load_picture(example) for example in evaluation.dataset.train[:MAX_TRAIN]]
-    pictures = [*held_out, *train, *(picture for one in seen for picture in one.samples)]
+    pictures = [*held_out, *train, *(open_picture(drawn.path) for one in seen for drawn in one.samples)]
     counts = [len(held_out), len(train), *(len(one.samples) for one in seen)]
     found = []
     for encoder, rows in evaluation.embed(pictures, device).items():
@@ -93,75 +102,19 @@ def _embedded(evaluation: Evaluation, seen: Sequence[Seen], device: torch.device
 def _fidelity(evaluation: Evaluation, seen: Sequence[Seen], device: torch.device) -> dict[str, Tensor]:
     """By name, the cosine of each sample with its prompt, without the trigger, which means nothing to the encoder."""
     trigger = evaluation.config.data.trigger
-    texts = [text.removeprefix(f"{trigger}, ") for text in evaluation.prompts for _ in range(evaluation.request.seeds)]
-    pictures = [picture for one in seen for picture in one.samples]
+    texts = [drawn.prompt.removeprefix(f"{trigger}, ") for drawn in seen[0].samples]
+    pictures = [open_picture(drawn.path) for one in seen for drawn in one.samples]
     source = evaluation.config.validation.text_image_model
     cosines = text_image_cosines(source, pictures, texts * len(seen), device)
     return dict(zip((one.candidate.name for one in seen), cosines.split(len(texts)), strict=True))
 
 
-Files = Mapping[str, dict[tuple[str, str], Path]]
-"""By the LoRA's name, samples by prompt and seed."""
-
-
-def _write_pictures(
-    folder: Path, evaluation: Evaluation, seen: Sequence[Seen], originals: Sequence[Image.Image]
-) -> Files:
-    """`samples/<LoRA>/<prompt>-<seed>.png`, and `redrawn/<picture>-<sigma>-<LoRA>.png` beside the picture as the VAE
-    gives it back."""
-    found = dict[str, dict[tuple[str, str], Path]]()
-    for place, picture in enumerate(originals):
-        write_png(folder / "redrawn" / f"{place}.png", picture)
-    first, seeds = evaluation.config.validation.seed, evaluation.request.seeds
-    for number, one in enumerate(seen):
-        own = found.setdefault(one.candidate.name, {})
-        name = f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '_', one.candidate.name)}"
-        for place, picture in enumerate(one.samples):
-            prompt, seed = evaluation.prompts[place // seeds], first + place % seeds
-            path = folder / "samples" / name / f"{place // seeds}-{place % seeds}.png"
-            write_sample(path, Sample(prompt, seed, picture))
-            own[prompt, str(seed)] = path
-        for sigma, pictures in one.redrawn.items():
-            for place, picture in enumerate(pictures):
-                write_png(folder / "redrawn" / f"{place}-{sigma:g}-{name}.png", picture)
-    return found
-
-
-def _write_blind(folder: Path, evaluation: Evaluation, files: Files) -> None:
+def _write_blind(evaluation: Evaluation, seen: Sequence[Seen]) -> None:
     """Pairs of all LoRAs; of one alone, with the base."""
-    named = {name: own for name, own in files.items() if len(files) < 3 or name != evaluation.candidates[0].name}
-    pairs = blind.pair_up(named, evaluation.config.validation.seed)
-    blind.write_page(folder / BLIND_PAGE, pairs, real=[example.path for example in evaluation.dataset.held_out])
-
-
-def _report(
-    evaluation: Evaluation, seen: Sequence[Seen], measures: Sequence[Measure], notes: Sequence[str], files: Files
-) -> dict[str, Any]:
-    """evaluation.json"""
-    run, request = evaluation.config, evaluation.request
-    output = next(iter(next(iter(files.values())).values())).parents[2]
-    return {
-        "schema": SCHEMA,
-        "config": config.to_dict(run),
-        "versions": machine.versions(),
-        "sources": sources.used(evaluation.needs),
-        "held_out": [
-            {"picture": e.name, "sha256": e.digest, "caption": e.caption} for e in evaluation.dataset.held_out
-        ],
-        "looked_at": [example.name for example in evaluation.looked_at],
-        "prompts": list(evaluation.prompts),
-        "seeds": request.seeds,
-        "sigmas": list(request.sigmas),
-        "loras": [
-            {
-                "name": one.candidate.name,
-                "strength": one.candidate.strength if one.candidate.path else None,
-                **one.origin,
-                "samples": [path.relative_to(output).as_posix() for path in files[one.candidate.name].values()],
-            }
-            for one in seen
-        ],
-        "measures": [{**asdict(measure), "best": sorted(results.best(measure))} for measure in measures],
-        "errors": {one.candidate.name: one.errors.tolist() for one in seen},
-        "notes": list(notes),
+    files = {
+        one.candidate.name: {(drawn.prompt, str(drawn.seed)): drawn.path for drawn in one.samples}
+        for one in (seen[1:] if len(seen) > 2 else seen)
     }
+    pairs = blind.pair_up(files, evaluation.config.validation.seed)
+    real = [example.path for example in evaluation.dataset.held_out]
+    blind.write_page(evaluation.output / BLIND_PAGE, pairs, real=real)
