@@ -1531,6 +1531,27 @@ MUTANTS = (
             "read_file(candidate.path, candidate.file)",
             "tests/evaluate/test_evaluate.py::test_an_evaluation_is_what_plain_references_say",
         ),
+        (
+            "samples that are there are drawn again",
+            "all(sample.path.is_file() for sample in drawn)",
+            "not drawn",
+            "tests/evaluate/test_evaluate.py::test_an_evaluation_that_was_stopped_goes_on_to_the_same_bytes",
+        ),
+    ),
+    *_mutants(
+        "trainer/evaluate/folder.py",
+        (
+            "any evaluation that was stopped is gone on with",
+            "before.get(name) != wanted[name]",
+            "name not in before",
+            "tests/evaluate/test_evaluate.py::test_a_folder_of_another_evaluation_that_was_stopped_is_refused",
+        ),
+        (
+            "a LoRA without all its samples is taken for whole",
+            "(self.numbers, *redrawn, *(one.path for one in self.samples))",
+            "(self.numbers, *redrawn)",
+            "tests/evaluate/test_evaluate.py::test_an_evaluation_that_was_stopped_goes_on_to_the_same_bytes",
+        ),
     ),
     *_mutants(
         "trainer/evaluate/results.py",

@@ -57,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE[:STRENGTH]",
         help="give it once for each LoRA",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new folder (default: evaluation in the run's)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="new folder (default: evaluation in the run's); given again, what was stopped there goes on",
+    )
     parser.add_argument("--seeds", type=int, default=4, help="samples of each prompt (default: 4)")
     parser.add_argument(
         "--sigmas", type=float, nargs="+", default=[0.3, 0.5, 0.7], help="noise to redraw from (default: 0.3 0.5 0.7)"

@@ -119,27 +119,15 @@ def prepare(request: Request, initializers: Initializers) -> Evaluation:
         problems.append(f"--output: {output} is there already; choose another name")
     if problems or dataset is None:
         raise config.ConfigError(problems)
-    prompts = run.validation.prompts
-    if not prompts:
-        prompts = tuple(dict.fromkeys(example.caption for example in dataset.held_out))[: run.validation.num_pictures]
-        notes.append("There are no [validation] prompts: samples are drawn from the captions of held-out pictures.")
+    prompts = _prompts(run, dataset.held_out, notes)
     endings = ["" if strength == 1 else f":{strength:g}" for _, strength in asked]
     names = distinct([path for path, _ in asked], endings)
     candidates = [
         Candidate(name, path, files[path], strength) for name, (path, strength) in zip(names, asked, strict=True)
     ]
     notes += [note for candidate in candidates for note in _notes(candidate, dataset.held_out)]
-    return Evaluation(
-        request,
-        run,
-        dataset,
-        (Candidate(BASE), *candidates),
-        output,
-        prompts,
-        start.embed,
-        tuple(start.embed_needs),
-        tuple(notes),
-    )
+    everyone, needs = (Candidate(BASE), *candidates), tuple(start.embed_needs)
+    return Evaluation(request, run, dataset, everyone, output, prompts, start.embed, needs, tuple(notes))
 
 
 def stopped(output: Path) -> dict[str, Any] | None:
@@ -147,6 +135,13 @@ def stopped(output: Path) -> dict[str, Any] | None:
     file = output / REPORT_FILE
     found = read_json(file) if file.is_file() else None
     return found if isinstance(found, dict) and "measures" not in found else None
+
+
+def _prompts(run: RunConfig, held_out: Sequence[Example], notes: list[str]) -> tuple[str, ...]:
+    if run.validation.prompts:
+        return run.validation.prompts
+    notes.append("There are no [validation] prompts: samples are drawn from the captions of held-out pictures.")
+    return tuple(dict.fromkeys(example.caption for example in held_out))[: run.validation.num_pictures]
 
 
 def _request_problems(request: Request) -> list[str]:
