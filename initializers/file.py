@@ -1,7 +1,6 @@
 """Start from the LoRA, LoHa or LoKr in a file, in any layout. It is truncated or padded to the rank of the run."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from trainer.files import content_hash
 from trainer.formats import FormatError
 from trainer.formats.lora import open_lora
 from trainer.formats.origin import PEFT_CONFIG
-from trainer.lowrank import LowRank, energy, energy_kept, rank, scale
+from trainer.lowrank import rank, scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,8 @@ def initialize(context: InitContext, config: Config) -> Seed:
     weights, metadata = file.read(max((context.rank, *context.rank_pattern.values())))
     factors = {name: scale(factor, config.strength) for name, factor in weights.factors.items()}
     lost = {name: value * config.strength**2 for name, value in weights.lost.items()}
-    kept = _kept(factors, lost)
+    scaled = AdapterWeights(factors, lost)
+    kept = scaled.kept()
     if file.method != "LoRA":
         context.log(f"{config.path} is a {file.method}: reading kept {100 * kept['total']:.1f} % of its energy")
     report = {
@@ -77,11 +77,4 @@ def initialize(context: InitContext, config: Config) -> Seed:
         "notes": file.notes,
         "metadata": metadata,
     }
-    return Seed(AdapterWeights(factors, lost), report)
-
-
-def _kept(factors: Mapping[str, LowRank], lost: Mapping[str, float]) -> dict[str, float]:
-    """The share of energy that reading has kept."""
-    before = {name: energy(factor) + lost.get(name, 0.0) for name, factor in factors.items()}
-    shares = {name: 1 - lost.get(name, 0.0) / whole if whole else 1.0 for name, whole in before.items()}
-    return energy_kept(shares, before)
+    return Seed(scaled, report)

@@ -1439,6 +1439,12 @@ MUTANTS = (
     *_mutants(
         "trainer/studio.py",
         (
+            "a strength is not applied",
+            "Worn(path.stem, weights, asked.strength, ",
+            "Worn(path.stem, weights, 1.0, ",
+            "tests/evaluate/test_evaluate.py::test_an_evaluation_is_what_plain_references_say",
+        ),
+        (
             "LoRAs are put on at full strength",
             "scale(factors, one.strength)",
             "scale(factors, 1.0)",
@@ -1524,12 +1530,6 @@ MUTANTS = (
             "torch.linspace(sigma, 0, steps + 1)",
             "torch.linspace(sigma, 0.1, steps + 1)",
             "tests/evaluate/test_evaluate.py::test_a_perfect_velocity_redraws_the_picture",
-        ),
-        (
-            "a strength is not applied",
-            "read_file(candidate.path, candidate.file, candidate.strength)",
-            "read_file(candidate.path, candidate.file)",
-            "tests/evaluate/test_evaluate.py::test_an_evaluation_is_what_plain_references_say",
         ),
         (
             "samples that are there are drawn again",

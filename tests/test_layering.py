@@ -93,7 +93,6 @@ FLOORS = {
     9: (
         "trainer.data.audit.run",
         "trainer.data.caption.run",
-        "trainer.draw.plan",
         "trainer.evaluate.blind",
         "trainer.evaluate.folder",
         "trainer.evaluate.report",
@@ -103,8 +102,8 @@ FLOORS = {
         "trainer.objective",
     ),
     10: ("trainer.data.__main__", "trainer.evaluate.measures", "trainer.evaluate.results", "trainer.run"),
-    11: ("trainer.bench", "trainer.compare.plan", "trainer.draw.run", "trainer.evaluate.run"),
-    12: ("trainer.compare.measures", "trainer.doctor"),
+    11: ("trainer.bench", "trainer.compare.plan", "trainer.draw.plan", "trainer.evaluate.run"),
+    12: ("trainer.draw.run", "trainer.compare.measures", "trainer.doctor"),
     13: ("trainer.compare.runs",),
     14: ("trainer.compare.execute",),
     15: ("trainer.compare.__main__",),

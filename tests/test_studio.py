@@ -8,10 +8,10 @@ import torch
 from trainer import adapter, qwen_image
 from trainer.adapter import AdapterWeights
 from trainer.formats import write_lora
-from trainer.formats.lora import check_files
+from trainer.formats.asked import Asked, check_files
 from trainer.lowrank import LowRank
 from trainer.qwen_image import ModelConfig
-from trainer.studio import Settings, Studio, Worn, read_file, together
+from trainer.studio import Settings, Studio, Worn, read_worn, together
 
 MODULES = {"transformer_blocks.0.attn.to_q": (128, 128), "transformer_blocks.1.attn.to_v": (128, 128)}
 SETTINGS = Settings(size=(64, 64), num_inference_steps=2, true_cfg_scale=1.0)
@@ -120,6 +120,6 @@ def test_files_are_checked_by_their_headers(tmp_path: Path) -> None:
         in (problems[0])
     )
     assert "not a whole safetensors file" in problems[1] and "no such file" in problems[2]
-    worn = read_file(good, found[good], 0.5)
+    worn = read_worn(Asked(good, found[good], 0.5))
     assert worn.told()["strength"] == 0.5 and worn.told()["sha256"]
     torch.testing.assert_close(dense(worn.weights), dense(lora(0)))

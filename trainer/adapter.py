@@ -143,6 +143,12 @@ class AdapterWeights:
     lost: Mapping[str, float] = field(default_factory=dict)
     """The energy that modules had beside these factors, where they were truncated before."""
 
+    def kept(self) -> dict[str, float]:
+        """What these factors have of the energy before: as `lowrank.energy_kept` tells it."""
+        before = {name: energy(factors) + self.lost.get(name, 0.0) for name, factors in self.factors.items()}
+        shares = {name: 1 - self.lost.get(name, 0.0) / whole if whole else 1.0 for name, whole in before.items()}
+        return energy_kept(shares, before)
+
 
 @dataclass(frozen=True)
 class Seed:

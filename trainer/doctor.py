@@ -98,14 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def examine(page: Page, *, quick: bool) -> None:
-    import torch
 
     page.say("# Doctor")
     look_at_machine(page)
     look_at_packages(page)
     if quick:
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from trainer.hardware import parallel
+
+    device = parallel.one_device()
     if (ROOT / MINIATURE).exists() and (ROOT / "demo" / "model").exists():
         try_miniature(page, device)
     else:

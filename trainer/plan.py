@@ -21,7 +21,7 @@ from trainer.data.prior import Prior, PriorConfig
 from trainer.data.prior import prepare as prepare_prior
 from trainer.export.result import METHOD_LAYOUTS, ExportConfig
 from trainer.flow import FlowConfig
-from trainer.formats.lora import FormatError, check_files, parse_strength
+from trainer.formats.asked import read_asked
 from trainer.hardware import memory, offload, parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
@@ -65,6 +65,11 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         return [] if self.output.strip() else ["output must name a folder"]
+
+    @property
+    def cache(self) -> Path:
+        """The folder of what is expensive to compute."""
+        return Path(self.data.cache or Path(self.output) / "cache")
 
 
 class Initializers(Protocol):
@@ -129,6 +134,10 @@ class Start:
     embed_needs: Sequence[Need] = ()
     """The files of these encoders."""
 
+    def embed_problems(self) -> list[str]:
+        """What is wrong with these encoders."""
+        return [f"[init.i2l] encoders: {problem}" for need in self.embed_needs for problem in sources.check(need)]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -179,12 +188,12 @@ class Plan:
     @property
     def needs(self) -> list[Need]:
         """All files of models that the run loads."""
-        return [qwen_image.need(self.config.model.base), *self.start.needs]
+        encoders = self.start.embed_needs if self.config.validation.likeness else ()
+        return [qwen_image.need(self.config.model.base), *self.start.needs, *encoders]
 
     @property
     def cache(self) -> Path:
-        """The folder of what is expensive to compute."""
-        return Path(self.config.data.cache or self.output / "cache")
+        return self.config.cache
 
     def job(self) -> Job:
         """What the loop must know of the run."""
@@ -394,8 +403,10 @@ def _validation_problems(run: RunConfig, start: Start, dataset: Dataset | None) 
     found = []
     if run.validation.patience and dataset is not None and not dataset.held_out:
         found.append("[validation] patience waits for a better step by held-out pictures: set [data] held_out")
-    if run.validation.likeness and start.embed is None:
-        found.append("[validation] likeness needs image encoders: add the table [init.i2l], with its encoders")
+    if run.validation.likeness:
+        if start.embed is None:
+            found.append("[validation] likeness needs image encoders: add the table [init.i2l], with its encoders")
+        found += start.embed_problems()
     return found
 
 
@@ -404,12 +415,9 @@ def _negative_problems(wanted: str, start: Start, transformer: QwenImageTransfor
         return [f'[validation] negative_lora: "{GREY}" needs [init] method = "i2l"; or name a LoRA file']
     if wanted in ("", GREY) or transformer is None:
         return []
-    try:
-        path, _ = parse_strength(wanted)
-    except FormatError as error:
-        return [f"[validation] negative_lora: {error}"]
-    _, problems = check_files([path], adapter.linears(transformer))
-    return [f"[validation] negative_lora: {problem}" for problem in problems]
+    problems = list[str]()
+    read_asked("[validation] negative_lora:", [wanted], adapter.linears(transformer), problems)
+    return problems
 
 
 def _quantization_problems(model: ModelConfig, transformer: QwenImageTransformer2DModel) -> list[str]:

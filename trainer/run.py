@@ -25,14 +25,14 @@ from trainer.errors import UserError
 from trainer.export import result as export
 from trainer.files import content_hash, remove_leftovers, write_json
 from trainer.formats import read_lora, write_lora
-from trainer.formats.lora import parse_strength
+from trainer.formats.asked import read_asked
 from trainer.hardware import machine, parallel
 from trainer.hub import sources
 from trainer.loop import Result
-from trainer.lowrank import scale
 from trainer.objective import Encoded, LoraObjective, Trials, draw_prior, encode
 from trainer.plan import Plan, notes
 from trainer.qwen_image import TextEncoder
+from trainer.studio import read_worn, together
 from trainer.tracking import duration
 
 log = logging.getLogger("trainer")
@@ -148,7 +148,7 @@ def _restore(
     plan: Plan, accelerator: Accelerator, encoded: Encoded, text_encoder: TextEncoder, *, quiet: bool
 ) -> _Started:
     """The adapter as it was injected before the run was stopped; the loop loads its tensors from the checkpoint."""
-    report = _saved_report(plan.output / folder.RUN_FILE)
+    report = saved_report(plan.output / folder.RUN_FILE)
     settings = replace(plan.config.adapter, **report["adapter"])
     with accelerator.main_process_first():
         negative = _negative(plan, init_context(plan, accelerator.device, None, text_encoder))
@@ -156,12 +156,8 @@ def _restore(
     transformer = qwen_image.load_transformer(plan.config.model, parallel.loading_device(accelerator.device))
     draw_prior(plan, transformer, encoded, accelerator, quiet=quiet)
     adapter.inject(transformer, settings)
-    frozen, file = None, plan.output / folder.FROZEN_FILE
-    if report["frozen"] is not None:
-        if not file.exists() or content_hash(file) != report["frozen"]:
-            what = "has other content than it had" if file.exists() else "is missing"
-            raise CheckpointError(f"{file} {what}: the run was trained on top of the LoRA in it. Put it back.")
-        frozen = read_lora(file)[0]
+    frozen = frozen_beside(plan.output, report)
+    if frozen is not None:
         adapter.attach_frozen(transformer, frozen)
     return _Started(transformer, settings, frozen, report, negative=negative)
 
@@ -173,16 +169,26 @@ def _negative(plan: Plan, context: InitContext) -> AdapterWeights | None:
     if not wanted:
         return None
     if wanted != validation.GREY:
-        path, strength = parse_strength(wanted)
-        factors = read_lora(path)[0].factors
-        return AdapterWeights({name: scale(own, strength) for name, own in factors.items()})
+        return together([read_worn(asked) for asked in read_asked("negative_lora:", [wanted], None, [])])
     if not file.exists():
         assert plan.start.grey is not None
         write_lora(file, plan.start.grey(context), {})
     return read_lora(file)[0]
 
 
-def _saved_report(file: Path) -> dict[str, Any]:
+def frozen_beside(output: Path, report: Mapping[str, Any]) -> AdapterWeights | None:
+    """The LoRA beside the one that the run in `output` trains, if there is one. report: of `saved_report`.
+    CheckpointError if it is not what it was."""
+    if report["frozen"] is None:
+        return None
+    file = output / folder.FROZEN_FILE
+    if not file.exists() or content_hash(file) != report["frozen"]:
+        what = "has other content than it had" if file.exists() else "is missing"
+        raise CheckpointError(f"{file} {what}: the run was trained on top of the LoRA in it. Put it back.")
+    return read_lora(file)[0]
+
+
+def saved_report(file: Path) -> dict[str, Any]:
     """The part `init` of a run.json."""
     try:
         report = dict(json.loads(file.read_text(encoding="utf-8"))["init"])
@@ -194,6 +200,21 @@ def _saved_report(file: Path) -> dict[str, Any]:
             f"{file} cannot be read ({_short(error)}), and with it what the adapter was started from. Put it back, or "
             "choose another --output."
         ) from error
+
+
+def saved_adapter(file: Path) -> AdapterConfig:
+    """The adapter of a run, by its run.json. CheckpointError if it cannot be read."""
+    problems = list[str]()
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        values = {**told["config"]["adapter"], **told["init"]["adapter"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({_short(error)})") from error
+    values = {name: value for name, value in values.items() if value is not None}  # a default, which TOML cannot say
+    settings = config.parse(AdapterConfig, values, "adapter", problems)
+    if settings is None or problems:
+        raise CheckpointError(f"{file}: {'; '.join(problems)}")
+    return settings
 
 
 def _short(error: Exception) -> str:

@@ -18,11 +18,26 @@ from trainer.adapter import AdapterWeights
 from trainer.data.cache import Cache
 from trainer.data.encode import encode_prompts
 from trainer.files import DTYPES, content_hash
-from trainer.formats.lora import MOST_RANK, LoraFile
-from trainer.lowrank import LowRank, concatenate, energy, energy_kept, scale
+from trainer.formats.asked import Asked
+from trainer.formats.lora import MOST_RANK
+from trainer.hub import sources
+from trainer.lowrank import LowRank, concatenate, scale
 from trainer.qwen_image import EMPTY_PROMPT, ModelConfig
 
 log = logging.getLogger("trainer")
+
+
+def look_at(
+    model: ModelConfig, device: torch.device, problems: list[str]
+) -> tuple[dict[str, tuple[int, int]] | None, int]:
+    """in_features and out_features of the base's Linear layers, None if they cannot be had; and of how many pixels the
+    sides of pictures are multiples. What is wrong with the base, or not to be had on the device, is added to
+    `problems`."""
+    wrong = [f"[model] base: {problem}" for problem in sources.check(qwen_image.need(model.base))]
+    problems += [*wrong, *qwen_image.gpu_problems(model, device)]
+    if wrong:
+        return None, qwen_image.PICTURE_MULTIPLE
+    return adapter.linears(qwen_image.transformer_on_meta(model.base)), qwen_image.picture_multiple(model.base)
 
 
 @dataclass(frozen=True)
@@ -39,14 +54,13 @@ class Worn:
         return {"name": self.name, "strength": self.strength, **self.origin}
 
 
-def read_file(path: Path, file: LoraFile, strength: float = 1.0) -> Worn:
+def read_worn(asked: Asked) -> Worn:
     """A LoRA as it is; of a LoHa or LoKr the nearest LoRA of rank `MOST_RANK`, and the log says what is lost."""
+    path, file = asked.path, asked.file
     weights, _ = file.read(MOST_RANK)
-    energies = {name: energy(factors) + weights.lost.get(name, 0.0) for name, factors in weights.factors.items()}
-    shares = {name: 1 - weights.lost.get(name, 0.0) / whole if whole else 1.0 for name, whole in energies.items()}
-    if (kept := energy_kept(shares, energies)["total"]) < 0.9995:
+    if weights.lost and (kept := weights.kept()["total"]) < 0.9995:
         log.info("%s is a %s: drawn at rank %d, with %.1f %% of its energy", path, file.method, MOST_RANK, 100 * kept)
-    return Worn(path.stem, weights, strength, {"file": str(path), "sha256": content_hash(file.path)})
+    return Worn(path.stem, weights, asked.strength, {"file": str(path), "sha256": content_hash(file.path)})
 
 
 def together(worn: Sequence[Worn]) -> AdapterWeights:

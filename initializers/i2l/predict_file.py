@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from initializers.i2l.initializer import Config, check, initialize, needs
@@ -21,6 +20,7 @@ from trainer.formats import write_lora
 from trainer.formats.check import verdict_text
 from trainer.formats.convert import Target, hand_off
 from trainer.formats.read_config import Recipe, RecipeError, rank_problem, read_recipe
+from trainer.hardware import parallel
 from trainer.hardware.threads import parallel_map
 from trainer.hub import sources
 from trainer.lowrank import LowRank, energy, energy_kept, truncate
@@ -140,7 +140,7 @@ def predict(
         modules=target_modules(qwen_image.transformer_on_meta(base), AdapterConfig()),
         rank=1,
         seed=0,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=parallel.one_device(),
         base=base,
         log=log,
         cache=cache,

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -85,10 +86,17 @@ def test_loras_and_strengths_side_by_side(draw: Draw, tiny_base: Path, tmp_path:
         assert found.tobytes() == expected.tobytes()
 
 
-def test_a_lora_from_pictures(draw: Draw, run_toml: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def i2l(run_toml: Path, tmp_path: Path) -> None:
+    """The configuration names experts and image encoders, and starts at random."""
     tiny.make_i2l(tmp_path / "i2l", tmp_path / "encoders")
-    table = I2L_TABLE.replace('"i2l"\n', f'"{tmp_path / "i2l"}"\n').replace('"encoders"', f'"{tmp_path / "encoders"}"')
-    run_toml.write_text(run_toml.read_text() + table.replace(f'method = "{tmp_path / "i2l"}"', 'method = "random"'))
+    table = I2L_TABLE.replace('method = "i2l"', 'method = "random"')
+    table = table.replace('"i2l"\n', f'"{tmp_path / "i2l"}"\n').replace('"encoders"', f'"{tmp_path / "encoders"}"')
+    run_toml.write_text(run_toml.read_text() + table)
+
+
+@pytest.mark.usefixtures("i2l")
+def test_a_lora_from_pictures(draw: Draw, run_toml: Path, pictures: Path, tmp_path: Path) -> None:
     keep, shown = tmp_path / "kept.safetensors", [pictures / "0.png", pictures / "1.png"]
     assert draw("--prompts", "a creature", "--pictures", *shown, "--keep", keep, "--negative", GREY) == FINISHED
     single = next(path for path in (tmp_path / "drawn").glob("01*.png"))
@@ -165,6 +173,32 @@ def test_a_stopped_request_goes_on_and_another_one_is_refused(
     assert draw(*words, short=False) == BAD_INPUT  # it is done
 
 
+def test_views_need_whole_encoders(
+    draw: Draw, run_toml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "no-encoders").mkdir()
+    run_toml.write_text(f'{run_toml.read_text()}\n[init.i2l]\nencoders = "{tmp_path / "no-encoders"}"\n')
+    with no_model_loads():
+        assert draw("--prompts", "a creature", "--views", "front", "back") == BAD_INPUT
+    assert "[init.i2l] encoders: " in caplog.text and "SigLIP2-G384" in caplog.text
+
+
+@pytest.mark.usefixtures("i2l")
+def test_a_stopped_request_with_a_kept_lora_goes_on_by_the_same_experts(
+    draw: Draw, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ("--prompts", "a creature", "--pictures", pictures / "0.png", "--keep", tmp_path / "kept.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(Studio, "pictures", Mock(side_effect=KeyboardInterrupt))
+        assert draw(*words) == FAILED
+    assert (tmp_path / "kept.safetensors").is_file()
+    assert draw(*words, "--set", "init.i2l.strength=0.5") == BAD_INPUT
+    assert "holds other things already" in caplog.text
+    assert draw(*words) == FINISHED
+    assert draw(*words, output=tmp_path / "other") == BAD_INPUT
+    assert "kept.safetensors: it is there already" in caplog.text
+
+
 def test_numbered_folders(draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -232,3 +266,8 @@ def test_a_run_without_its_checkpoints(
     assert draw("--run", tmp_path / "out", "--prompts", "a creature") == BAD_INPUT
     assert "it has no checkpoint" in caplog.text
     shutil.rmtree(tmp_path / "out")
+    assert run(run_toml, tmp_path / "out", "train.steps=2") == FINISHED
+    write_json(tmp_path / "out" / "run.json", {"init": {"adapter": {}, "frozen": None, "sources": {}}})
+    with no_model_loads():
+        assert draw("--run", tmp_path / "out", "--prompts", "a creature") == BAD_INPUT
+    assert "run.json cannot be read (there is no config)" in caplog.text

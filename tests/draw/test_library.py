@@ -16,7 +16,7 @@ from trainer.qwen_image import ModelConfig
 from trainer.studio import Studio
 
 NAME = "transformer_blocks.0.attn.to_q"
-CREATURES = range(100, 110)
+FIRST = (100, 400, 500, 600)  # of ten creatures each; nothing was chosen by the last three
 UNRELATED = (
     "a city street at night with neon signs",
     "a bowl of ramen on a wooden table",
@@ -42,11 +42,18 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
     return Studio(model, torch.device("cpu"), tmp_path_factory.mktemp("cache"), quiet=True)
 
 
+@pytest.fixture(scope="module", params=FIRST)
+def creatures(request: pytest.FixtureRequest) -> range:
+    return range(request.param, request.param + 10)
+
+
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory, modules: dict[str, tuple[int, int]]) -> list[Book]:
+def library(
+    creatures: range, tmp_path_factory: pytest.TempPathFactory, modules: dict[str, tuple[int, int]]
+) -> list[Book]:
     """Ten creatures, each with six captions that say what it looks like, and a trigger."""
     folder = tmp_path_factory.mktemp("library")
-    for index in CREATURES:
+    for index in creatures:
         who, name = painter.identity("new", index), trigger(index)
         file = lora(folder / f"{index}.safetensors", {"modelspec.trigger_phrase": name})
         captions = [painter.caption(painter.scene(number), who, name) for number in range(6)]
@@ -63,7 +70,7 @@ def trigger(index: int) -> str:
 
 def described(index: int) -> str:
     """The creature in other words and another order than in its captions, in a scene that they do not have."""
-    who, where = painter.identity("new", index), painter.scene(20 + index - CREATURES[0])
+    who, where = painter.identity("new", index), painter.scene(20 + index % 10)
     parts = [painter._NUMBER_WORDS[who.num_eyes]]
     parts += [] if who.pattern == "plain" else [f"{who.pattern_colour} {who.pattern}"]
     parts += [] if who.headgear == "nothing" else [f"{who.headgear_colour} {who.headgear}"]
@@ -71,24 +78,27 @@ def described(index: int) -> str:
     return f"{place}, a {who.colour} {who.shape} creature with {' and '.join(parts)}"
 
 
-def test_a_trigger_in_the_prompt_chooses_its_lora(library: list[Book], studio: Studio) -> None:
-    prompts = [f"a portrait of {trigger(index).upper()} at night" for index in CREATURES]
+def test_a_trigger_in_the_prompt_chooses_its_lora(creatures: range, library: list[Book], studio: Studio) -> None:
+    prompts = [f"a portrait of {trigger(index).upper()} at night" for index in creatures]
     found = choose(prompts, library, studio.encode)
-    assert [[book.name for book in choice.books] for choice in found] == [[str(index)] for index in CREATURES]
+    assert [[book.name for book in choice.books] for choice in found] == [[str(index)] for index in creatures]
     assert [choice.prompt for choice in found] == prompts
 
 
-def test_two_triggers_choose_two(library: list[Book], studio: Studio) -> None:
-    found = choose(["qq100x and qq105x in the snow"], library, studio.encode)[0]
-    assert [book.name for book in found.books] == ["100", "105"] and "are in the prompt" in found.why
+def test_two_triggers_choose_two(creatures: range, library: list[Book], studio: Studio) -> None:
+    first, second = creatures[0], creatures[5]
+    found = choose([f"{trigger(first)} and {trigger(second)} in the snow"], library, studio.encode)[0]
+    assert [book.name for book in found.books] == [str(first), str(second)] and "are in the prompt" in found.why
 
 
-def test_a_prompt_that_describes_finds_the_nearest_captions(library: list[Book], studio: Studio) -> None:
-    found = choose([described(index) for index in CREATURES], library, studio.encode)
-    right = [bool(c.books) and c.books[0].name == str(i) for i, c in zip(CREATURES, found, strict=True)]
+def test_a_prompt_that_describes_finds_the_nearest_captions(
+    creatures: range, library: list[Book], studio: Studio
+) -> None:
+    found = choose([described(index) for index in creatures], library, studio.encode)
+    right = [bool(c.books) and c.books[0].name == str(i) for i, c in zip(creatures, found, strict=True)]
     assert sum(right) >= 9, library_lines(found)
     first = found[right.index(True)]
-    assert first.prompt == f"{first.books[0].trigger}, {described(CREATURES[right.index(True)])}"
+    assert first.prompt == f"{first.books[0].trigger}, {described(creatures[right.index(True)])}"
 
 
 def test_none_is_chosen_where_nothing_is_near(library: list[Book], studio: Studio) -> None:

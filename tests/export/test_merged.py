@@ -186,7 +186,10 @@ def test_all_that_is_wrong_is_told_at_once(tiny_base: Path, lora: Path, tmp_path
     for said in ('"strong" after the colon', "at strength 0", "gone.safetensors: there is no", "NaN", "exists already"):
         assert said in caplog.text
     assert export("merged", "--base", tiny_base, "--lora", narrow, "--output", narrow / "x") == BAD_INPUT
-    assert "(2 to 2 features; the base: 64 to 64). It was made for another model" in caplog.text
+    assert (
+        "was made for another model: 1 of its 1 modules do not fit; transformer_blocks.0.attn.to_q is 2 -> 2"
+        in caplog.text
+    )
     assert f"{narrow} is a file" in caplog.text
     assert tree(tmp_path) == before
 

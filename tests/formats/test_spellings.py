@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.formats.test_layouts import NAMES, weights
 from trainer.files import write_json
 from trainer.formats import OUTER_MODULES, FormatError, read_lora
-from trainer.formats.lora import parse_strength
+from trainer.formats.asked import parse_strength
 from trainer.lowrank import LowRank
 
 A, B = "lora_A.weight", "lora_B.weight"

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import initializers
 from initializers.i2l.predict_file import predict
+from trainer import config
 from trainer.adapter import AdapterWeights
 from trainer.cli import guarded
 from trainer.draw.plan import DrawPlan, Predictor, prepare
 from trainer.draw.run import FOLDERS, SHEET_FILE, draw
 from trainer.draw.views import VIEWS
+from trainer.hardware import parallel
 from trainer.plan import Start, load_config
 from trainer.qwen_image import TextEncoder
 from trainer.validation import GREY
@@ -122,9 +122,9 @@ def _plan(options: argparse.Namespace) -> tuple[DrawPlan, Predictor, Start]:
         return predict(pictures, run.model.base, start.options, cache=cache, text_encoder=text_encoder)
 
     problems = [f"[init.i2l] {problem}" for problem in start.problems]
-    predictor = Predictor(problems, start.needs if uses_i2l else [], predicted)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return prepare(options, run, predictor, device), predictor, start
+    predictor = Predictor(problems, start.needs if uses_i2l else [], config.to_dict(start.options), predicted)
+    device = parallel.one_device()
+    return prepare(options, run, start, predictor, device), predictor, start
 
 
 if __name__ == "__main__":

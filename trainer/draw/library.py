@@ -19,8 +19,9 @@ from torch.nn.functional import normalize
 from trainer.data.captions import has_trigger, read_text, with_trigger, without_trigger
 from trainer.errors import UserError
 from trainer.folder import FROZEN_FILE, NEGATIVE_FILE, RUN_FILE
-from trainer.formats.lora import LoraFile, check_files
-from trainer.formats.origin import DIFFUSERS_FILE, PEFT_FILE
+from trainer.formats.asked import check_files
+from trainer.formats.lora import LoraFile
+from trainer.formats.origin import DIFFUSERS_FILE, PEFT_FILE, TRIGGER
 
 PLAIN = (
     "a mountain lake under a clear sky, photograph",
@@ -81,7 +82,7 @@ class Choice:
     why: str
 
 
-def open_library(folder: Path, modules: Mapping[str, tuple[int, int]]) -> tuple[list[Book], list[str]]:
+def open_library(folder: Path, modules: Mapping[str, tuple[int, int]] | None) -> tuple[list[Book], list[str]]:
     """All LoRAs in a folder and the folders in it, and what is wrong with it. modules: as in `check_files`."""
     if not folder.is_dir():
         return [], [f"{folder}: there is no such folder"]
@@ -103,7 +104,7 @@ def _is_other(path: Path, library: Path) -> bool:
 def _book(path: Path, file: LoraFile) -> Book:
     run = _json(_run_folder(path) / RUN_FILE)
     card = _card(path.parent / "README.md")
-    trigger = card.get("instance_prompt") or file.metadata.get("modelspec.trigger_phrase") or _of_run(run) or ""
+    trigger = card.get("instance_prompt") or file.metadata.get(TRIGGER) or _of_run(run) or ""
     captions = [*_captions_of_run(run), *_captions_beside(path), *_tags(file.metadata)]
     plain = dict.fromkeys(without_trigger(trigger, text) if trigger else text for text in captions)
     return Book(path, file, str(trigger), tuple(text for text in plain if text)[:MOST_CAPTIONS])

@@ -2,15 +2,16 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer import adapter, checkpoint, qwen_image
-from trainer.adapter import AdapterWeights
+from trainer import checkpoint
+from trainer.adapter import AdapterConfig, AdapterWeights
+from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 from trainer.data.captions import CaptionError, clean
 from trainer.data.pictures import SUFFIXES, DataError, open_picture, pictures_in
@@ -18,12 +19,12 @@ from trainer.draw.library import Book, check_library, open_library
 from trainer.draw.views import VIEWS
 from trainer.errors import UserError
 from trainer.folder import RUN_FILE
-from trainer.formats.lora import FormatError, LoraFile, check_files, parse_strength
-from trainer.hub import sources
+from trainer.formats.asked import Asked, read_asked
 from trainer.hub.sources import Need
-from trainer.plan import RunConfig
+from trainer.plan import RunConfig, Start
 from trainer.qwen_image import TextEncoder
-from trainer.studio import Settings
+from trainer.run import saved_adapter, saved_report
+from trainer.studio import Settings, look_at
 from trainer.validation import GREY
 
 PUBLISHED_GUIDANCE = 4.0
@@ -37,17 +38,23 @@ class Predictor:
     problems: Sequence[str]
     """What is wrong with its configuration."""
     needs: Sequence[Need]
+    settings: Mapping[str, Any]
+    """Its configuration, as JSON: another one predicts another LoRA."""
     predict: Callable[[Sequence[Path], Path, TextEncoder], tuple[AdapterWeights, dict[str, Any]]]
     """Pictures, the folder of the cache, and the base's text encoder to the LoRA of all ranks, and a report."""
 
 
 @dataclass(frozen=True)
-class File:
-    """A LoRA file and the strength at which it was asked for."""
+class RunSteps:
+    """Steps of a run that are drawn."""
 
-    path: Path
-    file: LoraFile
-    strength: float
+    run: Path
+    paths: Mapping[int, Path]
+    """Their checkpoints."""
+    settings: AdapterConfig
+    """The run's adapter."""
+    report: Mapping[str, Any]
+    """What run.json says of its start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,7 @@ class DrawPlan:
     """("",) if none is asked for."""
     seeds: tuple[int, ...]
     settings: Settings
-    loras: tuple[File, ...]
+    loras: tuple[Asked, ...]
     each: bool
     """Each LoRA by itself, instead of all together."""
     with_base: bool
@@ -69,45 +76,38 @@ class DrawPlan:
     strengths: tuple[float, ...]
     pictures: tuple[Path, ...]
     """What i2L predicts a LoRA from."""
-    negative: File | str | None
+    negative: Asked | str | None
     """`GREY`, or a LoRA, for the negative branch of guidance."""
     grey_sizes: tuple[tuple[int, int], ...]
     """Widths and heights of the grey pictures."""
-    run: Path | None
-    """A run whose steps are drawn."""
-    steps: tuple[int, ...]
+    steps: RunSteps | None
     library: tuple[Book, ...]
     keep: Path | None
-
-    @property
-    def cache(self) -> Path:
-        """The run's own, so that a prompt that was trained or drawn with is not encoded again."""
-        return Path(self.config.data.cache or Path(self.config.output) / "cache")
 
     @property
     def uses_i2l(self) -> bool:
         return bool(self.pictures) or self.negative == GREY
 
 
-def prepare(options: argparse.Namespace, run: RunConfig, predictor: Predictor, device: torch.device) -> DrawPlan:
+def prepare(
+    options: argparse.Namespace, run: RunConfig, start: Start, predictor: Predictor, device: torch.device
+) -> DrawPlan:
     """The arguments of the command line as a plan. ConfigError lists everything that is wrong with them."""
-    problems = [f"[model] base: {problem}" for problem in sources.check(qwen_image.need(run.model.base))]
-    modules, multiple = dict[str, tuple[int, int]](), qwen_image.PICTURE_MULTIPLE
-    if not problems:
-        modules = adapter.linears(qwen_image.transformer_on_meta(run.model.base))
-        multiple = qwen_image.picture_multiple(run.model.base)
-    problems += qwen_image.gpu_problems(run.model, device)
+    problems = list[str]()
+    modules, multiple = look_at(run.model, device, problems)
     prompts = _prompts(options, run, problems)
-    loras = _files("--lora", options.lora, modules, problems)
+    loras = read_asked("--lora", options.lora, modules, problems)
     pictures = _pictures(options.pictures, problems)
-    negative: File | str | None = GREY if options.negative == GREY else None
+    negative: Asked | str | None = GREY if options.negative == GREY else None
     if options.negative and negative is None:
-        negative = next(iter(_files("--negative", [options.negative], modules, problems)), None)
+        negative = next(iter(read_asked("--negative", [options.negative], modules, problems)), None)
     shown = pictures or (_pictures([Path(run.data.images)], problems) if negative == GREY and run.data.images else ())
     if negative == GREY and not shown:
         problems.append("--negative grey: --pictures or [data] images must say how many pictures, and of which sizes")
     if pictures or negative == GREY:
         problems += predictor.problems
+    if len(options.views) > 1:
+        problems += start.embed_problems()
     library = _library(options, modules, problems)
     steps = _steps(options, problems)
     problems += _contradictions(options)
@@ -130,14 +130,13 @@ def prepare(options: argparse.Namespace, run: RunConfig, predictor: Predictor, d
             num_inference_steps=options.steps or run.validation.num_inference_steps,
             true_cfg_scale=scale,
         ),
-        loras=loras,
+        loras=tuple(loras),
         each=options.each,
         with_base=options.with_base,
         strengths=tuple(options.strengths) or (1.0,),
         pictures=pictures,
         negative=negative,
         grey_sizes=_sizes(shown) if negative == GREY else (),
-        run=options.run,
         steps=steps,
         library=library,
         keep=options.keep,
@@ -154,23 +153,6 @@ def _prompts(options: argparse.Namespace, run: RunConfig, problems: list[str]) -
     if not found and not options.prompts:
         problems.append("--prompts: what is to be drawn? (the configuration has no [validation] prompts either)")
     return tuple(dict.fromkeys(found))
-
-
-def _files(
-    option: str, texts: Sequence[str], modules: dict[str, tuple[int, int]], problems: list[str]
-) -> tuple[File, ...]:
-    """FILE[:strength] as files whose headers fit the model; without `modules`, of which nothing is known, none."""
-    wanted = []
-    for text in texts:
-        try:
-            wanted.append(parse_strength(text))
-        except FormatError as error:
-            problems.append(f"{option} {error}")
-    if not modules:
-        return ()
-    files, wrong = check_files([path for path, _ in wanted], modules)
-    problems += [f"{option} {problem}" for problem in wrong]
-    return tuple(File(path, files[path], strength) for path, strength in wanted if path in files)
 
 
 def _pictures(paths: Sequence[Path], problems: list[str]) -> tuple[Path, ...]:
@@ -193,8 +175,10 @@ def _sizes(pictures: Sequence[Path]) -> tuple[tuple[int, int], ...]:
     return tuple(open_picture(path).size for path in pictures)
 
 
-def _library(options: argparse.Namespace, modules: dict[str, tuple[int, int]], problems: list[str]) -> tuple[Book, ...]:
-    if options.library is None or not modules:
+def _library(
+    options: argparse.Namespace, modules: dict[str, tuple[int, int]] | None, problems: list[str]
+) -> tuple[Book, ...]:
+    if options.library is None:
         return ()
     books, wrong = open_library(options.library, modules)
     try:
@@ -206,23 +190,30 @@ def _library(options: argparse.Namespace, modules: dict[str, tuple[int, int]], p
     return tuple(books)
 
 
-def _steps(options: argparse.Namespace, problems: list[str]) -> tuple[int, ...]:
+def _steps(options: argparse.Namespace, problems: list[str]) -> RunSteps | None:
     """Steps of a run that can be drawn: those of its checkpoints."""
-    if options.run is None:
-        return ()
-    if not (options.run / RUN_FILE).is_file():
-        problems.append(f"--run {options.run}: this is not the folder of a run that has begun ({RUN_FILE} is missing)")
-        return ()
-    there = checkpoint.paths(options.run / checkpoint.FOLDER)
+    run, file = options.run, None if options.run is None else options.run / RUN_FILE
+    if run is None or file is None:
+        return None
+    if not file.is_file():
+        problems.append(f"--run {run}: this is not the folder of a run that has begun ({RUN_FILE} is missing)")
+        return None
+    there = checkpoint.paths(run / checkpoint.FOLDER)
     if not there:
-        problems.append(f"--run {options.run}: it has no checkpoint")
+        problems.append(f"--run {run}: it has no checkpoint")
+        return None
     if missing := [step for step in options.at if step not in there]:
-        told = ", ".join(map(str, there))
         problems.append(
-            f"--at {' '.join(map(str, missing))}: no such checkpoint in {options.run}; it has those of steps {told} "
-            "(keep more of them with [checkpoint] keep)"
+            f"--at {' '.join(map(str, missing))}: no such checkpoint in {run}; it has those of steps "
+            f"{', '.join(map(str, there))} (keep more of them with [checkpoint] keep)"
         )
-    return tuple(options.at or there)
+        return None
+    try:
+        report, settings = saved_report(file), saved_adapter(file)
+    except CheckpointError as error:
+        problems.append(f"--run {run}: {error}")
+        return None
+    return RunSteps(run, {step: there[step] for step in options.at or there}, settings, report)
 
 
 def _contradictions(options: argparse.Namespace) -> list[str]:
@@ -242,8 +233,6 @@ def _contradictions(options: argparse.Namespace) -> list[str]:
         found.append("--keep has no effect without --pictures, from which its LoRA is predicted")
     if options.keep and options.keep.suffix != ".safetensors":
         found.append(f"--keep {options.keep}: the file's name must end in .safetensors")
-    if options.keep and options.keep.exists():
-        found.append(f"--keep {options.keep}: it is there already; choose another name")
     if options.negative and options.guidance is not None and options.guidance <= 1:
         found.append("--negative has no effect with --guidance 1, which has no negative branch")
     if unknown := [view for view in options.views if view not in VIEWS]:

@@ -17,21 +17,22 @@ from PIL import Image
 from tqdm import tqdm
 
 from trainer import adapter, checkpoint, config, validation
-from trainer.adapter import AdapterConfig
 from trainer.data.pictures import grey_pictures, open_picture
 from trainer.draw.library import Choice, choose, library_lines
-from trainer.draw.plan import DrawPlan, File, Predictor
+from trainer.draw.plan import DrawPlan, Predictor
 from trainer.draw.views import alike, with_view
 from trainer.errors import UserError
 from trainer.files import content_hash, file_in_the_way, read_json, write_json
-from trainer.folder import FROZEN_FILE, RUN_FILE
-from trainer.formats import read_lora, write_lora
+from trainer.formats import write_lora
+from trainer.formats.asked import Asked
 from trainer.formats.lora import interface_metadata
 from trainer.hub import sources
+from trainer.hub.sources import Need
 from trainer.lowrank import rank
 from trainer.plan import Start
 from trainer.qwen_image import EMPTY_PROMPT, need
-from trainer.studio import Studio, Worn, read_file
+from trainer.run import frozen_beside
+from trainer.studio import Studio, Worn, read_worn
 from trainer.validation import GREY, Sample
 
 log = logging.getLogger("trainer")
@@ -81,11 +82,15 @@ def draw(
 
     A folder in which the same request was stopped is gone on with. UserError if it holds something else.
     """
-    sources.fetch([need(plan.config.model.base), *(predictor.needs if plan.uses_i2l else ())], quiet=quiet)
-    request = _request(plan)
+    needs = [need(plan.config.model.base), *(predictor.needs if plan.uses_i2l else ())]
+    needs += start.embed_needs if len(plan.views) > 1 else []
+    sources.fetch(needs, quiet=quiet)
+    request = _request(plan, predictor, needs)
     folder = _folder(output, request)
+    if plan.keep is not None and plan.keep.exists() and not folder.exists():
+        raise UserError(f"--keep {plan.keep}: it is there already; choose another name")
     write_json(folder / REQUEST_FILE, request)
-    studio = Studio(plan.config.model, plan.device, plan.cache, quiet=quiet)
+    studio = Studio(plan.config.model, plan.device, plan.config.cache, quiet=quiet)
     studio.encode([EMPTY_PROMPT, *(with_view(text, view) for text in plan.prompts for view in plan.views)])
     cells, lines = _cells(plan, predictor, studio)
     negative = _negative(plan, predictor, studio)
@@ -100,13 +105,14 @@ def draw(
     return folder, lines
 
 
-def _request(plan: DrawPlan) -> dict[str, Any]:
+def _request(plan: DrawPlan, predictor: Predictor, needs: Sequence[Need]) -> dict[str, Any]:
     """All that decides the pictures, as JSON."""
-    files = [*plan.loras, *([plan.negative] if isinstance(plan.negative, File) else [])]
+    files = [*plan.loras, *([plan.negative] if isinstance(plan.negative, Asked) else [])]
     named = [*plan.pictures, *(one.file.path for one in files), *(book.file.path for book in plan.library)]
     return {
-        "base": plan.config.model.base,
         "model": config.to_dict(plan.config.model),
+        "sources": sources.used(needs),
+        "i2l": predictor.settings if plan.uses_i2l else None,
         "prompts": [*plan.prompts],
         "views": [*plan.views],
         "seeds": [*plan.seeds],
@@ -115,9 +121,9 @@ def _request(plan: DrawPlan) -> dict[str, Any]:
         "each": plan.each,
         "with_base": plan.with_base,
         "loras": [[str(one.path), one.strength] for one in plan.loras],
-        "negative": [str(plan.negative.path), plan.negative.strength] if isinstance(plan.negative, File) else None,
+        "negative": [str(plan.negative.path), plan.negative.strength] if isinstance(plan.negative, Asked) else None,
         "grey": [[*size] for size in plan.grey_sizes],
-        "steps": [str(plan.run), [*plan.steps]] if plan.run else None,
+        "steps": [str(path) for path in plan.steps.paths.values()] if plan.steps else None,
         "files": {str(path): content_hash(path) for path in named},
     }
 
@@ -171,7 +177,7 @@ def _cells(plan: DrawPlan, predictor: Predictor, studio: Studio) -> tuple[list[C
 def _of_choice(plan: DrawPlan, choice: Choice) -> list[Outfit]:
     if not choice.books:
         return [Outfit("base")]
-    worn = [read_file(book.path, book.file) for book in choice.books]
+    worn = [read_worn(Asked(book.path, book.file, 1.0)) for book in choice.books]
     name = " + ".join(book.name for book in choice.books)
     found = [Outfit("base")] if plan.with_base else []
     return found + [_scaled(name, worn, strength, plan) for strength in plan.strengths]
@@ -180,10 +186,9 @@ def _of_choice(plan: DrawPlan, choice: Choice) -> list[Outfit]:
 def _outfits(plan: DrawPlan, predictor: Predictor, studio: Studio) -> list[Outfit]:
     """What is drawn with, beside one another."""
     found = [Outfit("base")] if plan.with_base else []
-    if plan.run is not None:
-        paths = checkpoint.paths(plan.run / checkpoint.FOLDER)
-        return found + [Outfit(f"step {step}", step=paths[step]) for step in plan.steps]
-    worn = [read_file(one.path, one.file, one.strength) for one in plan.loras]
+    if plan.steps is not None:
+        return found + [Outfit(f"step {step}", step=path) for step, path in plan.steps.paths.items()]
+    worn = [read_worn(asked) for asked in plan.loras]
     if plan.pictures:
         worn.append(_predicted(plan, predictor, studio, plan.pictures, plan.keep))
     if not worn:
@@ -204,7 +209,7 @@ def _scaled(name: str, worn: Sequence[Worn], strength: float, plan: DrawPlan) ->
 def _predicted(
     plan: DrawPlan, predictor: Predictor, studio: Studio, pictures: Sequence[Path], keep: Path | None
 ) -> Worn:
-    weights, _ = predictor.predict(pictures, plan.cache, studio.text_encoder)
+    weights, _ = predictor.predict(pictures, plan.config.cache, studio.text_encoder)
     weights = adapter.AdapterWeights(dict(weights.factors))  # which are computed when they are asked for
     origin = {"pictures": {path.name: content_hash(path) for path in pictures}}
     if keep is not None:
@@ -217,8 +222,8 @@ def _predicted(
 
 def _negative(plan: DrawPlan, predictor: Predictor, studio: Studio) -> list[Worn] | None:
     """What the negative branch of guidance wears; None if it wears what the other one wears."""
-    if isinstance(plan.negative, File):
-        return [read_file(plan.negative.path, plan.negative.file, plan.negative.strength)]
+    if isinstance(plan.negative, Asked):
+        return [read_worn(plan.negative)]
     if plan.negative != GREY:
         return None
     with TemporaryDirectory(prefix="grey-") as folder:
@@ -259,17 +264,12 @@ def _wearing(plan: DrawPlan, studio: Studio, outfit: Outfit) -> Iterator[None]:
         with studio.wearing(outfit.worn):
             yield
         return
-    assert plan.run is not None
-    report, problems = read_json(plan.run / RUN_FILE), list[str]()
-    told = {**report["config"]["adapter"], **report["init"]["adapter"]}
-    told = {name: value for name, value in told.items() if value is not None}  # a default, which TOML cannot say
-    settings = config.parse(AdapterConfig, told, "", problems)
-    assert settings is not None, problems
-    adapter.inject(studio.transformer, settings)
+    assert plan.steps is not None
+    adapter.inject(studio.transformer, plan.steps.settings)
     try:
         adapter.load_tensors(studio.transformer, checkpoint.load(outfit.step).result)
-        frozen = plan.run / FROZEN_FILE
-        with studio.wearing([Worn("frozen", read_lora(frozen)[0])] if report["init"]["frozen"] else []):
+        frozen = frozen_beside(plan.steps.run, plan.steps.report)
+        with studio.wearing([] if frozen is None else [Worn("frozen", frozen)]):
             yield
     finally:
         adapter.remove(studio.transformer)

@@ -127,7 +127,7 @@ def _asked_for(evaluation: Evaluation, seen: Sequence[Seen]) -> dict[str, Any]:
 
 
 def _told(candidate: Candidate) -> dict[str, Any]:
-    if candidate.path is None or candidate.file is None:
+    asked = candidate.asked
+    if asked is None:
         return {"strength": None}
-    digest = content_hash(candidate.file.path)
-    return {"strength": candidate.strength, "file": str(candidate.path), "sha256": digest}
+    return {"strength": asked.strength, "file": str(asked.path), "sha256": content_hash(asked.file.path)}

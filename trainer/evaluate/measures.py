@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.evaluate.folder import Seen
 from trainer.evaluate.plan import Candidate, Evaluation
 from trainer.files import DTYPES, write_json
-from trainer.studio import Settings, Studio, Worn, read_file
+from trainer.studio import Settings, Studio, read_worn
 from trainer.validation import Item, Sample, write_png, write_sample
 
 
@@ -29,9 +29,9 @@ class Examiner:
         self._evaluation, self._accelerator, self._quiet = evaluation, accelerator, quiet
         run, device = evaluation.config, accelerator.device
         self._dtype, self._batch = DTYPES[run.model.dtype], 2 * run.train.batch_size  # no gradients: there is more room
-        self._studio = Studio(run.model, device, evaluation.cache, quiet=quiet)
+        self._studio = Studio(run.model, device, evaluation.config.cache, quiet=quiet)
         examples = evaluation.looked_at
-        latents = encode_pictures(Cache(evaluation.cache), run.model.base, examples, device, quiet=quiet)
+        latents = encode_pictures(Cache(evaluation.config.cache), run.model.base, examples, device, quiet=quiet)
         texts = {*evaluation.prompts, *run.validation.unrelated_prompts, qwen_image.EMPTY_PROMPT}
         prompts = self._studio.encode(texts | {example.caption for example in examples})
         self.items = [
@@ -63,9 +63,8 @@ class Examiner:
         for one in tqdm(seen, "evaluate", unit="LoRA", disable=self._quiet or None, dynamic_ncols=True):
             if one.whole:
                 continue
-            candidate, worn = one.candidate, list[Worn]()
-            if candidate.path is not None and candidate.file is not None:
-                worn.append(read_file(candidate.path, candidate.file, candidate.strength))
+            candidate = one.candidate
+            worn = [] if candidate.asked is None else [read_worn(candidate.asked)]
             with self._studio.wearing(worn):
                 if not one.numbers.is_file():
                     write_json(one.numbers, self._numbers(candidate))

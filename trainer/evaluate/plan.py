@@ -1,7 +1,6 @@
 """An evaluation before it starts: its arguments and configuration, read and checked."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer import adapter, config, plan, qwen_image
+from trainer import config, plan, qwen_image
 from trainer.data.dataset import Dataset, Example, scan
 from trainer.data.pictures import DataError
 from trainer.evaluate.names import distinct
 from trainer.files import read_json
-from trainer.formats.lora import FormatError, LoraFile, check_files, parse_strength
+from trainer.formats.asked import Asked, read_asked
+from trainer.formats.lora import LoraFile
+from trainer.formats.origin import read_origin
 from trainer.hardware import parallel
-from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.plan import Initializers, RunConfig
+from trainer.studio import look_at
 from trainer.text_image import text_image_need, text_image_problems
 
 BASE = "base"
@@ -50,9 +51,7 @@ class Candidate:
     """A LoRA at a strength; the base, if it has no file."""
 
     name: str
-    path: Path | None = None
-    file: LoraFile | None = None
-    strength: float = 1.0
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,6 @@ class Evaluation:
         return [qwen_image.need(self.config.model.base), *self.embed_needs, *fidelity]
 
     @property
-    def cache(self) -> Path:
-        """That of the run."""
-        return Path(self.config.data.cache or Path(self.config.output) / "cache")
-
-    @property
     def looked_at(self) -> tuple[Example, ...]:
         """The held-out pictures that losses are computed on, and that are redrawn."""
         return self.dataset.held_out[: self.config.validation.num_pictures]
@@ -94,37 +88,23 @@ class Evaluation:
 def prepare(request: Request, initializers: Initializers) -> Evaluation:
     """Check everything that needs no weights; ConfigError lists every problem at once."""
     problems, notes = _request_problems(request), list[str]()
-    asked = _parsed(request.loras, problems)
     try:
         run, start = plan.load_config(request.config, [*request.overrides], initializers)
     except config.ConfigError as error:
         raise config.ConfigError([*problems, *error.problems]) from None
-    wrong = [f"[model] base: {problem}" for problem in sources.check(qwen_image.need(run.model.base))]
-    multiple, files = qwen_image.PICTURE_MULTIPLE, dict[Path, LoraFile]()
-    if not wrong:
-        multiple = qwen_image.picture_multiple(run.model.base)
-        modules = adapter.linears(qwen_image.transformer_on_meta(run.model.base))
-        files, misfits = check_files([path for path, _ in asked], modules)
-        wrong += [f"--lora {problem}" for problem in misfits]
+    modules, multiple = look_at(run.model, parallel.one_device(), problems)
+    asked = read_asked("--lora", request.loras, modules, problems)
     dataset = _dataset(run, multiple, problems)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problems += [
-        *wrong,
-        *qwen_image.gpu_problems(run.model, device),
-        *(f"[init.i2l] encoders: {problem}" for need in start.embed_needs for problem in sources.check(need)),
-        *text_image_problems(run.validation.text_image_model),
-    ]
+    problems += [*start.embed_problems(), *text_image_problems(run.validation.text_image_model)]
     output = request.output or Path(run.output) / FOLDER
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and stopped(output) is None):
         problems.append(f"--output: {output} is there already; choose another name")
     if problems or dataset is None:
         raise config.ConfigError(problems)
     prompts = _prompts(run, dataset.held_out, notes)
-    endings = ["" if strength == 1 else f":{strength:g}" for _, strength in asked]
-    names = distinct([path for path, _ in asked], endings)
-    candidates = [
-        Candidate(name, path, files[path], strength) for name, (path, strength) in zip(names, asked, strict=True)
-    ]
+    endings = ["" if one.strength == 1 else f":{one.strength:g}" for one in asked]
+    names = distinct([one.path for one in asked], endings)
+    candidates = [Candidate(name, one) for name, one in zip(names, asked, strict=True)]
     notes += [note for candidate in candidates for note in _notes(candidate, dataset.held_out)]
     everyone, needs = (Candidate(BASE), *candidates), tuple(start.embed_needs)
     return Evaluation(request, run, dataset, everyone, output, prompts, start.embed, needs, tuple(notes))
@@ -158,9 +138,9 @@ def _request_problems(request: Request) -> list[str]:
 
 
 def _notes(candidate: Candidate, held_out: Sequence[Example]) -> list[str]:
-    assert candidate.file is not None
-    found = [f"{candidate.name}: {note}" for note in candidate.file.notes]
-    if leaked := _made_from(candidate.file, held_out):
+    assert candidate.asked is not None
+    found = [f"{candidate.name}: {note}" for note in candidate.asked.file.notes]
+    if leaked := _made_from(candidate.asked.file, held_out):
         found.append(
             f"{candidate.name} was made from {len(leaked)} of {len(held_out)} held-out pictures, as its file says "
             f"({config.first_few(leaked)}): what they say of it is no test."
@@ -170,22 +150,8 @@ def _notes(candidate: Candidate, held_out: Sequence[Example]) -> list[str]:
 
 def _made_from(file: LoraFile, held_out: Sequence[Example]) -> list[str]:
     """Held-out pictures that a LoRA of ours was trained on or predicted from."""
-    try:
-        pictures = json.loads(file.metadata["warm_start"])["pictures"]
-        return [example.name for example in held_out if example.digest in pictures]
-    except (KeyError, ValueError, TypeError):  # it is not ours
-        return []
-
-
-def _parsed(loras: Sequence[str], problems: list[str]) -> list[tuple[Path, float]]:
-    """Files with their strengths."""
-    found = []
-    for text in loras:
-        try:
-            found.append(parse_strength(text))
-        except FormatError as error:
-            problems.append(f"--lora {error}")
-    return found
+    pictures = read_origin(file.metadata).get("pictures", ())
+    return [example.name for example in held_out if example.digest in pictures]
 
 
 def _dataset(run: RunConfig, multiple: int, problems: list[str]) -> Dataset | None:

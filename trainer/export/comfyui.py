@@ -12,7 +12,7 @@ from trainer.export.request import output_problems
 from trainer.files import DTYPES, new_folder, read_json, write_text
 from trainer.folder import RUN_FILE
 from trainer.formats.lora import FormatError, LoraFile, interface_metadata, open_lora, write_lora
-from trainer.formats.origin import without_stale
+from trainer.formats.origin import TRIGGER, read_origin, without_stale
 from trainer.qwen_image import EMPTY_PROMPT, PROMPT_LIMIT, is_2512
 
 LAYOUT = "diffusion_model"
@@ -42,22 +42,11 @@ class Delivery:
         """The model it was trained on; "" if that is not known."""
         if self.config:
             return str(self.config["model"]["base"])
-        return str(_origin(self.file.metadata).get("base_model") or "")
+        return str(read_origin(self.file.metadata).get("base_model") or "")
 
     @property
     def trigger(self) -> str:
-        return str(self.config["data"]["trigger"] if self.config else self.file.metadata.get(_TRIGGER, ""))
-
-
-_TRIGGER = "modelspec.trigger_phrase"
-
-
-def _origin(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `trainer.export.result.origin` has put there."""
-    try:
-        return dict(json.loads(metadata.get("warm_start", "{}")))
-    except ValueError:
-        return {}
+        return str(self.config["data"]["trigger"] if self.config else self.file.metadata.get(TRIGGER, ""))
 
 
 def find(path: Path, output: Path, *, with_card: bool = False) -> Delivery:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from trainer import qwen_image
 from trainer.export.request import MERGED_FILE, WEIGHTS, Request, Rounding, check_room, record
 from trainer.files import DTYPES, new_folder, read_header, read_json, size, stream_tensors, write_json
+from trainer.hardware import parallel
 from trainer.qwen_image import ModelConfig
 
 log = logging.getLogger("trainer")
@@ -52,7 +53,7 @@ def merge(request: Request, quantization: str, *, quiet: bool) -> list[str]:
         linked = [_take(path, partial / path.relative_to(request.folder)) for path in rest]
         for shard in shards:
             _write_shard(request, shard, partial / "transformer" / shard.name, bar, rounding)
-        index = request.folder / "transformer" / f"{WEIGHTS}.index.json"
+        index = request.folder / "transformer" / f"{WEIGHTS}.safetensors.index.json"
         if index.is_file():
             write_json(partial / "transformer" / index.name, _index(read_json(index), int(plain)))
         write_json(partial / MERGED_FILE, record(request))
@@ -121,7 +122,7 @@ def _quantise(folder: Path, quantization: str, dtype: torch.dtype | None) -> Non
     name: Any = next(name for name, value in DTYPES.items() if value == dtype)
     kind: Any = quantization
     settings = ModelConfig(base=str(folder), quantization=kind, dtype=name, keep_quantized=False)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = parallel.one_device()
     transformer = qwen_image.load_transformer(settings, device)
     transformer.save_pretrained(folder / "quantised")
     shutil.rmtree(folder / "transformer")

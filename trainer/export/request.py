@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,14 @@ from trainer.files import (
     read_json,
     size,
 )
-from trainer.formats.lora import FormatError, LoraFile, open_lora, parse_strength
+from trainer.formats.asked import Asked, read_asked
+from trainer.formats.lora import FormatError
 from trainer.hub import sources
 
 MERGED_FILE = "merged.json"
 """In a folder with LoRAs in its weights: which, at which strengths, and in which base."""
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A LoRA and its strength."""
-
-    file: LoraFile
-    strength: float
+WEIGHTS = "diffusion_pytorch_model"
+"""What the files of the transformer's weights are called, but for their endings."""
 
 
 @dataclass
@@ -63,7 +57,7 @@ class Request:
     """Arguments in order; the base's files are on this machine."""
 
     base: str
-    parts: tuple[Part, ...]
+    parts: tuple[Asked, ...]
     dtype: torch.dtype | None
     """The result's; None: as each tensor of the base has it."""
     output: Path
@@ -75,9 +69,7 @@ class Request:
 
     def shards(self) -> list[Path]:
         """The files of the transformer's weights."""
-        transformer = self.folder / "transformer"
-        index = transformer / f"{WEIGHTS}.index.json"
-        return [transformer / name for name in (sources.shards_of(index) if index.is_file() else [WEIGHTS])]
+        return sources.weight_files(self.folder / "transformer", WEIGHTS)
 
     def dtypes(self, header: Header) -> dict[str, torch.dtype]:
         """What each tensor of a shard becomes."""
@@ -108,7 +100,7 @@ class Request:
                 yield name, found
 
 
-def folded(name: str, weight: Tensor, parts: Sequence[Part]) -> Tensor:
+def folded(name: str, weight: Tensor, parts: Sequence[Asked]) -> Tensor:
     """W plus the sum of strength b a, in fp32; a tensor that no LoRA changes is returned as it is."""
     module = name.removesuffix(".weight")
     for part in parts:
@@ -147,10 +139,9 @@ def read_request(options: argparse.Namespace, parts: Sequence[str], problems: li
     if base is not None and need is not None:
         need = replace(need, extra=(*need.extra, MERGED_FILE))
         problems += base_problems(base) or sources.check(need)
-    found = [one for text in options.lora if (one := _part(text, problems)) is not None]
-    if base is not None and not problems:
-        modules = adapter.linears(qwen_image.transformer_on_meta(base))
-        problems += [problem for one in found for problem in misfits(one, modules)]
+    modules = None if base is None or problems else adapter.linears(qwen_image.transformer_on_meta(base))
+    found = read_asked("--lora", options.lora, modules, problems)
+    problems += [problem for asked in found for problem in _unusable(asked)]
     problems += output_problems(options.output)
     if problems or base is None or need is None:
         raise ConfigError(problems)
@@ -189,34 +180,14 @@ def base_problems(base: str) -> list[str]:
     return []
 
 
-def _part(text: str, problems: list[str]) -> Part | None:
-    try:
-        path, strength = parse_strength(text)
-        if strength == 0:
-            problems.append(f"--lora {text}: at strength 0 it changes nothing; leave it out")
-        file = open_lora(path.expanduser())
-    except FormatError as error:
-        problems.append(f"--lora {error}")
-        return None
-    if names := file.not_finite():
-        problems.append(f"--lora {file.path}: NaN or infinity in {first_few(names)}")
-    return Part(file, strength)
-
-
-def misfits(part: Part, modules: Mapping[str, tuple[int, int]]) -> list[str]:
-    """A problem, if modules of a LoRA are not in the base, or have another size there. modules: in_features and
-    out_features of the base's."""
-    wrong = []
-    for name, (width, height, _) in part.file.sizes().items():
-        if modules.get(name) != (width, height):
-            there = "none" if name not in modules else "{} to {}".format(*modules[name])
-            wrong.append(f"{name} ({width} to {height} features; the base: {there})")
-    if not wrong:
-        return []
-    return [
-        f"--lora {part.file.path}: {len(wrong)} of {len(part.file.modules)} modules do not fit the base: "
-        f"{first_few(wrong)}. It was made for another model"
-    ]
+def _unusable(asked: Asked) -> list[str]:
+    """Why it cannot be folded in."""
+    found = []
+    if asked.strength == 0:
+        found.append(f"--lora {asked.path}: at strength 0 it changes nothing; leave it out")
+    if names := asked.file.not_finite():
+        found.append(f"--lora {asked.file.path}: NaN or infinity in {first_few(names)}")
+    return found
 
 
 def output_problems(output: Path) -> list[str]:

@@ -21,7 +21,7 @@ from trainer.files import DTYPES, new_folder, write_json, write_tensors, write_t
 from trainer.flow import generator
 from trainer.formats.layouts import LAYOUTS
 from trainer.formats.lora import interface_metadata, peft_description, plain, write_lora, write_parts
-from trainer.formats.origin import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE
+from trainer.formats.origin import DIFFUSERS_FILE, ORIGIN, PEFT_CONFIG, PEFT_FILE
 from trainer.hub.sources import plain_id, repository
 from trainer.lowrank import concatenate, energy, energy_kept, ordered, rank, truncate
 
@@ -150,10 +150,7 @@ def _halves(weights: AdapterWeights) -> dict[str, Tensor]:
 def _as_lora(transformer: QwenImageTransformer2DModel, limit: int, kind: str) -> AdapterWeights:
     """A LoHa or LoKr, truncated to the rank."""
     found = adapter.read(transformer, limit=limit)
-    left = {name: energy(factors) for name, factors in found.factors.items()}
-    energies = {name: value + found.lost[name] for name, value in left.items()}
-    shares = {name: value / energies[name] if energies[name] else 1.0 for name, value in left.items()}
-    kept = energy_kept(shares, energies)["total"]
+    kept = found.kept()["total"]
     log.info("the LoRA of rank %d beside the %s keeps %.2f %% of its energy", limit, kind, 100 * kept)
     return AdapterWeights({name: factors for name, factors in found.factors.items() if len(factors.a)})
 
@@ -222,7 +219,7 @@ def origin(
         "pictures": list(pictures),
         "steps": steps,
     }
-    return {"warm_start": json.dumps(found)}
+    return {ORIGIN: json.dumps(found)}
 
 
 def _samples(output: Path, step: int, folder: Path) -> list[tuple[str, str]]:

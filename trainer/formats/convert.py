@@ -13,6 +13,7 @@ from trainer.flow import generator
 from trainer.formats.check import Verdict, judge
 from trainer.formats.layouts import module_types
 from trainer.formats.lora import FormatError, interface_metadata, write_lora
+from trainer.formats.origin import ORIGIN
 from trainer.formats.read_config import Recipe, rank_problem, read_recipe
 from trainer.formats.rules import TRAINERS, by_suffix
 from trainer.formats.write_config import SNIPPETS, Start, readme
@@ -153,11 +154,11 @@ def _write_files(
 def _with_energy(metadata: Mapping[str, str], fitted: _Fitted) -> dict[str, str]:
     """The metadata, in which the origin says which share of the whole LoRA's energy is left."""
     found = dict(metadata)
-    if "warm_start" in found:
-        origin, before = json.loads(found["warm_start"]), fitted.energies
+    if ORIGIN in found:
+        origin, before = json.loads(found[ORIGIN]), fitted.energies
         left = energy_kept({module: fitted.kept.get(module, 0.0) for module in before}, before)["total"]
         origin["energy_kept"] = left * (1.0 if origin.get("energy_kept") is None else origin["energy_kept"])
-        found["warm_start"] = json.dumps(origin)
+        found[ORIGIN] = json.dumps(origin)
     return found
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.config import ConfigError, first_few
-from trainer.files import HEADER_DTYPES, Header, read_header, read_json
+from trainer.files import HEADER_DTYPES, Header, read_header
 from trainer.formats.layouts import module_name, module_type
 from trainer.formats.lora import FormatError
 from trainer.formats.written import Account, Form, write
+from trainer.hardware import parallel
 from trainer.hub import sources
 from trainer.hub.sources import Need
 from trainer.lowrank import LowRank, common_rank, nearest, squared_singular_values
@@ -36,7 +37,7 @@ def extract(tuned: str, base: str, form: Form) -> None:
     `trainer.hub.sources` reads it. ConfigError lists all that is wrong, before a weight is read.
     """
     pair = open_pair(tuned, base, form)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = parallel.one_device()
     others = _others(pair, form.quiet)
     rank = form.rank or _rank(pair, form, device)
     form.check_room(rank, [pair.base.shapes[f"{name}.weight"] for name in pair.modules])
@@ -119,7 +120,9 @@ def _need(source: str) -> Need | None:
 
 def _open(source: str) -> Model:
     need = _need(source)
-    paths = [Path(source)] if need is None else _shards(sources.locate(source, need.files[0]).parent)
+    paths = (
+        [Path(source)] if need is None else sources.weight_files(sources.locate(source, need.files[0]).parent, WEIGHTS)
+    )
     headers = {path: read_header(path) for path in paths}
     names = {path: _names(header) for path, header in headers.items()}
     return Model(
@@ -128,13 +131,6 @@ def _open(source: str) -> Model:
         {name: headers[path].shapes[key] for path, own in names.items() for name, key in own.items()},
         {name: headers[path].dtypes[key] for path, own in names.items() for name, key in own.items()},
     )
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
-    if not index.is_file():
-        return [folder / f"{WEIGHTS}.safetensors"]
-    return [folder / name for name in sorted({*read_json(index)["weight_map"].values()})]
 
 
 def _names(header: Header) -> dict[str, str]:

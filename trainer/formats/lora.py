@@ -8,7 +8,7 @@ A LoHa or LoKr becomes the factors of its dW.
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -236,26 +236,6 @@ def plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def parse_strength(text: str) -> tuple[Path, float]:
-    """A file and the strength that its dW is multiplied by, from `FILE` or `FILE:STRENGTH`; 1 if none is given.
-
-    A colon inside the path is none before a strength: that of a drive, as in `C:\\x.safetensors`, one before a slash,
-    and one in the name of a file that is there. FormatError if the strength is no finite number.
-    """
-    path, colon, given = text.rpartition(":")
-    if not colon or "/" in given or "\\" in given or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        strength = float(given)
-    except ValueError:
-        if re.fullmatch("[A-Za-z]", path):  # a drive
-            return Path(text), 1.0
-        strength = math.nan
-    if not path or not math.isfinite(strength):
-        raise FormatError(f'{text}: "{given}" after the colon is no finite number: write FILE, or FILE:0.8')
-    return Path(path), strength
-
-
 def find_lora(path: Path) -> Path:
     """The file to read: `path`, or the one in this folder."""
     if path.is_file():
@@ -301,31 +281,6 @@ def open_lora(path: Path) -> LoraFile:
             f"{file}: this is not a whole safetensors file ({error}). Download or copy it again."
         ) from error
     return LoraFile(file, modules, shapes, scales, metadata, notes)
-
-
-def check_files(
-    paths: Iterable[Path], modules: Mapping[str, tuple[int, int]]
-) -> tuple[dict[Path, LoraFile], list[str]]:
-    """The headers of LoRA files, and what is wrong with them for a model whose Linear layers have these in_features and
-    out_features."""
-    found, problems = dict[Path, LoraFile](), list[str]()
-    for path in dict.fromkeys(paths):
-        try:
-            file = open_lora(path)
-        except FormatError as error:
-            problems.append(str(error))
-            continue
-        misfits = [(name, size[:2]) for name, size in file.sizes().items() if modules.get(name) != size[:2]]
-        if misfits:
-            name, (columns, rows) = misfits[0]
-            own = "is not in the model" if name not in modules else "is {} -> {} in the model".format(*modules[name])
-            problems.append(
-                f"{path} was made for another model: {len(misfits)} of its {len(file.modules)} modules do not fit; "
-                f"{name} is {columns} -> {rows} in the file, and {own}"
-            )
-            continue
-        found[path] = file
-    return found, problems
 
 
 def _sort(header: Header) -> tuple[dict[str, ModuleKeys], list[str]]:

@@ -20,7 +20,7 @@ from trainer.config import ConfigError
 from trainer.files import content_hash
 from trainer.formats.layouts import module_types
 from trainer.formats.lora import MOST_RANK, FormatError, LoraFile, open_lora
-from trainer.formats.origin import without_stale
+from trainer.formats.origin import TRIGGER, without_stale
 from trainer.formats.written import Account, Form, write
 from trainer.hardware.threads import parallel_map
 from trainer.lowrank import (
@@ -28,7 +28,6 @@ from trainer.lowrank import (
     LowRank,
     concatenate,
     energy,
-    energy_kept,
     norm,
     ranks_for_energy,
     scale,
@@ -36,7 +35,6 @@ from trainer.lowrank import (
     zeros,
 )
 
-TRIGGER = "modelspec.trigger_phrase"
 Weighted = tuple[Mapping[str, LowRank], float]
 """Effective factors of a LoRA by module, and its weight."""
 
@@ -138,9 +136,7 @@ def _told(part: Part, weights: AdapterWeights) -> dict[str, Any]:
     """A part for the metadata; what is lost of a LoHa or LoKr is printed, too."""
     found = {"file": part.path.name, "sha256": content_hash(part.file.path), "weight": part.weight}
     if any(weights.lost.values()):
-        energies = {name: energy(x) + weights.lost.get(name, 0.0) for name, x in weights.factors.items()}
-        shares = {name: 1 - weights.lost.get(name, 0.0) / whole if whole else 1.0 for name, whole in energies.items()}
-        found["energy_read"] = energy_kept(shares, energies)["total"]
+        found["energy_read"] = weights.kept()["total"]
         at = f"read at rank {MOST_RANK}, with {found['energy_read']:.2%} of its energy"
         print(f"{part.path} is a {part.file.method}: {at}; what follows is of that")
     return found

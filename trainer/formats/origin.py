@@ -25,6 +25,9 @@ PEFT_FILE, PEFT_CONFIG, DIFFUSERS_FILE = (
 )
 ALPHA_KEY = "warm_start_alpha"
 """In the metadata of our files: the trainer that the file is for multiplies by this / rank."""
+ORIGIN = "warm_start"
+"""In the metadata of our files: where the LoRA comes from, as JSON."""
+TRIGGER = "modelspec.trigger_phrase"
 MADE_OF = "warm_start_made_of"
 """In the metadata of files that were made of others: of which, and what of their energy is kept, as JSON."""
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -46,6 +49,14 @@ OF_BLISSFUL = "lokr_factor"
 _PEFT_KEY = re.compile(rf"(?:(?:_orig_mod|module)\.)*{re.escape(PEFT_PREFIX)}")
 """As PEFT itself writes keys: its configuration holds alpha."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_origin(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `trainer.export.result.origin` has put there; empty in files of other programs."""
+    try:
+        return dict(json.loads(metadata.get(ORIGIN, "{}")))
+    except (ValueError, TypeError):
+        return {}
 
 
 def without_stale(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -76,6 +76,11 @@ def problems(dtype: str, quantization: str, optimizer: str) -> list[str]:
     return found
 
 
+def one_device() -> torch.device:
+    """The GPU if there is one, else the CPU: for programs of one process."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def uses_fsdp() -> bool:
     """Whether `accelerate launch` was told to use FSDP."""
     return _set("ACCELERATE_USE_FSDP")

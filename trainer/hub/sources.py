@@ -280,6 +280,12 @@ def _absent(where: Path, files: Iterable[str]) -> list[str]:
     return gone
 
 
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of a model's weights in a folder: those that an index names, else the only one."""
+    index = folder / f"{stem}.safetensors.index.json"
+    return [folder / name for name in (shards_of(index) if index.is_file() else [f"{stem}.safetensors"])]
+
+
 def shards_of(index: Path) -> list[str]:
     """The files that an index of weights names."""
     try:

@@ -14,6 +14,7 @@ from trainer import qwen_image, validation
 from trainer.config import ConfigError
 from trainer.data.cache import Cache, key
 from trainer.files import DTYPES, new_folder, write_text
+from trainer.hardware import parallel
 from trainer.hub import sources
 from trainer.qwen_image import ModelConfig
 
@@ -65,7 +66,7 @@ def draw(base: str, prompts: Sequence[str], output: Path, settings: Settings) ->
     """
     if output.exists():
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = parallel.one_device()
     negative, *embeds = _encode(base, [qwen_image.EMPTY_PROMPT, *prompts], settings.dtype, device)
     transformer = qwen_image.load_transformer(ModelConfig(base=base, dtype=settings.dtype), device)
     sampler = qwen_image.Sampler(base)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from trainer.data.notes import Notes
 from trainer.data.pictures import SUFFIXES, DataError, decode, read
 from trainer.files import DTYPES, file_in_the_way
 from trainer.folder import held
-from trainer.hardware import machine
+from trainer.hardware import machine, parallel
 from trainer.hardware.threads import parallel_map
 from trainer.hub import sources
 from trainer.hub.sources import Need
@@ -107,7 +106,7 @@ def look(
 def caption(asked: Asked, output: Path) -> Report:
     """Write a caption of each picture into `output`; those that are there already are kept."""
     sources.fetch(_needs(asked.model, asked.captioner))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = parallel.one_device()
     encoder = vision_model.text_encoder(asked.model, asked.captioner, device)
     parts = ("text_encoder", "tokenizer", "processor") if encoder.part else ("",)
     with held(output, "captions"):
