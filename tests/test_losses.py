@@ -60,7 +60,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "two_resolutions")) for name in RUNS]
+    "name", [pytest.param(name, marks=[] if name in ("random", "i2l") else [pytest.mark.slow]) for name in RUNS]
 )
 def test_the_curve_is_the_committed_one(
     name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

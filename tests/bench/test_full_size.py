@@ -16,6 +16,7 @@ from trainer.bench.__main__ import main
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12), "joint_attention_dim": 48}
 
 
+@pytest.mark.slow
 def test_variants_are_timed_and_those_that_fail_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,6 +43,7 @@ def test_variants_are_timed_and_those_that_fail_are_told(
     assert plain["flop"] == pytest.approx(3 * expected, rel=0.3)  # forward, once more, backward; and LoRA and attention
 
 
+@pytest.mark.slow
 def test_the_seconds_are_those_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full_size, "SHAPE", SMALL)
     full_size.write_base(tmp_path, 1, quiet=True)

@@ -386,6 +386,7 @@ def test_blocks_may_be_offloaded_when_a_run_goes_on(
     assert_same_runs(tmp_path / "through", tmp_path / "halves")
 
 
+@pytest.mark.slow
 def test_a_comparison_with_offloaded_blocks(run_toml: Path, subjects: Path, fetched: list[int]) -> None:
     arms = arm("some", lambda context: Seed(some(context.modules), {})), arm("nothing", nothing)
     curves = []

@@ -35,7 +35,7 @@ from tests.helpers import FINISHED, run
 from tests.initializers.i2l.test_expert import random_expert, reference, reference_delta
 from trainer.adapter import AdapterWeights, InitContext
 from trainer.formats import read_lora
-from trainer.lowrank import LowRank, truncate
+from trainer.lowrank import LowRank, relative_difference, truncate
 
 HIDDEN = text_encoder.HIDDEN_SIZE
 STYLE = Geometry(num_blocks=2, hidden_size=8, embedding_size=24, compress=5)
@@ -548,8 +548,8 @@ def test_each_picture_is_tried_with_the_seed_of_the_others(world: Path) -> None:
         others = tuple(given.images[number] for number in chosen if number != index)
         alone = initialize(replace(given, images=others), replace(options, strength=1.0)).weights
         for name, factors in alone.factors.items():
-            whole = weights.factors[name]
-            torch.testing.assert_close(whole.b @ whole.a, factors.b @ factors.a, rtol=1e-4, atol=1e-6)
+            # of the whole dW: single values near 0 differ by the rounding of one picture beside another
+            assert relative_difference(weights.factors[name], factors) < 1e-5
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
