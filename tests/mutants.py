@@ -252,12 +252,6 @@ MUTANTS = (
     *_mutants(
         "trainer/page/write.py",
         (
-            "captions become a part of the page's HTML",
-            "autoescape=True",
-            "autoescape=False",
-            "tests/test_page.py::test_texts_are_escaped",
-        ),
-        (
             "the slider of a run that goes on begins at the best step so far",
             "left.chosen in steps and not left.running",
             "left.chosen in steps",
@@ -1434,6 +1428,15 @@ MUTANTS = (
             "random.integers(len(group), size=len(group))",
             "range(len(group))",
             "tests/compare/test_statistics.py::test_a_subject_with_many_seeds_counts_as_one_of_few_when_resampled",
+        ),
+    ),
+    *_mutants(
+        "trainer/template.py",
+        (
+            "captions become a part of the page's HTML",
+            "autoescape=True",
+            "autoescape=False",
+            "tests/test_page.py::test_texts_are_escaped",
         ),
     ),
     *_mutants(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    0: ("trainer.errors", "trainer.lowrank"),
+    0: ("trainer.errors", "trainer.lowrank", "trainer.template"),
     1: (
         "trainer.compare.statistics",
         "trainer.config",

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from trainer import template
 from trainer.compare.statistics import Outcome, Run, best_rates, outcomes, summarise
 from trainer.data.pictures import DataError, open_picture
 from trainer.files import write_file, write_json, write_text
@@ -43,10 +43,9 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     sheet = contact_sheet(folder, report, runs, arms)
     if sheet is not None:
         write_png(folder / "contact_sheet.png", sheet)
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"percent": _percent, "number": _number, "bounds": _bounds, "seconds": _seconds}
+    page = template.load(TEMPLATE, percent=_percent, number=_number, bounds=_bounds, seconds=_seconds)
     settings = {"config": report["config"], "arms": report["arms"], "versions": report["versions"]}
-    text = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = page.render(
         report=report,
         groups=groups,
         arms=arms,

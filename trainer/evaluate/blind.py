@@ -6,15 +6,13 @@ by `trainer.evaluate.votes`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 
-import jinja2
 import torch
 from PIL import Image
 
-from trainer import flow
+from trainer import flow, template
 from trainer.config import ConfigError
 from trainer.data.cache import key as hash_of
 from trainer.data.pictures import DataError, open_picture, pictures_in
@@ -111,7 +109,9 @@ def write_page(
             for number, pair in zip(told, pairs, strict=True)
         ],
     }
-    text = _template().render(data=data, question=question, real=[_shown(file, 256) for file in real[:MAX_REAL]])
+    text = template.load(TEMPLATE).render(
+        data=data, question=question, real=[_shown(file, 256) for file in real[:MAX_REAL]]
+    )
     write_json(key, {"page": identity, "question": question, "pairs": told})
     write_text(page, text)
     return key
@@ -122,11 +122,3 @@ def _shown(file: Path, side: int = SIDE) -> Shown:
     if found is None:
         raise ConfigError([f"{file}: this picture cannot be read"])
     return found
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))

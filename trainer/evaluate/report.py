@@ -1,12 +1,10 @@
 """An evaluation to look at: evaluation.html, and a table for a terminal, both made from evaluation.json."""
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from trainer import template
 from trainer.files import write_text
 from trainer.page.pictures import shrunk
 
@@ -17,7 +15,7 @@ SIDE = 256
 
 def write_page(page: Path, written: Mapping[str, Any], folder: Path) -> None:
     """The page, whole or not at all, with pictures of the folder in it."""
-    text = _template().render(
+    text = template.load(TEMPLATE, number=_text, difference=_difference).render(
         written=written,
         names=[one["name"] for one in written["loras"]],
         samples=_samples(written, folder),
@@ -54,6 +52,10 @@ def _text(value: Mapping[str, Any] | None, *, sign: bool = False) -> str:
     return f"{value['value']:{'+' if sign else ''}.{digits}f}{error}"
 
 
+def _difference(value: Mapping[str, Any]) -> str:
+    return _text(value, sign=True)
+
+
 def _samples(written: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """For each prompt a row for each LoRA, with its first seeds."""
     seeds, shown = written["seeds"], min(written["seeds"], SEEDS_SHOWN)
@@ -86,12 +88,3 @@ def _redrawn(written: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         }
         for place, name in enumerate(written["looked_at"][:REDRAWN_SHOWN])
     ]
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"number": _text, "difference": lambda value: _text(value, sign=True)}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))

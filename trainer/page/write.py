@@ -1,10 +1,8 @@
 """run.html, from what a run has left in its folder so far."""
 
-from functools import cache
 from pathlib import Path
 
-import jinja2
-
+from trainer import template
 from trainer.files import write_file
 from trainer.page import charts, pictures, table, words
 from trainer.page.charts import Chart
@@ -46,15 +44,7 @@ def write_page(folder: Path) -> None:
         "dora": bool(at(left.report, "config", "adapter", "use_dora")),
         "charts": charts,
     }
-    write_file(folder / PAGE, lambda path: path.write_text(_template().render(values), encoding="utf-8"))
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    write_file(folder / PAGE, lambda path: path.write_text(template.load(TEMPLATE).render(values), encoding="utf-8"))
 
 
 def _first_shown(left: Left, steps: list[int]) -> int:

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from trainer import template
 from trainer.data.audit.boxes import KINDS
 from trainer.files import write_file
 
@@ -17,11 +16,7 @@ def write_page(path: Path, report: Mapping[str, Any], thumbnails: Mapping[str, b
     """The page of an audit.json. Pictures of a group of duplicates stand together, the others after them."""
     entries = {entry["file"]: entry for entry in report["pictures"]}
     grouped = {name for group in report["groups"] for name in group}
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["data_uri"] = _data_uri
-    stream = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).stream(
+    stream = template.load(TEMPLATE, data_uri=_data_uri).stream(
         report=report,
         groups=[[entries[name] for name in group] for group in report["groups"]],
         others=[entry for entry in report["pictures"] if entry["file"] not in grouped],
